@@ -1,0 +1,73 @@
+"""Configuration of DropKeyViT. This file travels with checkpoints."""
+
+# isort: off
+from .compatibility import check_transformers as check_transformers  # first: the next imports fail on old releases
+# isort: on
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import ViTConfig
+
+from .configuration_dropkey import DropKeyConfigMixin
+from .dropkey import check_window
+
+
+@strict
+class DropKeyViTConfig(DropKeyConfigMixin, ViTConfig):
+    """Configuration of a Vision Transformer trained with DropKey.
+
+    All fields of `ViTConfig`, plus the DropKey fields of `DropKeyConfigMixin`. With the same weights, a model in eval
+    mode, or with `dropkey_ratio=0`, computes exactly what the plain ViT computes.
+
+    Example:
+
+        config = DropKeyViTConfig(dropkey_ratio=0.3, dropkey_schedule="decreasing")
+        model = DropKeyViTForImageClassification(config)
+
+    Raises:
+        huggingface_hub.errors.StrictDataclassError: A field has a wrong type or value.
+    """
+
+    model_type = "dropkey_vit"
+
+    family_auto_map: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_dropkey_vit.DropKeyViTConfig",
+        "AutoModel": "modeling_dropkey_vit.DropKeyViTModel",
+        "AutoModelForImageClassification": "modeling_dropkey_vit.DropKeyViTForImageClassification",
+        "AutoModelForMaskedImageModeling": "modeling_dropkey_vit.DropKeyViTForMaskedImageModeling",
+    }
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Patch rows and columns of an image of the configured size."""
+        return self.grid_of(*_pair(self.image_size))
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Patch rows and columns of an image of `height` x `width` pixels."""
+        rows, columns = _pair(self.patch_size)
+        return height // rows, width // columns
+
+    def validate_dropkey(self) -> None:
+        """As `DropKeyConfigMixin.validate_dropkey`; windows must fit the patch grid."""
+        super().validate_dropkey()
+        if self.dropkey_pattern in ("block", "cross"):
+            check_window(self.dropkey_window, self.patch_grid)
+
+    def modeling_file(self) -> Path:
+        """The source file of the models of this family."""
+        # also read by the loader of checkpoint code, which so fetches the models with a configuration
+        from .modeling_dropkey_vit import DropKeyViTModel
+
+        return DropKeyViTModel.source_file()
+
+
+def _pair(size: int | Iterable[int]) -> tuple[int, int]:
+    """(height, width) of a size given as one number or two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+__all__ = ["DropKeyViTConfig"]

@@ -1,0 +1,438 @@
+"""The mathematics of DropKey: which attention scores are dropped, the ratio of each layer, and the reference attention.
+
+DropKey (Li et al., "DropKey for Vision Transformer", CVPR 2023, arXiv 2208.02646) removes random scores from the
+softmax of self-attention, in training only. Shapes here are `B` images, `H` heads, `N` queries, `M` keys, `D` head width.
+
+The decision for one score is a pure function of (seed, image, head, query, key). All integers are 32-bit and wrap:
+
+1.  `mix` is the lowbias32 finaliser. `step` turns a pair of words and an index into a new pair. A row of scores gets
+    its pair (k1, k2) by three steps from the seed: image, head, query.
+2.  Word w of a row hashes (k1, w) with k2 folded in between the two multiplications. It serves four keys: with
+    w = 64 g + l, byte j of the word (j = 0 is the lowest) belongs to key 256 g + 64 j + l.
+3.  A key is dropped if its byte is below a threshold. The ratio r rarely is a multiple of 1/256, so each (row, block of
+    64 keys) takes floor(256 r) or that plus one, chosen by a hash of its own with the probability that makes the
+    expected drop fraction exactly r (to 2^-40).
+
+Nothing depends on N, M, the dtype, or how a batch is cut into heads, so every backend drops the same scores for a seed.
+`score_is_dropped` states points 1 to 3 in plain Python integers; tests hold every backend to it.
+
+This file travels with checkpoints: it imports torch and the standard library only.
+"""
+
+import math
+
+import torch
+
+
+PATTERNS = ("score", "key", "token", "block", "cross")
+SCHEDULES = ("decreasing", "constant", "increasing")
+
+# additive mask values at or below this are padding, anything above is a bias (half precision's minimum is -65504)
+PADDING_THRESHOLD = -1e4
+
+
+def _signed(value: int) -> int:
+    """The 32-bit two's complement reading of an integer."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+# multipliers of lowbias32 (C. Wellons, https://nullprogram.com/blog/2018/07/31/) and of the golden ratio sequence
+MIX_1, MIX_2, GOLDEN = _signed(0x7FEB352D), _signed(0x846CA68B), _signed(0x9E3779B9)
+# distinct odd offsets keep the pair (0, 0) with index 0 away from the fixed point mix(0) = 0
+STEP_1, STEP_2 = _signed(0x85EBCA6B), _signed(0xC2B2AE35)
+
+
+# --- the ratio of each layer ------------------------------------------------------------------------------------------
+
+
+def check_ratio(ratio: float, name: str = "dropkey_ratio") -> None:
+    """Raises an error unless `ratio` is a number in [0, 1).
+
+    Raises:
+        TypeError: `ratio` is not a number.
+        ValueError: `ratio` is NaN or outside [0, 1).
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise TypeError(f"`{name}` must be a number in [0, 1), got {ratio!r}. Pass for example {name}=0.1.")
+    if not 0 <= ratio < 1:
+        raise ValueError(
+            f"`{name}` must lie in [0, 1), got {ratio!r}. 0 turns DropKey off; the paper uses 0.05 to 0.3."
+        )
+
+
+def check_choice(value: str, allowed: tuple[str, ...], name: str) -> None:
+    """Raises ValueError, listing `allowed`, unless `value` is one of them."""
+    if value not in allowed:
+        raise ValueError(f"Unknown `{name}` {value!r}. Known values: {', '.join(map(repr, allowed))}.")
+
+
+def layer_ratios(depth: int, ratio: float, final_ratio: float = 0.0, schedule: str = "decreasing") -> list[float]:
+    """The drop ratio of each of `depth` layers, first layer first.
+
+    The paper finds that a linear decrease with depth works best (section 3.3) but does not print the formula, so both
+    ends are explicit here.
+
+    Args:
+        depth: Number of regularised layers, at least 1.
+        ratio: The largest ratio, in [0, 1): of the first layer if "decreasing", of the last if "increasing".
+        final_ratio: The ratio at the other end of the ramp, in [0, ratio]. Unused if "constant".
+        schedule: "decreasing", "constant" or "increasing".
+
+    Returns:
+        `depth` floats, linearly spaced; a single layer gets `ratio`.
+
+    Raises:
+        TypeError, ValueError: An argument is outside the range above.
+    """
+    check_ratio(ratio)
+    check_ratio(final_ratio, "dropkey_final_ratio")
+    check_choice(schedule, SCHEDULES, "dropkey_schedule")
+    if depth < 1:
+        raise ValueError(f"`depth` must be at least 1, got {depth!r}.")
+    if schedule == "constant":
+        return [float(ratio)] * depth
+    if final_ratio > ratio:
+        raise ValueError(
+            f"`dropkey_final_ratio` ({final_ratio}) must not exceed `dropkey_ratio` ({ratio}), the largest ratio. "
+            "Swap the two and choose the schedule 'increasing' to grow with depth."
+        )
+    ramp = [ratio + (final_ratio - ratio) * layer / max(depth - 1, 1) for layer in range(depth)]
+    return ramp if schedule == "decreasing" else ramp[::-1]
+
+
+# --- which scores are dropped -----------------------------------------------------------------------------------------
+
+
+def draw_seed(device: torch.device) -> torch.Tensor:
+    """Two random 32-bit words, int32 `[2]`, from torch's global generator of `device`.
+
+    The global generator is what seeding, activation checkpointing and resumed training restore.
+    """
+    return torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=device)
+
+
+def _mix(x: torch.Tensor, key: torch.Tensor | None = None) -> torch.Tensor:
+    """lowbias32 of an int32 tensor, with `key` folded in between the multiplications."""
+    # the shift of a signed tensor is arithmetic; the mask makes it logical
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * MIX_1
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    if key is not None:
+        x = x ^ key
+    x = x * MIX_2
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _step(k1: torch.Tensor, k2: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pair of words of the `index`-th child of (k1, k2)."""
+    offset = index * GOLDEN
+    k1 = _mix(k1 ^ (offset + STEP_1))
+    return k1, _mix(k2 ^ (offset + STEP_2) ^ k1)
+
+
+def _row_keys(seed: torch.Tensor, images: int, heads: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pairs (k1, k2) of all rows, each int32 `[B, H, N, 1]`."""
+    k1, k2 = seed.view(2, 1, 1, 1, 1).unbind()
+    for axis, size in enumerate((images, heads, queries)):
+        shape = [1, 1, 1, 1]
+        shape[axis] = size
+        k1, k2 = _step(k1, k2, torch.arange(size, dtype=torch.int32, device=seed.device).view(shape))
+    return k1, k2
+
+
+def _words(k1: torch.Tensor, k2: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` words of each row, int32 `[B, H, N, count]`."""
+    return _mix(k1 ^ (torch.arange(count, dtype=torch.int32, device=k1.device) * GOLDEN), k2)
+
+
+def _byte_thresholds(ratio: float) -> tuple[int, int, int]:
+    """How a ratio becomes thresholds for the signed comparison of a byte moved to the top of a word.
+
+    Returns:
+        The lower threshold, the upper threshold, and the signed 32-bit bound below which a block takes the upper one.
+    """
+    base = math.floor(256 * ratio)
+    fraction = math.floor((256 * ratio - base) * 2**32) - 2**31
+    # byte threshold t in 0..256 reads (t - 128) << 24; 256 ("all of them") saturates
+    lower, upper = (min((t - 128) << 24, 2**31 - 1) for t in (base, base + 1))
+    return lower, upper, fraction
+
+
+def _dropped_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> torch.Tensor:
+    """Independent decisions of rate `ratio` for the first `keys` keys of each row, bool `[B, H, N, M]`."""
+    lower, upper, fraction = _byte_thresholds(ratio)
+    blocks = torch.arange(-(-keys // 64), dtype=torch.int32, device=k1.device)
+    dither = _mix(k1 * 3 ^ k2 ^ blocks * GOLDEN)
+    threshold = torch.where(dither < fraction, upper, lower).to(torch.int32)
+    # one word serves keys 64 apart: the words of a group of 256 keys, then their four bytes in turn
+    words = _words(k1, k2, keys // 256 * 64 + min(keys % 256, 64))
+    parts = []
+    for block in range(threshold.shape[-1]):
+        group, byte = divmod(block, 4)
+        word = words[..., 64 * group : 64 * group + min(64, keys - 64 * block)]
+        parts.append((word << (24 - 8 * byte)) < threshold[..., block : block + 1])
+    return torch.cat(parts, -1)
+
+
+def _offsets(pattern: str, window: int) -> list[tuple[int, int]]:
+    """The (row, column) offsets from a centre that a block or a cross covers."""
+    if pattern == "block":
+        return [(row, column) for row in range(window) for column in range(window)]
+    arm = range(-window, window + 1)
+    return [(0, column) for column in arm] + [(row, 0) for row in arm if row]
+
+
+def _dropped_by_shape(
+    k1: torch.Tensor, k2: torch.Tensor, ratio: float, pattern: str, window: int, grid: tuple[int, int]
+) -> torch.Tensor:
+    """Patches covered by random shapes, bool `[B, H, N, rows * columns]`.
+
+    Every patch is covered by exactly as many possible centres as the shape has cells, because centres may lie outside
+    the grid. With c cells and centres drawn at the rate 1 - (1 - ratio)^(1/c), a patch is then dropped with
+    probability `ratio` exactly, overlaps and borders included. (DropBlock's own correction ignores overlaps.)
+    """
+    offsets = _offsets(pattern, window)
+    rate = 1 - (1 - ratio) ** (1 / len(offsets))
+    rows, columns = grid
+    # a centre at (row, column) covers patch (row + dy, column + dx): the range of centres that reach the grid
+    top, left = max(dy for dy, _ in offsets), max(dx for _, dx in offsets)
+    height = rows + top - min(dy for dy, _ in offsets)
+    width = columns + left - min(dx for _, dx in offsets)
+    centres = _words(k1, k2, height * width) < math.floor(rate * 2**32) - 2**31
+    centres = centres.unflatten(-1, (height, width))
+    dropped = torch.zeros((), dtype=torch.bool, device=k1.device)
+    for dy, dx in offsets:
+        dropped = dropped | centres[..., top - dy : top - dy + rows, left - dx : left - dx + columns]
+    return dropped.flatten(-2)
+
+
+def patch_grid(keys: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """The patch grid (rows, columns) behind `keys` tokens, of which any surplus are leading non-patch tokens.
+
+    Without `grid`, the patches are taken as the largest square that fits, which suits a class token.
+
+    Raises:
+        ValueError: The grid has more patches than there are keys.
+    """
+    if grid is None:
+        side = math.isqrt(keys)
+        return side, side
+    if grid[0] * grid[1] > keys:
+        raise ValueError(f"A grid of {grid[0]} x {grid[1]} patches does not fit into {keys} keys.")
+    return grid
+
+
+def check_window(window: int, grid: tuple[int, int]) -> None:
+    """Raises ValueError unless a block side or cross arm of `window` patches fits the grid (rows, columns)."""
+    if not 1 <= window <= min(grid):
+        raise ValueError(
+            f"`dropkey_window` must lie between 1 and {min(grid)}, the shorter side of the {grid[0]} x {grid[1]} patch "
+            f"grid, got {window!r}."
+        )
+
+
+def dropped_scores(
+    seed: torch.Tensor,
+    shape: tuple[int, int, int, int],
+    ratio: float,
+    *,
+    pattern: str = "score",
+    window: int = 3,
+    grid: tuple[int, int] | None = None,
+    real: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Which scores DropKey drops, True = dropped, before the rule that a row keeps a key (`protect_rows`).
+
+    Args:
+        seed: int32 `[2]` (`draw_seed`), on the device of the result.
+        shape: `(B, H, N, M)`.
+        ratio: Drop ratio in [0, 1).
+        pattern: "score": every score on its own (the paper). "key": the same keys for all queries of a head.
+            "token": the same keys for all queries and heads of an image, exactly round(ratio * M) of them. "block" and
+            "cross": for each row of scores, the patches under square or cross-shaped windows (paper section 4, DropKey-Block and
+            DropKey-Cross), never a non-patch token; `ratio` is the fraction of patches.
+        window: Side of a block, or length of each of the four arms of a cross, in patches.
+        grid: Patch rows and columns; keys in front of the `rows * columns` patches are non-patch tokens.
+        real: bool `[B, 1, 1, M]`, False for padding; only "token" needs it, to count real keys alone.
+
+    Returns:
+        bool `[B, H, N, M]`; "key" returns `[B, H, 1, M]` and "token" `[B, 1, 1, M]`.
+
+    Raises:
+        ValueError: Unknown pattern, or a window or grid that does not fit.
+    """
+    check_choice(pattern, PATTERNS, "dropkey_pattern")
+    images, heads, queries, keys = shape
+    if pattern == "token":
+        order, kept = token_order(seed, images, keys, ratio, real)
+        return torch.ones_like(kept).scatter(-1, order, ~kept)[:, None, None, :]
+    k1, k2 = _row_keys(seed, images, heads, 1 if pattern == "key" else queries)
+    if pattern in ("score", "key"):
+        return _dropped_by_byte(k1, k2, keys, ratio)
+    grid = patch_grid(keys, grid)
+    check_window(window, grid)
+    patches = _dropped_by_shape(k1, k2, ratio, pattern, window, grid)
+    return torch.nn.functional.pad(patches, (keys - grid[0] * grid[1], 0))
+
+
+def kept_tokens(keys: int, ratio: float) -> int:
+    """How many of `keys` keys the pattern "token" keeps: all but round(ratio * keys), and at least one."""
+    return max(1, keys - round(ratio * keys))
+
+
+def token_order(
+    seed: torch.Tensor, images: int, keys: int, ratio: float, real: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pattern "token" as a random order of the keys of each image: kept ones, then dropped ones, then padding.
+
+    Args:
+        seed: int32 `[2]`.
+        images: `B`.
+        keys: `M`.
+        ratio: Drop ratio in [0, 1).
+        real: bool, broadcastable to `[B, 1, 1, M]`, False for padding. An image with R real keys keeps
+            `kept_tokens(R, ratio)` of them.
+
+    Returns:
+        Key indices int64 `[B, M]`, and bool `[B, M]`: is the key at this place of the order kept? The first
+        `kept_tokens(M, ratio)` places hold all kept keys of every image.
+
+    Raises:
+        ValueError: The mask hides different keys from different queries or heads.
+    """
+    word = _words(*_row_keys(seed, images, 1, 1), keys)[:, 0, 0].long()
+    place = torch.arange(keys, device=word.device)
+    if real is None:
+        return word.argsort(dim=-1, stable=True), (place < kept_tokens(keys, ratio)).expand(images, keys)
+    if real.shape[1] != 1 or real.shape[2] != 1:
+        raise ValueError(
+            "The pattern 'token' drops a key for all queries and heads of an image, so the mask must do the same: "
+            f"expected padding of shape [B, 1, 1, M], got {tuple(real.shape)}. Use the pattern 'score' or 'key'."
+        )
+    real = real[:, 0, 0].expand(images, keys)
+    count = real.sum(-1, keepdim=True)
+    count = (count - (ratio * count.double()).round().long()).clamp(min=1)
+    return (word + (~real).long() * 2**32).argsort(dim=-1, stable=True), place < count
+
+
+# --- rules that hold on every backend ---------------------------------------------------------------------------------
+
+
+def real_keys(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Which keys a mask leaves visible, as bool that broadcasts to `[B, H, N, M]`, or None if all are.
+
+    Takes every form that Transformers hands to an attention function: None, bool (True = attend) or additive float in
+    four dimensions, a padding mask `[B, M]` of bool or integers (non-zero = attend), or an additive float `[N, M]`.
+    Additive values at or below -1e4 are padding; larger ones are biases.
+
+    Raises:
+        ValueError: The mask has another number of dimensions.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim not in (2, 4):
+        raise ValueError(
+            f"An attention mask must have 2 or 4 dimensions, got shape {tuple(attention_mask.shape)}. "
+            "Pass [B, M] for padding or [B, H, N, M]."
+        )
+    if attention_mask.is_floating_point():
+        real = attention_mask > PADDING_THRESHOLD
+        return real[None, None] if real.ndim == 2 else real
+    real = attention_mask.bool()
+    return real[:, None, None, :] if real.ndim == 2 else real
+
+
+def protect_rows(dropped: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+    """The rule that a row never loses all its real keys: a row that would, drops none.
+
+    Undoing the drop of the whole row changes the distribution least: no other rule that avoids empty rows is nearer to
+    independent draws in total variation. Keeping the query's own key instead would be another regulariser.
+
+    Args:
+        dropped: bool, broadcastable to `[B, H, N, M]`, True = dropped.
+        real: bool, broadcastable to the same, False = padding (`real_keys`).
+    """
+    gone = dropped if real is None else dropped | ~real
+    return dropped & ~gone.all(-1, keepdim=True)
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def reference_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropped: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """Attention with DropKey, row by row as in the paper: the oracle that every backend is tested against.
+
+    A dropped or padded key is left out of the sum, so nothing is masked, rescaled or approximated. Any dtype, any
+    device, differentiable; slow by design.
+
+    Args:
+        query: `[B, H, N, D]`.
+        key: `[B, H, M, D]`.
+        value: `[B, H, M, Dv]`.
+        dropped: bool, broadcastable to `[B, H, N, M]`; `protect_rows` is applied here.
+        attention_mask: As `real_keys`; additive values above -1e4 are added to the scores.
+        scaling: Factor on the scores, default `D ** -0.5`.
+
+    Returns:
+        `[B, H, N, Dv]`. A row without a single real key is zero.
+    """
+    shape = (*query.shape[:3], key.shape[2])
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    real = real_keys(attention_mask)
+    kept = torch.ones(shape, dtype=torch.bool, device=query.device) if real is None else real.expand(shape)
+    if dropped is not None:
+        kept = kept & ~protect_rows(dropped.expand(shape), real)
+    bias = attention_mask if attention_mask is not None and attention_mask.is_floating_point() else None
+    images = []
+    for image in range(shape[0]):
+        heads = []
+        for head in range(shape[1]):
+            rows = []
+            for row in range(shape[2]):
+                chosen = kept[image, head, row]
+                scores = key[image, head, chosen] @ query[image, head, row] * scaling
+                if bias is not None:
+                    scores = scores + bias.expand(shape)[image, head, row, chosen]
+                weights = scores.exp() if not len(scores) else (scores - scores.max()).exp()
+                weights = weights / weights.sum()
+                rows.append(weights @ value[image, head, chosen])
+            heads.append(torch.stack(rows))
+        images.append(torch.stack(heads))
+    return torch.stack(images)
+
+
+def _mix_integer(x: int, key: int = 0) -> int:
+    x = ((x ^ x >> 16) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ x >> 15 ^ key) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def score_is_dropped(seed: tuple[int, int], image: int, head: int, query: int, key: int, ratio: float) -> bool:
+    """The definition of the pattern "score", in plain integers: is this one score dropped? ("key" takes query 0.)
+
+    Args:
+        seed: Two 32-bit words, signed or not.
+        image, head, query, key: Indices from 0.
+        ratio: Drop ratio in [0, 1).
+    """
+    word = 0xFFFFFFFF
+    golden, step_1, step_2 = GOLDEN & word, STEP_1 & word, STEP_2 & word
+    k1, k2 = (part & word for part in seed)
+    for index in (image, head, query):
+        k1 = _mix_integer(k1 ^ (index * golden + step_1) & word)
+        k2 = _mix_integer(k2 ^ (index * golden + step_2) & word ^ k1)
+    group, byte, lane = key // 256, key % 256 // 64, key % 64
+    bits = _mix_integer(k1 ^ ((64 * group + lane) * golden) & word, k2) >> 8 * byte & 255
+    dither = _mix_integer((k1 * 3) & word ^ k2 ^ (key // 64 * golden) & word)
+    base = math.floor(256 * ratio)
+    fraction = math.floor((256 * ratio - base) * 2**32)
+    # the signed comparison of the tensor code orders bytes and dithers with their top bit flipped
+    return (bits ^ 128) < base + ((dither ^ 1 << 31) < fraction)
