@@ -56,7 +56,7 @@ def eager_dropkey_forward(
     dropout: float = 0.0,
     grid: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """DropKey with explicit attention weights; softmax in float32. See `dropkey_attention_forward`."""
+    """DropKey with explicit attention weights; softmax in float32 at least. See `dropkey_attention_forward`."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None and attention_mask.is_floating_point():
         scores = scores + attention_mask
@@ -64,7 +64,7 @@ def eager_dropkey_forward(
         scores = scores.masked_fill(~real_keys(attention_mask), torch.finfo(scores.dtype).min)
     dropped = dropped_by_module(module, query, key, attention_mask, grid)
     scores = scores.masked_fill(dropped, float("-inf"))
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 

@@ -3,6 +3,7 @@
 This file travels with checkpoints: it imports transformers, huggingface_hub and its neighbours only.
 """
 
+import operator
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import as_validated_field
-from transformers.dynamic_module_utils import get_class_in_module, get_relative_import_files
+from transformers.dynamic_module_utils import get_class_in_module, get_relative_import_files, init_hf_modules
 
 from .dropkey import PATTERNS, SCHEDULES, check_choice, check_ratio, layer_ratios
 
@@ -44,14 +45,24 @@ def window_field(value: int) -> None:
         raise ValueError(f"`dropkey_window` must be at least 1 patch, got {value!r}.")
 
 
-class _RemoteClass:
-    """Stands for a class of a checkpoint's own code in a pickle: a fresh process imports the code first."""
+class _Call:
+    """Stands in a pickle for the result of a call made when it is read."""
+
+    def __init__(self, function: Callable, *arguments: Any):
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return self.call
+
+
+class _RemoteClass(_Call):
+    """Stands in a pickle for a class of a checkpoint's own code, which a fresh process imports first."""
 
     def __init__(self, cls: type):
         self.cls = cls
-
-    def __reduce__(self) -> tuple[Callable, tuple[str, str]]:
-        return get_class_in_module, (self.cls.__name__, self.cls.__module__.replace(".", os.sep) + ".py")
+        # a pair evaluates the call that puts the modules cache on the import path before the name is taken from it
+        name = _Call(operator.getitem, (_Call(init_hf_modules), cls.__name__), 1)
+        super().__init__(get_class_in_module, name, cls.__module__.replace(".", os.sep) + ".py")
 
     def __deepcopy__(self, memo: dict) -> type:
         return self.cls

@@ -1,0 +1,264 @@
+"""Every backend against the reference attention: outputs and gradients, masks, patterns, and mistakes of public copies."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from hf_dropkey.models import attention
+from hf_dropkey.models.attention import DROPKEY_BACKENDS, dropkey_attention_forward, dropkey_is_active
+from hf_dropkey.models.dropkey import PATTERNS, draw_seed, dropped_scores, real_keys, reference_attention
+
+
+BACKENDS = sorted(DROPKEY_BACKENDS)
+DROPPED_PATTERNS = [pattern for pattern in PATTERNS if pattern != "token"]
+
+
+def site(ratio: float = 0.3, pattern: str = "score", window: int = 2) -> nn.Module:
+    """An attention module as the backends see it."""
+    module = nn.Module()
+    module.dropkey_ratio, module.dropkey_pattern, module.dropkey_window = ratio, pattern, window
+    return module.train()
+
+
+def tensors(*sizes: int, dtype: torch.dtype = torch.float64, keys: int | None = None) -> list[torch.Tensor]:
+    """query, key, value of [B, H, N, D], as views of [B, N, H, D] like a model's."""
+    torch.manual_seed(0)
+    images, heads, queries, width = sizes
+    lengths = (queries, keys or queries, keys or queries)
+    return [
+        torch.randn(images, n, heads, width, dtype=dtype).transpose(1, 2).detach().requires_grad_() for n in lengths
+    ]
+
+
+def run(module: nn.Module, qkv: list[torch.Tensor], mask: torch.Tensor | None, backend: str, seed: int = 1, **kwargs):
+    torch.manual_seed(seed)
+    scaling = qkv[0].shape[-1] ** -0.5
+    return dropkey_attention_forward(module, *qkv, mask, implementation=backend, scaling=scaling, **kwargs)
+
+
+def expected_drop(module: nn.Module, shape: tuple[int, int, int, int], mask: torch.Tensor | None, seed: int = 1):
+    torch.manual_seed(seed)
+    return dropped_scores(
+        draw_seed(torch.device("cpu")),
+        shape,
+        module.dropkey_ratio,
+        pattern=module.dropkey_pattern,
+        window=module.dropkey_window,
+        real=real_keys(mask),
+    )
+
+
+def padding_masks(images: int, heads: int, keys: int) -> dict[str, torch.Tensor | None]:
+    torch.manual_seed(2)
+    keep = torch.ones(images, keys, dtype=torch.bool)
+    keep[1, keys // 2 :] = False
+    four = keep[:, None, None, :]
+    bias = torch.randn(1, heads, 1, keys, dtype=torch.float64)
+    return {
+        "none": None,
+        "bool 4-D": four,
+        "float 4-D": torch.zeros(four.shape, dtype=torch.float64).masked_fill(~four, torch.finfo(torch.float32).min),
+        "float bias": bias,
+        "bool 2-D": keep,
+        "int 2-D": keep.long(),
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("mask_name", ["none", "bool 4-D", "float 4-D", "float bias", "bool 2-D", "int 2-D"])
+def test_outputs_and_gradients_equal_the_reference(backend: str, pattern: str, mask_name: str) -> None:
+    module, qkv = site(0.4, pattern), tensors(2, 3, 17, 8)
+    mask = padding_masks(2, 3, 17)[mask_name]
+    if pattern == "token" and mask_name == "float bias":
+        mask = mask[:, :1]
+    output, _ = run(module, qkv, mask, backend)
+    upstream = torch.randn_like(output)
+    gradients = torch.autograd.grad(output, qkv, upstream)
+    dropped = expected_drop(module, (2, 3, 17, 17), mask)
+    reference = reference_attention(*qkv, dropped, mask).transpose(1, 2)
+    torch.testing.assert_close(output, reference, rtol=0, atol=1e-12)
+    for one, other in zip(gradients, torch.autograd.grad(reference, qkv, upstream), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("images", "heads", "queries", "keys"), [(1, 1, 1, 5), (2, 2, 3, 70), (1, 2, 65, 300)])
+def test_queries_and_keys_of_different_lengths(backend: str, images: int, heads: int, queries: int, keys: int) -> None:
+    module, qkv = site(0.5), tensors(images, heads, queries, 4, keys=keys)
+    output, _ = run(module, qkv, None, backend)
+    dropped = expected_drop(module, (images, heads, queries, keys), None)
+    torch.testing.assert_close(output, reference_attention(*qkv, dropped).transpose(1, 2), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("size", [5, 50, 197])
+def test_backends_drop_the_same_scores(pattern: str, size: int) -> None:
+    """Read out of each backend with the identity as values: a score is dropped where its weight is exactly 0."""
+    module = site(0.3, pattern)
+    query, key, _ = tensors(2, 2, size, 4, dtype=torch.float32)
+    value = torch.eye(size).expand(2, 2, size, size)
+    weights = [run(module, [query, key, value], None, backend)[0].transpose(1, 2) for backend in BACKENDS]
+    dropped = attention.protect_rows(expected_drop(module, (2, 2, size, size), None)).expand(2, 2, size, size)
+    for weight in weights:
+        assert torch.equal(weight == 0, dropped)
+        torch.testing.assert_close(weight.sum(-1), torch.ones(2, 2, size))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_stays_within_twice_the_plain_error(backend: str, dtype: torch.dtype) -> None:
+    """The error against float64 is bounded by the error of plain eager attention in the same dtype, times 2."""
+    module, exact = site(0.3), tensors(2, 4, 65, 16)
+    low = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
+    exact = [tensor.detach().double().requires_grad_() for tensor in low]
+    upstream = torch.randn(2, 65, 4, 16, dtype=torch.float64).to(dtype).double()
+
+    def errors(outputs: list[torch.Tensor], references: list[torch.Tensor]) -> list[float]:
+        pairs = zip(outputs, references, strict=True)
+        return [((one.double() - other).norm() / other.norm()).item() for one, other in pairs]
+
+    def eager_dropkey(qkv: list[torch.Tensor]) -> list[torch.Tensor]:
+        output = run(module, qkv, None, backend)[0]
+        return [output, *torch.autograd.grad(output, qkv, upstream.to(output.dtype))]
+
+    def plain(qkv: list[torch.Tensor]) -> list[torch.Tensor]:
+        weights = (qkv[0] @ qkv[1].mT * 0.25).softmax(-1, dtype=torch.promote_types(qkv[0].dtype, torch.float32))
+        output = (weights.to(qkv[0].dtype) @ qkv[2]).transpose(1, 2)
+        return [output, *torch.autograd.grad(output, qkv, upstream.to(output.dtype))]
+
+    dropkey_errors, plain_errors = errors(eager_dropkey(low), eager_dropkey(exact)), errors(plain(low), plain(exact))
+    for one, other in zip(dropkey_errors, plain_errors, strict=True):
+        assert one < 2 * other, (dropkey_errors, plain_errors)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_that_would_lose_every_key_keep_their_real_ones(backend: str, dtype: torch.dtype, padded: bool) -> None:
+    """Few keys at a high ratio: 40 % of the rows would be empty. No NaN, no attention to padding, in any dtype."""
+    module, qkv = site(0.9), tensors(8, 4, 9, 8, dtype=dtype, keys=9)
+    mask = (torch.arange(9) < 4).expand(8, 9) if padded else None
+    value = qkv[2].detach().clone()
+    if padded:
+        value[:, :, 4:] = 100
+    output, _ = run(module, [*qkv[:2], value], mask, backend)
+    dropped = expected_drop(module, (8, 4, 9, 9), mask)
+    assert (dropped[..., :4] if padded else dropped).all(-1).any(), "the test needs rows at risk"
+    reference = reference_attention(*(t.double() for t in qkv[:2]), value.double(), dropped, mask).transpose(1, 2)
+    gradients = torch.autograd.grad(output.sum(), qkv[:2])
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    torch.testing.assert_close(output.double(), reference, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_a_dropped_score_is_exactly_zero(backend: str) -> None:
+    """With one query, a key that is dropped gets no gradient at all, and a kept one does."""
+    module, qkv = site(0.5), tensors(1, 1, 1, 8, keys=40)
+    output, _ = run(module, qkv, None, backend)
+    key_gradient = torch.autograd.grad(output.square().sum(), qkv[1])[0]
+    dropped = expected_drop(module, (1, 1, 1, 40), None)[0, 0, 0]
+    assert torch.equal(key_gradient[0, 0].abs().sum(-1) == 0, dropped)
+
+
+def test_dropout_on_weights_can_be_added_when_asked_for() -> None:
+    module, qkv = site(0.3), tensors(2, 4, 50, 8)
+    _, weights = run(module, qkv, None, "eager", dropout=0.5)
+    _, without = run(module, qkv, None, "eager")
+    assert (without == 0).double().mean() < 0.35 and (weights == 0).double().mean() > 0.55
+
+
+def test_activity_follows_training_and_ratio() -> None:
+    assert dropkey_is_active(site(0.1))
+    assert not dropkey_is_active(site(0.1).eval())
+    assert not dropkey_is_active(site(0.0))
+
+
+@pytest.mark.parametrize("backend", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2", "paged|eager"])
+def test_backends_that_cannot_drop_scores_are_refused(backend: str) -> None:
+    with pytest.raises(ValueError, match=r"cannot leave out single attention scores.*'eager', .*'sdpa'"):
+        run(site(0.1), tensors(1, 1, 4, 4), None, backend)
+
+
+def test_masks_of_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 or 4 dimensions"):
+        run(site(0.1), tensors(1, 1, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool), "eager")
+
+
+# --- the mistakes of public copies, each impossible here --------------------------------------------------------------
+
+
+def eager_weights(module: nn.Module, mask: torch.Tensor | None = None, dtype: torch.dtype = torch.float32):
+    qkv = tensors(4, 4, 60, 8, dtype=dtype)
+    return run(module, qkv, mask, "eager")[1]
+
+
+def test_mistake_penalty_of_minus_1e_minus_12_drops_nothing() -> None:
+    assert 0.29 < (eager_weights(site(0.3)) == 0).float().mean() < 0.31
+
+
+def test_mistake_mask_after_the_softmax() -> None:
+    """Rows still sum to 1, which a mask on the weights, rescaled by 1 / (1 - ratio) or not, does not give."""
+    sums = eager_weights(site(0.5)).sum(-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+def test_mistake_one_mask_for_the_batch_or_for_heads_or_queries() -> None:
+    zero = (eager_weights(site(0.5)) == 0).float()
+    for axis in range(3):
+        first, second = zero.select(axis, 0), zero.select(axis, 1)
+        assert 0.4 < (first == second).float().mean() < 0.6
+
+
+def test_mistake_channels_or_whole_tokens_dropped() -> None:
+    """Keys are dropped per query: none is gone for all queries of a head, as a dropped token or channel would be."""
+    zero = eager_weights(site(0.5)) == 0
+    assert zero.any(2).all() and not zero.all(2).any()
+
+
+def test_mistake_scores_set_to_zero() -> None:
+    """nn.Dropout on the scores leaves a dropped key the weight exp(0); here its weight is exactly 0."""
+    weights = eager_weights(site(0.3))
+    dropped = expected_drop(site(0.3), (4, 4, 60, 60), None)
+    assert (weights[dropped] == 0).all() and (weights[~dropped] > 0).all()
+
+
+def test_mistake_overflow_in_half_precision() -> None:
+    weights = eager_weights(site(0.9), dtype=torch.float16)
+    assert torch.isfinite(weights).all()
+
+
+def test_mistake_padding_at_minus_1e9_beside_drop_at_minus_1e12() -> None:
+    """An empty row must fall back to its real keys, not to the padding that is merely less negative."""
+    mask = torch.zeros(4, 1, 1, 60).masked_fill(torch.arange(60) >= 3, -1e9)
+    weights = eager_weights(site(0.9), mask)
+    assert not weights[..., 3:].any()
+    torch.testing.assert_close(weights[..., :3].sum(-1), torch.ones(4, 4, 60))
+
+
+def test_mistake_tokens_taken_for_the_head_width() -> None:
+    """The scale is the module's D ** -0.5 whatever N is."""
+    module, qkv = site(1e-9), tensors(1, 1, 33, 16)
+    output = run(module, qkv, None, "eager")[0].transpose(1, 2)
+    torch.testing.assert_close(output, nn.functional.scaled_dot_product_attention(*qkv), rtol=0, atol=1e-12)
+
+
+def test_mistake_ratio_that_means_another_thing_per_backend() -> None:
+    module = site(0.25)
+    query, key, _ = tensors(4, 4, 100, 8, dtype=torch.float32)
+    value = torch.eye(100).expand(4, 4, 100, 100)
+    for backend in BACKENDS:
+        zero = run(module, [query, key, value], None, backend)[0] == 0
+        assert abs(zero.double().mean() - 0.25) < 3 * math.sqrt(0.1875 / zero.numel())
+
+
+def test_functions_hold_no_state() -> None:
+    """A package copy and a checkpoint's copy share a process: nothing may be kept outside the module."""
+    plain = SimpleNamespace(dropkey_ratio=0.3, dropkey_pattern="score", dropkey_window=2, training=True)
+    qkv = tensors(1, 2, 9, 4)
+    first, second = run(plain, qkv, None, "sdpa")[0], run(site(0.3), qkv, None, "sdpa")[0]
+    assert torch.equal(first, second)

@@ -1,0 +1,362 @@
+"""The mask as a function, its statistics, the schedule, the patterns and the rule for rows."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from hf_dropkey.models.dropkey import (
+    PATTERNS,
+    draw_seed,
+    dropped_scores,
+    kept_tokens,
+    layer_ratios,
+    patch_grid,
+    protect_rows,
+    real_keys,
+    reference_attention,
+    score_is_dropped,
+    token_order,
+)
+
+
+def seed_of(number: int) -> torch.Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(number)
+        return draw_seed(torch.device("cpu"))
+
+
+# --- the function itself ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [1, 5, 64, 65, 197, 257, 577])
+@pytest.mark.parametrize("ratio", [0.0, 0.003, 0.1, 0.5, 0.9, 0.998])
+def test_tensor_code_equals_the_integer_definition(keys: int, ratio: float) -> None:
+    seed = seed_of(keys)
+    dropped = dropped_scores(seed, (2, 2, 3, keys), ratio)
+    words = (int(seed[0]), int(seed[1]))
+    for image, head, query in [(0, 0, 0), (0, 1, 2), (1, 0, 1), (1, 1, 2)]:
+        expected = [score_is_dropped(words, image, head, query, key, ratio) for key in range(keys)]
+        assert dropped[image, head, query].tolist() == expected
+
+
+def test_definition_is_frozen() -> None:
+    """Published runs can only be repeated while these decisions stay; a change of the function must be deliberate."""
+    dropped = [score_is_dropped((1, 2), 3, 4, 5, key, 0.25) for key in range(40)]
+    assert "".join("01"[d] for d in dropped) == FROZEN
+
+
+FROZEN = "0010001101000110001000010011000000100001"
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_mask_does_not_depend_on_sizes_around_it(pattern: str) -> None:
+    """The same (image, head, query, key) gives the same decision in a smaller batch, with fewer heads or queries."""
+    seed = seed_of(0)
+    whole = dropped_scores(seed, (4, 6, 50, 50), 0.3, pattern=pattern, window=2).expand(4, 6, 50, 50)
+    part = dropped_scores(seed, (2, 3, 20, 50), 0.3, pattern=pattern, window=2).expand(2, 3, 20, 50)
+    assert torch.equal(whole[:2, :3, :20], part)
+    if pattern in ("score", "key"):
+        fewer_keys = dropped_scores(seed, (2, 3, 20, 33), 0.3, pattern=pattern).expand(2, 3, 20, 33)
+        assert torch.equal(part[..., :33], fewer_keys)
+
+
+def test_different_seeds_give_different_masks() -> None:
+    masks = [dropped_scores(torch.tensor(pair, dtype=torch.int32), (1, 1, 64, 64), 0.5) for pair in SEED_PAIRS]
+    for i, one in enumerate(masks):
+        for other in masks[:i]:
+            assert 0.45 < (one == other).float().mean() < 0.55
+
+
+SEED_PAIRS = [(0, 0), (1, 0), (0, 1), (1, 1), (-1, 0), (-(2**31), 0), (2**31 - 1, 2**31 - 1)]
+
+
+def test_seed_comes_from_the_global_generator() -> None:
+    torch.manual_seed(3)
+    first, second = draw_seed(torch.device("cpu")), draw_seed(torch.device("cpu"))
+    torch.manual_seed(3)
+    assert torch.equal(first, draw_seed(torch.device("cpu")))
+    assert not torch.equal(first, second)
+    assert first.dtype == torch.int32 and first.shape == (2,)
+
+
+def test_compiled_mask_is_bit_equal() -> None:
+    compiled = torch.compile(dropped_scores, fullgraph=True, backend="aot_eager")
+    seed = seed_of(1)
+    assert torch.equal(compiled(seed, (2, 3, 70, 70), 0.1), dropped_scores(seed, (2, 3, 70, 70), 0.1))
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+SHAPE = (4, 6, 197, 197)
+DRAWS = math.prod(SHAPE)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.05, 0.1, 0.25, 0.3, 0.5, 0.75, 0.9])
+def test_drop_fraction_within_three_sigma(ratio: float) -> None:
+    """At least 10^7 draws per ratio. The dither of 64-key blocks widens sigma by the variance it adds, under 2.4 %."""
+    masks = [dropped_scores(seed_of(100 + layer), SHAPE, ratio) for layer in range(11)]
+    fraction = torch.stack([mask.double().mean() for mask in masks]).mean().item()
+    part = 256 * ratio - math.floor(256 * ratio)
+    variance = ratio * (1 - ratio) + 63 * part * (1 - part) / 256**2
+    assert abs(fraction - ratio) < 3 * math.sqrt(variance / (11 * DRAWS))
+
+
+def centred(ratio: float, layers: int, seeds: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [dropped_scores(seed, SHAPE, ratio).float() - ratio for seed in seeds[:layers]]
+
+
+def seeds_of(kind: str, count: int) -> list[torch.Tensor]:
+    """Random seeds, and the adversarial ones: consecutive integers, and single-bit differences."""
+    if kind == "random":
+        return [seed_of(1000 + number) for number in range(count)]
+    if kind == "consecutive":
+        return [torch.tensor([12345 + number, 0], dtype=torch.int32) for number in range(count)]
+    return [torch.tensor([7 ^ (1 << number), 1], dtype=torch.int32) for number in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["random", "consecutive", "single bit"])
+@pytest.mark.parametrize("ratio", [0.1, 0.3])
+def test_draws_are_independent(kind: str, ratio: float) -> None:
+    """Correlations along every axis and between layers and steps, on 1.1 10^7 draws; a fair source fails 1 in 10^5."""
+    layers = 12
+    masks = centred(ratio, layers, seeds_of(kind, layers))
+    variance = ratio * (1 - ratio)
+    pairs = {
+        "images": [(mask[1:], mask[:-1]) for mask in masks],
+        "heads": [(mask[:, 1:], mask[:, :-1]) for mask in masks],
+        "queries": [(mask[:, :, 1:], mask[:, :, :-1]) for mask in masks],
+        "neighbour keys": [(mask[..., 1:], mask[..., :-1]) for mask in masks],
+        "keys of one word": [(mask[..., 64:], mask[..., :-64]) for mask in masks],
+        "query and key swapped": [(mask, mask.transpose(2, 3).roll(1, -1)) for mask in masks],
+        "consecutive layers": list(zip(masks[1:], masks[:-1], strict=True)),
+        "far layers": [(masks[-1], mask) for mask in masks[:3]],
+    }
+    for name, members in pairs.items():
+        count = sum(a.numel() for a, _ in members)
+        total = sum((a * b).sum().double().item() for a, b in members)
+        z = total / (variance * math.sqrt(count))
+        assert abs(z) < 5, f"{name}: z = {z:.1f} over {count} pairs"
+
+
+@pytest.mark.parametrize("kind", ["random", "consecutive"])
+def test_drops_per_axis_and_patterns_follow_chi_square(kind: str) -> None:
+    """Drops per key, query, head and image, per row, and all 256 patterns of 8 neighbours, on 1.1 10^7 draws."""
+    ratio, layers = 0.25, 12  # a multiple of 1/256: no dither, so the laws are exactly binomial
+    stack = torch.stack([dropped_scores(seed, SHAPE, ratio) for seed in seeds_of(kind, layers)])
+    variance = ratio * (1 - ratio)
+    for axis, name in [(4, "key"), (3, "query"), (2, "head"), (1, "image"), (0, "layer")]:
+        axes = [other for other in range(5) if other != axis]
+        count = stack.numel() / stack.shape[axis]
+        chi = ((stack.sum(axes).double() - count * ratio) ** 2 / (count * variance)).sum().item()
+        assert 1e-6 < stats.chi2.sf(chi, stack.shape[axis]) < 1 - 1e-6, name
+    per_row = torch.bincount(stack.sum(-1).flatten(), minlength=198).double().numpy()
+    expected = stats.binom.pmf(range(198), 197, ratio) * per_row.sum()
+    common = expected > 20
+    chi = ((per_row[common] - expected[common]) ** 2 / expected[common]).sum()
+    assert 1e-6 < stats.chi2.sf(chi, common.sum() - 1) < 1 - 1e-6
+    bits = stack[..., :192].unflatten(-1, (24, 8)).long() @ (2 ** torch.arange(8))
+    found = torch.bincount(bits.flatten(), minlength=256).double().numpy()
+    ones = torch.tensor([bin(n).count("1") for n in range(256)]).numpy()
+    expected = ratio**ones * (1 - ratio) ** (8 - ones) * found.sum()
+    chi = ((found - expected) ** 2 / expected).sum()
+    assert 1e-6 < stats.chi2.sf(chi, 255) < 1 - 1e-6
+
+
+def test_the_battery_has_teeth() -> None:
+    """One 32-bit multiplication of a flat counter, a plausible shortcut, fails the neighbour test by far."""
+    counter = torch.arange(DRAWS, dtype=torch.int64).view(SHAPE)
+    weak = ((counter * 0x9E3779B9) & 0xFFFFFFFF) < 0.1 * 2**32
+    mask = weak.float() - 0.1
+    z = (mask[..., 1:] * mask[..., :-1]).sum().item() / (0.09 * math.sqrt(DRAWS))
+    assert abs(z) > 50
+
+
+# --- patterns ---------------------------------------------------------------------------------------------------------
+
+
+def test_key_pattern_drops_the_same_keys_for_all_queries() -> None:
+    dropped = dropped_scores(seed_of(5), (64, 12, 197, 197), 0.3, pattern="key")
+    assert dropped.shape == (64, 12, 1, 197)
+    sigma = math.sqrt(0.21 / dropped.numel())
+    assert abs(dropped.double().mean() - 0.3) < 3 * sigma
+    assert not torch.equal(dropped[0, 0], dropped[0, 1]) and not torch.equal(dropped[0, 0], dropped[1, 0])
+
+
+@pytest.mark.parametrize(("keys", "ratio"), [(197, 0.3), (197, 0.01), (5, 0.5), (3, 0.9), (1, 0.9), (10, 0.0)])
+def test_token_pattern_drops_an_exact_count(keys: int, ratio: float) -> None:
+    dropped = dropped_scores(seed_of(6), (32, 4, 7, keys), ratio, pattern="token")
+    assert dropped.shape == (32, 1, 1, keys)
+    assert (dropped.sum(-1) == min(round(ratio * keys), keys - 1)).all()
+    if 1 < dropped.sum(-1)[0] < keys - 1:
+        assert len({tuple(row.flatten().tolist()) for row in dropped}) >= 8
+
+
+def test_token_pattern_counts_real_keys_only() -> None:
+    real = torch.arange(20)[None, None, None] < torch.tensor([20, 12, 1])[:, None, None, None]
+    order, kept = token_order(seed_of(7), 3, 20, 0.5, real)
+    assert kept.sum(-1).tolist() == [10, 6, 1] and kept_tokens(20, 0.5) == 10
+    assert all(real[image, 0, 0, order[image][kept[image]]].all() for image in range(3))
+    dropped = dropped_scores(seed_of(7), (3, 2, 20, 20), 0.5, pattern="token", real=real)
+    assert (real & ~dropped).sum(-1).flatten().tolist() == [10, 6, 1]
+
+
+def test_token_pattern_is_uniform_over_keys() -> None:
+    dropped = dropped_scores(seed_of(8), (20000, 1, 1, 20), 0.25, pattern="token")
+    count = dropped.sum(0).flatten().double()
+    chi = ((count - 5000) ** 2 / (20000 * 0.25 * 0.75)).sum().item() * 19 / 20
+    assert 1e-6 < stats.chi2.sf(chi, 19) < 1 - 1e-6
+
+
+def test_token_pattern_refuses_masks_that_differ_by_query() -> None:
+    with pytest.raises(ValueError, match="'token'.*padding of shape"):
+        dropped_scores(seed_of(0), (1, 1, 4, 4), 0.5, pattern="token", real=torch.ones(1, 1, 4, 4).tril().bool())
+
+
+@pytest.mark.parametrize("pattern", ["block", "cross"])
+@pytest.mark.parametrize("window", [1, 2, 3, 5])
+@pytest.mark.parametrize("ratio", [0.1, 0.5])
+def test_shapes_drop_the_requested_fraction_of_patches(pattern: str, window: int, ratio: float) -> None:
+    """Also at corners and borders, where a plain DropBlock drops less; the spread is taken over independent rows."""
+    rows, columns = 7, 9
+    dropped = dropped_scores(
+        seed_of(9), (16, 6, 197, 1 + rows * columns), ratio, pattern=pattern, window=window, grid=(rows, columns)
+    )
+    assert not dropped[..., 0].any(), "the class token belongs to no block or cross"
+    patches = dropped[..., 1:].unflatten(-1, (rows, columns)).double().flatten(0, 2)
+    for part in (patches, patches[:, 0, 0], patches[:, :, -1], patches[:, 3:5, 3:5]):
+        per_row = part.flatten(1).mean(1) if part.ndim > 1 else part
+        assert abs(per_row.mean() - ratio) < 4 * per_row.std() / math.sqrt(len(per_row))
+
+
+@pytest.mark.parametrize(("pattern", "cells", "side"), [("block", 9, 3), ("cross", 13, 7)])
+def test_blocks_and_crosses_have_their_shape(pattern: str, cells: int, side: int) -> None:
+    """At a tiny rate, nearly every row with as many drops as a shape has cells holds one whole shape."""
+    dropped = dropped_scores(seed_of(10), (8, 8, 1000, 121), 0.0005, pattern=pattern, window=3, grid=(11, 11))
+    grids = dropped.view(-1, 11, 11)
+    full = grids[grids.sum((1, 2)) == cells]
+    assert len(full) > 20
+    whole = 0
+    for grid in full:
+        rows, columns = (position.unique() for position in grid.nonzero().unbind(1))
+        compact = len(rows) == len(columns) == side and rows[-1] - rows[0] == columns[-1] - columns[0] == side - 1
+        centred = compact and bool(grid[rows[side // 2], columns].all() and grid[rows, columns[side // 2]].all())
+        whole += centred
+    assert whole > 0.8 * len(full)
+
+
+def test_patch_grid() -> None:
+    assert patch_grid(197, None) == (14, 14)
+    assert patch_grid(65, (8, 8)) == (8, 8)
+    with pytest.raises(ValueError, match="9 x 9 patches does not fit into 65 keys"):
+        patch_grid(65, (9, 9))
+
+
+# --- rows and masks ---------------------------------------------------------------------------------------------------
+
+
+def test_a_row_never_loses_all_its_real_keys() -> None:
+    dropped = torch.tensor([[True, True, True], [True, False, True]])[None, None]
+    assert protect_rows(dropped).tolist() == [[[[False] * 3, [True, False, True]]]]
+    real = torch.tensor([True, False, True])[None, None, None]
+    assert not protect_rows(dropped, real).any(), "the only kept key of the second row is padding"
+
+
+@pytest.mark.parametrize("pattern", ["score", "key"])
+def test_protection_leaves_other_rows_alone(pattern: str) -> None:
+    dropped = dropped_scores(seed_of(11), (50, 4, 9, 5), 0.8, pattern=pattern)
+    protected = protect_rows(dropped)
+    full = dropped.all(-1)
+    assert 0.2 < full.float().mean() < 0.45
+    assert not protected.all(-1).any() and not protected[full].any()
+    assert torch.equal(protected[~full], dropped[~full])
+
+
+def test_real_keys_of_every_mask_form() -> None:
+    keep = torch.tensor([[True, True, False], [True, False, False]])
+    four = keep[:, None, None, :]
+    additive = torch.zeros(2, 1, 1, 3).masked_fill(~four, torch.finfo(torch.float16).min)
+    for mask in (keep, keep.long(), four, additive, additive.masked_fill(~four, -math.inf)):
+        assert torch.equal(real_keys(mask).expand(2, 1, 1, 3), four)
+    assert real_keys(None) is None
+    bias = torch.tensor([[-100.0, 2.0], [0.0, -1e4]])
+    assert real_keys(bias).tolist() == [[[[True, True], [True, False]]]]
+    with pytest.raises(ValueError, match=r"2 or 4 dimensions, got shape \(1, 2, 3\)"):
+        real_keys(torch.ones(1, 2, 3))
+
+
+# --- the oracle -------------------------------------------------------------------------------------------------------
+
+
+def test_reference_without_drop_is_attention() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (5, 7, 7))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(reference_attention(query, key, value), expected, rtol=0, atol=1e-14)
+
+
+def test_reference_equals_the_renormalisation_identity() -> None:
+    """softmax over kept scores == keep * softmax / sum(keep * softmax), forward and backward (HiddenKey, ACL 2024)."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    dropped = protect_rows(dropped_scores(seed_of(12), (2, 2, 6, 6), 0.4))
+    kept = (query @ key.mT * 0.5).softmax(-1) * ~dropped
+    identity = kept / kept.sum(-1, keepdim=True) @ value
+    output = reference_attention(query, key, value, dropped)
+    torch.testing.assert_close(output, identity, rtol=0, atol=1e-13)
+    upstream = torch.randn_like(output)
+    gradients = torch.autograd.grad(output, (query, key, value), upstream)
+    for one, other in zip(gradients, torch.autograd.grad(identity, (query, key, value), upstream), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+
+
+def test_reference_never_attends_padding() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 6, 4, dtype=torch.float64) for _ in range(3))
+    padding = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]])
+    poisoned = value.clone()
+    poisoned[0, :, 3:] = poisoned[1, :, 1:] = math.nan
+    everything = torch.ones(2, 2, 6, 6, dtype=torch.bool)
+    output = reference_attention(query, key, poisoned, everything, padding)
+    torch.testing.assert_close(output[1], value[1, :, :1].expand(2, 6, 4))
+    short = reference_attention(query[:1], key[:1, :, :3], value[:1, :, :3])
+    torch.testing.assert_close(output[:1], short)
+    nothing = reference_attention(query, key, value, None, torch.zeros(2, 6, dtype=torch.long))
+    assert not nothing.any()
+
+
+# --- the schedule -----------------------------------------------------------------------------------------------------
+
+
+def test_schedules() -> None:
+    assert layer_ratios(4, 0.3) == pytest.approx([0.3, 0.2, 0.1, 0.0])
+    assert layer_ratios(4, 0.3, 0.15, "increasing") == pytest.approx([0.15, 0.2, 0.25, 0.3])
+    assert layer_ratios(3, 0.3, 0.1, "constant") == [0.3, 0.3, 0.3]
+    assert layer_ratios(1, 0.3) == [0.3]
+    assert all(isinstance(ratio, float) for ratio in layer_ratios(5, 0))
+
+
+@pytest.mark.parametrize("ratio", [1, 1.5, -0.1, math.nan, math.inf])
+def test_ratios_outside_the_range_are_refused(ratio: float) -> None:
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\), got"):
+        layer_ratios(3, ratio)
+
+
+@pytest.mark.parametrize("ratio", ["0.1", None, True])
+def test_ratios_that_are_no_numbers_are_refused(ratio: object) -> None:
+    with pytest.raises(TypeError, match=r"must be a number in \[0, 1\)"):
+        layer_ratios(3, ratio)  # type: ignore[arg-type]  # the wrong type is the point
+
+
+def test_other_bad_input() -> None:
+    with pytest.raises(ValueError, match="'decreasing', 'constant', 'increasing'"):
+        layer_ratios(3, 0.1, schedule="cosine")
+    with pytest.raises(ValueError, match="must not exceed"):
+        layer_ratios(3, 0.1, 0.2)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        layer_ratios(0, 0.1)
+    with pytest.raises(ValueError, match="'score', 'key', 'token', 'block', 'cross'"):
+        dropped_scores(seed_of(0), (1, 1, 4, 4), 0.1, pattern="column")
+    with pytest.raises(ValueError, match="between 1 and 3.*3 x 4 patch grid, got 4"):
+        dropped_scores(seed_of(0), (1, 1, 4, 13), 0.1, pattern="block", window=4, grid=(3, 4))
