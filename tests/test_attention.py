@@ -7,13 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from hf_dropkey.models import attention
-from hf_dropkey.models.attention import DROPKEY_BACKENDS, dropkey_attention_forward, dropkey_is_active
-from hf_dropkey.models.dropkey import PATTERNS, draw_seed, dropped_scores, real_keys, reference_attention
+from hf_dropkey.models.attention import dropkey_attention_forward, dropkey_is_active
+from hf_dropkey.models.dropkey import (
+    PATTERNS,
+    draw_seed,
+    dropped_scores,
+    protect_rows,
+    real_keys,
+    reference_attention,
+)
 
 
-BACKENDS = sorted(DROPKEY_BACKENDS)
-DROPPED_PATTERNS = [pattern for pattern in PATTERNS if pattern != "token"]
+BACKENDS = ["eager", "sdpa"]
 
 
 def site(ratio: float = 0.3, pattern: str = "score", window: int = 2) -> nn.Module:
@@ -102,7 +107,7 @@ def test_backends_drop_the_same_scores(pattern: str, size: int) -> None:
     query, key, _ = tensors(2, 2, size, 4, dtype=torch.float32)
     value = torch.eye(size).expand(2, 2, size, size)
     weights = [run(module, [query, key, value], None, backend)[0].transpose(1, 2) for backend in BACKENDS]
-    dropped = attention.protect_rows(expected_drop(module, (2, 2, size, size), None)).expand(2, 2, size, size)
+    dropped = protect_rows(expected_drop(module, (2, 2, size, size), None)).expand(2, 2, size, size)
     for weight in weights:
         assert torch.equal(weight == 0, dropped)
         torch.testing.assert_close(weight.sum(-1), torch.ones(2, 2, size))
@@ -178,7 +183,9 @@ def test_activity_follows_training_and_ratio() -> None:
     assert not dropkey_is_active(site(0.0))
 
 
-@pytest.mark.parametrize("backend", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2", "paged|eager"])
+@pytest.mark.parametrize(
+    "backend", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2", "paged|eager"]
+)
 def test_backends_that_cannot_drop_scores_are_refused(backend: str) -> None:
     with pytest.raises(ValueError, match=r"cannot leave out single attention scores.*'eager', .*'sdpa'"):
         run(site(0.1), tensors(1, 1, 4, 4), None, backend)
@@ -258,7 +265,7 @@ def test_mistake_ratio_that_means_another_thing_per_backend() -> None:
 
 def test_functions_hold_no_state() -> None:
     """A package copy and a checkpoint's copy share a process: nothing may be kept outside the module."""
-    plain = SimpleNamespace(dropkey_ratio=0.3, dropkey_pattern="score", dropkey_window=2, training=True)
+    plain = SimpleNamespace(dropkey_ratio=0.3, dropkey_pattern="score", dropkey_window=2)
     qkv = tensors(1, 2, 9, 4)
     first, second = run(plain, qkv, None, "sdpa")[0], run(site(0.3), qkv, None, "sdpa")[0]
     assert torch.equal(first, second)

@@ -158,7 +158,7 @@ def test_drops_per_axis_and_patterns_follow_chi_square(kind: str) -> None:
     assert 1e-6 < stats.chi2.sf(chi, common.sum() - 1) < 1 - 1e-6
     bits = stack[..., :192].unflatten(-1, (24, 8)).long() @ (2 ** torch.arange(8))
     found = torch.bincount(bits.flatten(), minlength=256).double().numpy()
-    ones = torch.tensor([bin(n).count("1") for n in range(256)]).numpy()
+    ones = torch.tensor([n.bit_count() for n in range(256)]).numpy()
     expected = ratio**ones * (1 - ratio) ** (8 - ones) * found.sum()
     chi = ((found - expected) ** 2 / expected).sum()
     assert 1e-6 < stats.chi2.sf(chi, 255) < 1 - 1e-6
@@ -210,8 +210,13 @@ def test_token_pattern_is_uniform_over_keys() -> None:
 
 
 def test_token_pattern_refuses_masks_that_differ_by_query() -> None:
-    with pytest.raises(ValueError, match="'token'.*padding of shape"):
+    with pytest.raises(
+        ValueError, match=r"'token'.*expected padding, got a mask of shape \(1, 1, 4, 4\) that differs"
+    ):
         dropped_scores(seed_of(0), (1, 1, 4, 4), 0.5, pattern="token", real=torch.ones(1, 1, 4, 4).tril().bool())
+    padding = (torch.arange(4) < 2).expand(1, 1, 4, 4)
+    dropped = dropped_scores(seed_of(0), (1, 1, 4, 4), 0.5, pattern="token", real=padding)
+    assert (padding & ~dropped).sum(-1).tolist() == [[[1] * 4]]
 
 
 @pytest.mark.parametrize("pattern", ["block", "cross"])

@@ -27,6 +27,7 @@ CODE = {
     "configuration_dropkey.py",
     "configuration_dropkey_vit.py",
     "dropkey.py",
+    "flex_attention.py",
     "modeling_dropkey_vit.py",
 }
 TINY = {

@@ -9,45 +9,50 @@ This file travels with checkpoints: it imports torch, transformers and its neigh
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .dropkey import draw_seed, dropped_scores, kept_tokens, protect_rows, real_keys, token_order
+from .dropkey import DropKeySite, draw_seed, dropped_scores, keep_tokens, protect_rows, real_keys
+from .flex_attention import flex_dropkey_forward
 
 
-def dropkey_is_active(module: nn.Module) -> bool:
+# what `dropped_scores` is told beside the seed and the shape: ratio, pattern, window, grid
+Settings = tuple[float, str, int, tuple[int, int] | None]
+
+
+def dropkey_is_active(module: DropKeySite) -> bool:
     """Whether this attention module drops keys now: in training, with a ratio above 0."""
     return module.training and module.dropkey_ratio > 0
 
 
-def dropped_by_module(
-    module: nn.Module,
+def settings_of(module: DropKeySite, grid: tuple[int, int] | None) -> Settings:
+    """The DropKey settings of an attention module, as they are now."""
+    return module.dropkey_ratio, module.dropkey_pattern, module.dropkey_window, grid
+
+
+def drop_mask(
+    seed: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    grid: tuple[int, int] | None,
+    settings: Settings,
 ) -> torch.Tensor:
-    """Draws a seed and returns the scores that `module` drops, True = dropped, the row rule applied.
+    """The scores dropped for `seed`, True = dropped, with the rule that a row keeps a real key.
 
     Returns:
         bool, broadcastable to `[B, H, N, M]`.
     """
+    ratio, pattern, window, grid = settings
     real = real_keys(attention_mask)
-    dropped = dropped_scores(
-        draw_seed(query.device),
-        (*query.shape[:3], key.shape[2]),
-        module.dropkey_ratio,
-        pattern=module.dropkey_pattern,
-        window=module.dropkey_window,
-        grid=grid,
-        real=real,
-    )
-    return protect_rows(dropped, real)
+    shape = (*query.shape[:3], key.shape[2])
+    return protect_rows(dropped_scores(seed, shape, ratio, pattern=pattern, window=window, grid=grid, real=real), real)
 
 
 def eager_dropkey_forward(
-    module: nn.Module,
+    module: DropKeySite,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -62,34 +67,75 @@ def eager_dropkey_forward(
         scores = scores + attention_mask
     elif attention_mask is not None:
         scores = scores.masked_fill(~real_keys(attention_mask), torch.finfo(scores.dtype).min)
-    dropped = dropped_by_module(module, query, key, attention_mask, grid)
+    dropped = drop_mask(draw_seed(query.device), query, key, attention_mask, settings_of(module, grid))
     scores = scores.masked_fill(dropped, float("-inf"))
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    weights = nn.functional.dropout(weights, p=dropout, training=dropout > 0)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-def _sdpa_tokens(
-    module: nn.Module, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The keys and values that the pattern "token" keeps, physically, and what is left of the mask."""
-    images, _, keys, _ = key.shape
-    real = real_keys(attention_mask)
-    order, kept = token_order(draw_seed(key.device), images, keys, module.dropkey_ratio, real)
-    count = kept_tokens(keys, module.dropkey_ratio)
-    order, kept = order[:, None, :count], kept[:, None, None, :count]
-    if attention_mask is None:
-        mask = None
-    elif attention_mask.is_floating_point():
-        mask = attention_mask.expand(images, -1, -1, -1).take_along_dim(order[:, :, None], -1)
-        mask = mask.masked_fill(~kept, float("-inf"))
-    else:
-        mask = kept
-    return key.take_along_dim(order[..., None], 2), value.take_along_dim(order[..., None], 2), mask
+def _additive_drop(
+    seed: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    settings: Settings,
+) -> torch.Tensor:
+    """What to add to the scores so that dropped and padded keys leave the softmax, in the dtype of `query`."""
+    gone = drop_mask(seed, query, key, attention_mask, settings)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        return attention_mask.to(query.dtype).masked_fill(gone, float("-inf"))
+    if attention_mask is not None:
+        gone = gone | ~real_keys(attention_mask)
+    zero, infinity = (torch.tensor(number, dtype=query.dtype, device=query.device) for number in (0, float("-inf")))
+    return torch.where(gone, infinity, zero)
+
+
+class RedrawnMaskAttention(torch.autograd.Function):
+    """PyTorch's fused CPU attention with a mask that is drawn again from the seed in the backward pass, not kept.
+
+    Kept, the masks of all layers would cost as much memory as the weights that fused attention saves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        seed: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        settings: Settings,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Returns the output `[B, H, N, D]`."""
+        mask = _additive_drop(seed, query, key, attention_mask, settings)
+        output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, False, attn_mask=mask, scale=scaling
+        )
+        ctx.save_for_backward(query, key, value, seed, attention_mask, output, log_sum)
+        ctx.settings, ctx.scaling = settings, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Returns the gradients of query, key and value."""
+        query, key, value, seed, attention_mask, output, log_sum = ctx.saved_tensors
+        mask = _additive_drop(seed, query, key, attention_mask, ctx.settings)
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *upstream, query, key, value, output, log_sum, 0.0, False, attn_mask=mask, scale=ctx.scaling
+        )
+        return *gradients, None, None, None, None
+
+
+def _can_redraw(query: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float) -> bool:
+    """Whether `RedrawnMaskAttention` computes this case: CPU, equal widths, no dropout, no gradient for the mask."""
+    plain_mask = attention_mask is None or not attention_mask.requires_grad
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and dropout == 0 and plain_mask
 
 
 def sdpa_dropkey_forward(
-    module: nn.Module,
+    module: DropKeySite,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -99,29 +145,30 @@ def sdpa_dropkey_forward(
     grid: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, None]:
     """DropKey through `scaled_dot_product_attention`. See `dropkey_attention_forward`."""
-    if module.dropkey_pattern == "token":
-        key, value, mask = _sdpa_tokens(module, key, value, attention_mask)
+    seed, settings = draw_seed(query.device), settings_of(module, grid)
+    if _can_redraw(query, value, attention_mask, dropout):
+        output = RedrawnMaskAttention.apply(query, key, value, seed, attention_mask, settings, scaling)
     else:
-        dropped = dropped_by_module(module, query, key, attention_mask, grid)
-        if attention_mask is not None and attention_mask.is_floating_point():
-            mask = attention_mask.masked_fill(dropped, float("-inf"))
-        else:
-            mask = ~dropped if attention_mask is None else real_keys(attention_mask) & ~dropped
-    output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
-    )
+        mask = _additive_drop(seed, query, key, attention_mask, settings)
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+        )
     return output.transpose(1, 2).contiguous(), None
 
 
-DROPKEY_BACKENDS: dict[str, Callable] = {"eager": eager_dropkey_forward, "sdpa": sdpa_dropkey_forward}
+DROPKEY_BACKENDS: dict[str, Callable] = {
+    "eager": eager_dropkey_forward,
+    "sdpa": sdpa_dropkey_forward,
+    "flex_attention": flex_dropkey_forward,
+}
 
 
 def dropkey_attention_forward(
-    module: nn.Module,
+    module: DropKeySite,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Any,
     *,
     implementation: str | None,
     scaling: float,
@@ -135,7 +182,8 @@ def dropkey_attention_forward(
         query: `[B, H, N, D]`.
         key: `[B, H, M, D]`.
         value: `[B, H, M, Dv]`.
-        attention_mask: None, bool or additive float `[B|1, H|1, N|1, M]`, or padding `[B, M]`.
+        attention_mask: None, bool or additive float `[B|1, H|1, N|1, M]`, or padding `[B, M]`; on `flex_attention`
+            also a `BlockMask`.
         implementation: Transformers' `attn_implementation`.
         scaling: Factor on the scores.
         dropout: Ratio of dropout on the attention weights, for comparison.
@@ -147,12 +195,20 @@ def dropkey_attention_forward(
     Raises:
         ValueError: The backend cannot leave single scores out.
     """
-    backend = DROPKEY_BACKENDS.get(implementation or "eager")
+    implementation = implementation or "eager"
+    # flex_attention takes padding out of a BlockMask by itself
+    if module.dropkey_pattern == "token" and implementation in ALL_ATTENTION_FUNCTIONS.keys() - {"flex_attention"}:
+        key, value, attention_mask = keep_tokens(key, value, attention_mask, module.dropkey_ratio)
+        if implementation == "sdpa" and attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = attention_mask[:, None, None]
+        plain = ALL_ATTENTION_FUNCTIONS[implementation]
+        return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=False)
+    backend = DROPKEY_BACKENDS.get(implementation)
     if backend is None:
         raise ValueError(
             f"attn_implementation={implementation!r} cannot leave out single attention scores, so it cannot train with "
-            f"DropKey (here at ratio {module.dropkey_ratio}). Train with one of "
-            f"{', '.join(map(repr, DROPKEY_BACKENDS))}, for example model.set_attn_implementation('sdpa'), or set the "
-            "ratio to 0. Inference works on every backend."
+            f"DropKey (here at ratio {module.dropkey_ratio}, pattern {module.dropkey_pattern!r}). Train with one of "
+            f"{', '.join(map(repr, DROPKEY_BACKENDS))}, for example model.set_attn_implementation('sdpa'), with the "
+            "pattern 'token', or with the ratio 0. Inference works on every backend."
         )
     return backend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, grid=grid)

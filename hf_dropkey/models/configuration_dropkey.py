@@ -107,10 +107,13 @@ class DropKeyConfigMixin(RemotePickleMixin):
 
     # Auto class -> "module.Class", for every class of the family
     family_auto_map: ClassVar[dict[str, str]] = {}
+    # the same, or what a loaded checkpoint says
+    auto_map: ClassVar[dict[str, str]]
 
     def __post_init__(self, **kwargs: Any) -> None:
         # a plain checkpoint's "model_type" would shadow the class attribute that Transformers looks conversions up by
         kwargs.pop("model_type", None)
+        kwargs.setdefault("auto_map", dict(self.family_auto_map))
         super().__post_init__(**kwargs)  # type: ignore[misc]  # the configuration class this is mixed into has it
 
     def validate_dropkey(self) -> None:
@@ -145,16 +148,14 @@ class DropKeyConfigMixin(RemotePickleMixin):
             # a loaded checkpoint may be saved onto the very files it was loaded from
             if not (folder / Path(file).name).exists() or not os.path.samefile(file, folder / Path(file).name):
                 shutil.copyfile(file, folder / Path(file).name)
-        before = getattr(self, "auto_map", None)
+        before = self.auto_map
         own = {
             auto: name
-            for auto, name in (before or {}).items()
+            for auto, name in before.items()
             if "--" not in name and (folder / f"{name.split('.')[0]}.py").is_file()
         }
-        self.auto_map = {**self.family_auto_map, **own}
+        self.auto_map = {**self.family_auto_map, **own}  # type: ignore[misc]  # an instance attribute, but no field
         try:
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]  # as above
         finally:
-            self.auto_map = before
-            if before is None:
-                del self.auto_map
+            self.auto_map = before  # type: ignore[misc]  # as above

@@ -20,6 +20,7 @@ This file travels with checkpoints: it imports torch and the standard library on
 """
 
 import math
+from typing import Protocol, overload
 
 import torch
 
@@ -41,6 +42,18 @@ def _signed(value: int) -> int:
 MIX_1, MIX_2, GOLDEN = _signed(0x7FEB352D), _signed(0x846CA68B), _signed(0x9E3779B9)
 # distinct odd offsets keep the pair (0, 0) with index 0 away from the fixed point mix(0) = 0
 STEP_1, STEP_2 = _signed(0x85EBCA6B), _signed(0xC2B2AE35)
+
+
+class DropKeySite(Protocol):
+    """An attention module as the backends see it; any module with these attributes is one."""
+
+    training: bool
+    # in [0, 1), a plain float that may be changed at any time
+    dropkey_ratio: float
+    # one of `PATTERNS`
+    dropkey_pattern: str
+    # side of a block or arm of a cross, in patches
+    dropkey_window: int
 
 
 # --- the ratio of each layer ------------------------------------------------------------------------------------------
@@ -131,7 +144,7 @@ def _step(k1: torch.Tensor, k2: torch.Tensor, index: torch.Tensor) -> tuple[torc
     return k1, _mix(k2 ^ (offset + STEP_2) ^ k1)
 
 
-def _row_keys(seed: torch.Tensor, images: int, heads: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+def row_keys(seed: torch.Tensor, images: int, heads: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The pairs (k1, k2) of all rows, each int32 `[B, H, N, 1]`."""
     k1, k2 = seed.view(2, 1, 1, 1, 1).unbind()
     for axis, size in enumerate((images, heads, queries)):
@@ -146,7 +159,7 @@ def _words(k1: torch.Tensor, k2: torch.Tensor, count: int) -> torch.Tensor:
     return _mix(k1 ^ (torch.arange(count, dtype=torch.int32, device=k1.device) * GOLDEN), k2)
 
 
-def _byte_thresholds(ratio: float) -> tuple[int, int, int]:
+def byte_thresholds(ratio: float) -> tuple[int, int, int]:
     """How a ratio becomes thresholds for the signed comparison of a byte moved to the top of a word.
 
     Returns:
@@ -161,18 +174,54 @@ def _byte_thresholds(ratio: float) -> tuple[int, int, int]:
 
 def _dropped_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> torch.Tensor:
     """Independent decisions of rate `ratio` for the first `keys` keys of each row, bool `[B, H, N, M]`."""
-    lower, upper, fraction = _byte_thresholds(ratio)
+    lower, upper, fraction = byte_thresholds(ratio)
     blocks = torch.arange(-(-keys // 64), dtype=torch.int32, device=k1.device)
     dither = _mix(k1 * 3 ^ k2 ^ blocks * GOLDEN)
     threshold = torch.where(dither < fraction, upper, lower).to(torch.int32)
+    words = keys // 256 * 64 + min(keys % 256, 64)
+    if k1.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _compare_bytes_in_cache(k1, k2, threshold, words, keys)
+    word = _words(k1, k2, words)
+    return torch.cat(
+        [_shifted(word, block, keys) < threshold[..., block : block + 1] for block in range(len(blocks))], -1
+    )
+
+
+def _shifted(word: torch.Tensor, block: int, keys: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The bytes that decide the keys of one block of 64, each at the top of a word."""
     # one word serves keys 64 apart: the words of a group of 256 keys, then their four bytes in turn
-    words = _words(k1, k2, keys // 256 * 64 + min(keys % 256, 64))
-    parts = []
-    for block in range(threshold.shape[-1]):
-        group, byte = divmod(block, 4)
-        word = words[..., 64 * group : 64 * group + min(64, keys - 64 * block)]
-        parts.append((word << (24 - 8 * byte)) < threshold[..., block : block + 1])
-    return torch.cat(parts, -1)
+    group, byte = divmod(block, 4)
+    lanes = slice(64 * group, 64 * group + min(64, keys - 64 * block))
+    return torch.bitwise_left_shift(word[..., lanes], 24 - 8 * byte, out=None if out is None else out[..., lanes])
+
+
+def _compare_bytes_in_cache(
+    k1: torch.Tensor, k2: torch.Tensor, threshold: torch.Tensor, words: int, keys: int
+) -> torch.Tensor:
+    """The same decisions, a megabyte of words at a time and in place: on a CPU memory traffic is the whole cost."""
+    shape = torch.broadcast_shapes(k1.shape, k2.shape)[:-1]
+    k1, k2, threshold = (tensor.expand(*shape, -1).reshape(-1, tensor.shape[-1]) for tensor in (k1, k2, threshold))
+    dropped = torch.empty(len(k1), keys, dtype=torch.bool)
+    columns = torch.arange(words, dtype=torch.int32) * GOLDEN
+    step = max(1, 2**18 // words)
+    scratch = torch.empty(min(step, len(k1)), words, dtype=torch.int32)
+    for row in range(0, len(k1), step):
+        rows = slice(row, row + step)
+        word = k1[rows] ^ columns
+        other = scratch[: len(word)]
+        for shift, mask, multiplier in ((16, 0xFFFF, MIX_1), (15, 0x1FFFF, MIX_2), (16, 0xFFFF, None)):
+            word ^= torch.bitwise_right_shift(word, shift, out=other).bitwise_and_(mask)
+            if multiplier == MIX_2:
+                word ^= k2[rows]
+            if multiplier is not None:
+                word *= multiplier
+        for block in range(threshold.shape[-1]):
+            torch.lt(
+                _shifted(word, block, keys, out=other),
+                threshold[rows, block : block + 1],
+                out=dropped[rows, 64 * block : 64 * block + 64],
+            )
+    return dropped.view(*shape, keys)
 
 
 def _offsets(pattern: str, window: int) -> list[tuple[int, int]]:
@@ -183,28 +232,48 @@ def _offsets(pattern: str, window: int) -> list[tuple[int, int]]:
     return [(0, column) for column in arm] + [(row, 0) for row in arm if row]
 
 
-def _dropped_by_shape(
-    k1: torch.Tensor, k2: torch.Tensor, ratio: float, pattern: str, window: int, grid: tuple[int, int]
-) -> torch.Tensor:
-    """Patches covered by random shapes, bool `[B, H, N, rows * columns]`.
+def shape_centres(
+    ratio: float, pattern: str, window: int, keys: int, grid: tuple[int, int] | None
+) -> tuple[list[tuple[int, int]], int, tuple[int, int, int, int], tuple[int, int]]:
+    """Where centres of blocks or crosses lie and how often: a patch is dropped if one of its possible centres is drawn.
 
     Every patch is covered by exactly as many possible centres as the shape has cells, because centres may lie outside
     the grid. With c cells and centres drawn at the rate 1 - (1 - ratio)^(1/c), a patch is then dropped with
     probability `ratio` exactly, overlaps and borders included. (DropBlock's own correction ignores overlaps.)
+
+    Returns:
+        The offsets (row, column) from a centre to the patches it covers; the signed 32-bit bound below which the word
+        of a centre is drawn; the grid of centres as (rows above the patches, columns left of them, height, width),
+        numbered row by row; and the patch grid.
+
+    Raises:
+        ValueError: The window or the grid does not fit.
     """
+    rows, columns = patch_grid(keys, grid)
+    check_window(window, (rows, columns))
     offsets = _offsets(pattern, window)
     rate = 1 - (1 - ratio) ** (1 / len(offsets))
-    rows, columns = grid
-    # a centre at (row, column) covers patch (row + dy, column + dx): the range of centres that reach the grid
-    top, left = max(dy for dy, _ in offsets), max(dx for _, dx in offsets)
-    height = rows + top - min(dy for dy, _ in offsets)
-    width = columns + left - min(dx for _, dx in offsets)
-    centres = _words(k1, k2, height * width) < math.floor(rate * 2**32) - 2**31
-    centres = centres.unflatten(-1, (height, width))
+    (above, left), (up, back) = ([edge(offset[axis] for offset in offsets) for axis in (0, 1)] for edge in (max, min))
+    bounds = (above, left, rows + above - up, columns + left - back)
+    return offsets, math.floor(rate * 2**32) - 2**31, bounds, (rows, columns)
+
+
+def _dropped_by_shape(
+    k1: torch.Tensor,
+    k2: torch.Tensor,
+    ratio: float,
+    pattern: str,
+    window: int,
+    keys: int,
+    grid: tuple[int, int] | None,
+) -> torch.Tensor:
+    """Keys covered by random shapes (`shape_centres`), bool `[B, H, N, M]`; non-patch tokens never are."""
+    offsets, bound, (above, left, height, width), (rows, columns) = shape_centres(ratio, pattern, window, keys, grid)
+    centres = (_words(k1, k2, height * width) < bound).unflatten(-1, (height, width))
     dropped = torch.zeros((), dtype=torch.bool, device=k1.device)
     for dy, dx in offsets:
-        dropped = dropped | centres[..., top - dy : top - dy + rows, left - dx : left - dx + columns]
-    return dropped.flatten(-2)
+        dropped = dropped | centres[..., above - dy : above - dy + rows, left - dx : left - dx + columns]
+    return torch.nn.functional.pad(dropped.flatten(-2), (keys - rows * columns, 0))
 
 
 def patch_grid(keys: int, grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -254,7 +323,7 @@ def dropped_scores(
             DropKey-Cross), never a non-patch token; `ratio` is the fraction of patches.
         window: Side of a block, or length of each of the four arms of a cross, in patches.
         grid: Patch rows and columns; keys in front of the `rows * columns` patches are non-patch tokens.
-        real: bool `[B, 1, 1, M]`, False for padding; only "token" needs it, to count real keys alone.
+        real: bool, broadcastable to `[B, H, N, M]`, False for padding; only "token" needs it, to count real keys alone.
 
     Returns:
         bool `[B, H, N, M]`; "key" returns `[B, H, 1, M]` and "token" `[B, 1, 1, M]`.
@@ -267,13 +336,10 @@ def dropped_scores(
     if pattern == "token":
         order, kept = token_order(seed, images, keys, ratio, real)
         return torch.ones_like(kept).scatter(-1, order, ~kept)[:, None, None, :]
-    k1, k2 = _row_keys(seed, images, heads, 1 if pattern == "key" else queries)
+    k1, k2 = row_keys(seed, images, heads, 1 if pattern == "key" else queries)
     if pattern in ("score", "key"):
         return _dropped_by_byte(k1, k2, keys, ratio)
-    grid = patch_grid(keys, grid)
-    check_window(window, grid)
-    patches = _dropped_by_shape(k1, k2, ratio, pattern, window, grid)
-    return torch.nn.functional.pad(patches, (keys - grid[0] * grid[1], 0))
+    return _dropped_by_shape(k1, k2, ratio, pattern, window, keys, grid)
 
 
 def kept_tokens(keys: int, ratio: float) -> int:
@@ -291,7 +357,7 @@ def token_order(
         images: `B`.
         keys: `M`.
         ratio: Drop ratio in [0, 1).
-        real: bool, broadcastable to `[B, 1, 1, M]`, False for padding. An image with R real keys keeps
+        real: bool, broadcastable to `[B, H, N, M]`, the same for all queries, False for padding. An image with R real keys keeps
             `kept_tokens(R, ratio)` of them.
 
     Returns:
@@ -301,22 +367,75 @@ def token_order(
     Raises:
         ValueError: The mask hides different keys from different queries or heads.
     """
-    word = _words(*_row_keys(seed, images, 1, 1), keys)[:, 0, 0].long()
+    word = _words(*row_keys(seed, images, 1, 1), keys)[:, 0, 0].long()
     place = torch.arange(keys, device=word.device)
     if real is None:
         return word.argsort(dim=-1, stable=True), (place < kept_tokens(keys, ratio)).expand(images, keys)
-    if real.shape[1] != 1 or real.shape[2] != 1:
-        raise ValueError(
-            "The pattern 'token' drops a key for all queries and heads of an image, so the mask must do the same: "
-            f"expected padding of shape [B, 1, 1, M], got {tuple(real.shape)}. Use the pattern 'score' or 'key'."
-        )
+    same = (real == real[:, :1, :1]).all()
+    message = (
+        "The pattern 'token' drops a key for all queries and heads of an image, so the mask must do the same: expected "
+        f"padding, got a mask of shape {tuple(real.shape)} that differs by query or head. Use the pattern 'score' or "
+        "'key'."
+    )
+    if torch.compiler.is_compiling() or same.is_cuda:
+        # without a wait for the device, or a break of the graph
+        torch._assert_async(same, message)
+    elif not same:
+        raise ValueError(message)
     real = real[:, 0, 0].expand(images, keys)
     count = real.sum(-1, keepdim=True)
     count = (count - (ratio * count.double()).round().long()).clamp(min=1)
     return (word + (~real).long() * 2**32).argsort(dim=-1, stable=True), place < count
 
 
+def keep_tokens(
+    key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, ratio: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Draws a seed and returns the keys and values that the pattern "token" keeps, and what is left of the mask.
+
+    Nothing of the dropped keys remains, so attention over what is left is plain attention, on any backend.
+
+    Args:
+        key: `[B, H, M, D]`.
+        value: `[B, H, M, Dv]`.
+        attention_mask: As `real_keys`, the same for all queries.
+        ratio: Drop ratio in [0, 1).
+
+    Returns:
+        `[B, H, K, D]` and `[B, H, K, Dv]` with K = `kept_tokens(M, ratio)`, and None, or the mask of the kept keys in
+        the form it came in.
+
+    Raises:
+        ValueError: The mask hides different keys from different queries or heads.
+    """
+    images, keys = key.shape[0], key.shape[2]
+    order, kept = token_order(draw_seed(key.device), images, keys, ratio, real_keys(attention_mask))
+    count = kept_tokens(keys, ratio)
+    # in the order of the sequence, which is kinder to memory; places past an image's own count are masked
+    order, place = order[:, :count].sort(-1)
+    kept = kept[:, :count].gather(-1, place)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        chosen = attention_mask.expand(images, -1, -1, -1).take_along_dim(order[:, None, None], -1)
+        attention_mask = chosen.masked_fill(~kept[:, None, None], float("-inf"))
+    elif attention_mask is not None:
+        attention_mask = kept if attention_mask.ndim == 2 else kept[:, None, None]
+    index = order[:, None, :, None]
+    return key.take_along_dim(index, 2), value.take_along_dim(index, 2), attention_mask
+
+
 # --- rules that hold on every backend ---------------------------------------------------------------------------------
+
+
+@overload
+def real_keys(attention_mask: None) -> None: ...
+
+
+@overload
+def real_keys(attention_mask: torch.Tensor) -> torch.Tensor: ...
+
+
+@overload
+def real_keys(attention_mask: torch.Tensor | None) -> torch.Tensor | None: ...
 
 
 def real_keys(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -436,3 +555,6 @@ def score_is_dropped(seed: tuple[int, int], image: int, head: int, query: int, k
     fraction = math.floor((256 * ratio - base) * 2**32)
     # the signed comparison of the tensor code orders bytes and dithers with their top bit flipped
     return (bits ^ 128) < base + ((dither ^ 1 << 31) < fraction)
+
+
+_byte_thresholds = byte_thresholds

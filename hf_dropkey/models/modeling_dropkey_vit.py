@@ -6,7 +6,7 @@ models, checkpoints are written in the layout that plain ViT reads, and both lay
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, ViTLayer, ViTMLP, ViTPooler
+from transformers.utils.generic import TransformersKwargs
 
 from .attention import dropkey_attention_forward, dropkey_is_active
 from .configuration_dropkey import RemotePickleMixin
@@ -47,7 +48,7 @@ class DropKeyViTAttention(ViTAttention):
         self.dropkey_pattern = config.dropkey_pattern
         self.dropkey_window = config.dropkey_window
 
-    def forward(
+    def forward(  # type: ignore[override]  # Transformers lists its keyword arguments, which pass through here
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -140,25 +141,28 @@ class DropKeyViTModel(DropKeyViTPreTrainedModel, ViTModel):
         bool_masked_pos: torch.BoolTensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """As `ViTModel.forward`.
 
         Raises:
             ValueError: `pixel_values` is missing or not `[B, C, height, width]` of the configured size.
         """
-        self._check_pixel_values(pixel_values, interpolate_pos_encoding)
+        height, width = self._checked_size(pixel_values, interpolate_pos_encoding)
+        own: dict[str, Any] = {}
         if self.config.dropkey_pattern in ("block", "cross"):
-            kwargs["dropkey_grid"] = self.config.grid_of(*pixel_values.shape[-2:])
+            own["dropkey_grid"] = self.config.grid_of(height, width)
         return super().forward(
             pixel_values,
             bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,
+            **own,
             **kwargs,
         )
 
-    def _check_pixel_values(self, pixel_values: torch.Tensor | None, interpolate: bool | None) -> None:
+    def _checked_size(self, pixel_values: torch.Tensor | None, interpolate: bool | None) -> tuple[int, int]:
+        """The height and width of images that the model can take."""
         expected = (self.config.num_channels, *self.embeddings.image_size)
         shape = None if pixel_values is None else tuple(pixel_values.shape)
         if shape is None or len(shape) != 4 or shape[1] != expected[0]:
@@ -171,6 +175,7 @@ class DropKeyViTModel(DropKeyViTPreTrainedModel, ViTModel):
                 f"Images of {shape[2]} x {shape[3]} pixels do not match the model's {expected[1]} x {expected[2]}. "
                 "Resize them with the image processor, or pass interpolate_pos_encoding=True."
             )
+        return shape[2], shape[3]
 
 
 def image_classification_loss(
@@ -192,9 +197,9 @@ class DropKeyViTForImageClassification(DropKeyViTPreTrainedModel, ViTForImageCla
 
     def __init__(self, config: DropKeyViTConfig):
         ViTPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 0
         self.vit = DropKeyViTModel(config, add_pooling_layer=False)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels) if self.num_labels else nn.Identity()
         # Transformers guesses the loss from the class name, which a subclass is free to change
         self.loss_type = "ForImageClassification"
         self.loss_function = image_classification_loss

@@ -1,0 +1,113 @@
+"""Figures from data that is handed in: nothing here trains, loads a model or opens a window.
+
+Colours come from the Okabe-Ito set and from maps that run evenly from dark to light, so that they can be told apart
+with any colour vision and in grey. May import Matplotlib, NumPy and Pillow only.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+
+RIGHT_COLOR, WRONG_COLOR = "#0072B2", "#D55E00"
+ATTENTION_MAP = "cividis"
+
+
+def predictions_with_attention(
+    images: Sequence[Image.Image],
+    attention: NDArray[np.floating],
+    probabilities: NDArray[np.floating],
+    labels: Sequence[int],
+    label_names: Sequence[str],
+    *,
+    title: str,
+    columns: int = 8,
+) -> Figure:
+    """Each image above the attention of its class token, titled with the prediction and its probability.
+
+    A wrong prediction is told from a right one by words as well as by colour. The attention maps share one scale, in
+    multiples of even attention, with the steps of a square root: at 1 a patch gets what it would get if all patches got the same.
+
+    Args:
+        images: B images of any size.
+        attention: Attention of the class token on the patches, `[B, rows, columns]`, above 0 somewhere in each image.
+        probabilities: Class probabilities, `[B, C]`.
+        labels: B class numbers, the truth.
+        label_names: C names.
+        title: What the reader sees, with where it comes from.
+        columns: Images side by side.
+
+    Raises:
+        ValueError: There are no images, or the arguments are not of one length.
+    """
+    count = len(images)
+    if count == 0 or not count == len(attention) == len(probabilities) == len(labels):
+        raise ValueError(
+            f"{count} images, {len(attention)} attention maps, {len(probabilities)} predictions and {len(labels)} "
+            "labels; give one of each per image, and at least one image"
+        )
+    columns = min(columns, count)
+    blocks = -(-count // columns)
+    relative = attention * attention[0].size / attention.sum(axis=(1, 2), keepdims=True)
+    # attention is peaked: on an even scale all but the largest values would look alike
+    scale = PowerNorm(0.5, 0, float(relative.max()))
+    figure = Figure(figsize=(1.25 * columns + 1.3, 2.75 * blocks + 0.6), layout="constrained")
+    axes = figure.subplots(2 * blocks, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for number, image in enumerate(images):
+        upper, lower = axes[2 * (number // columns) : 2 * (number // columns) + 2, number % columns]
+        upper.imshow(image, cmap="gray", vmin=0, vmax=255)
+        lower.imshow(relative[number], cmap=ATTENTION_MAP, norm=scale)
+        guess = int(probabilities[number].argmax())
+        right = guess == labels[number]
+        truth = "right" if right else f"wrong, is {label_names[labels[number]]}"
+        upper.set_title(
+            f"{label_names[guess]} ({probabilities[number, guess]:.0%})\n{truth}",
+            color=RIGHT_COLOR if right else WRONG_COLOR,
+            fontsize=9,
+            fontweight="normal" if right else "bold",
+        )
+    figure.suptitle(title, fontsize=11)
+    ticks = [0, *(2.0**power for power in range(1 + int(np.log2(relative.max()))))]
+    colors = ScalarMappable(scale, ATTENTION_MAP)
+    bar = figure.colorbar(colors, ax=list(axes.flat), shrink=0.6, aspect=30, ticks=ticks, format="{x:g}")
+    bar.set_label(
+        "attention of the class token on a patch\n(1: the same on every patch; square-root scale)", fontsize=9
+    )
+    return figure
+
+
+def method_overview(patterns: Mapping[str, NDArray[np.bool_]], schedules: Mapping[str, Sequence[float]]) -> Figure:
+    """What DropKey drops, and how much in which layer.
+
+    Args:
+        patterns: For each pattern, the dropped scores of one head, bool `[N, M]`, True = dropped.
+        schedules: For each schedule, the drop ratio of each layer.
+
+    Returns:
+        A figure with one panel for each pattern (rows are queries, columns are keys) and one for the schedules.
+    """
+    figure = Figure(figsize=(2.1 * len(patterns) + 3.4, 2.9), layout="constrained")
+    axes = figure.subplots(1, len(patterns) + 1, width_ratios=[1] * len(patterns) + [1.5])
+    for axis, (name, dropped) in zip(axes[:-1], patterns.items(), strict=True):
+        axis.imshow(dropped, cmap="Blues", vmin=0, vmax=1.2, interpolation="nearest")
+        axis.set_title(f'"{name}": {dropped.mean():.0%} dropped', fontsize=9)
+        axis.set_xlabel("key", fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    axes[0].set_ylabel("query", fontsize=8)
+    for (name, ratios), marker, colour in zip(schedules.items(), "ovs", ("#0072B2", "#D55E00", "#009E73"), strict=True):
+        axes[-1].plot(range(1, len(ratios) + 1), ratios, marker=marker, markersize=4, color=colour, label=name)
+    axes[-1].set_title("drop ratio by schedule", fontsize=9)
+    axes[-1].set_xlabel("layer", fontsize=8)
+    axes[-1].tick_params(labelsize=8)
+    axes[-1].legend(fontsize=8)
+    title = "Attention scores that DropKey takes out of the softmax (dark): one head, one training step"
+    figure.suptitle(title, fontsize=10)
+    return figure

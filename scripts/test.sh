@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs the fast tests; arguments are passed on to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+
+make_environment .venv ".[test]" constraints.txt
+exec .venv/bin/python -m pytest -m "not slow" "$@"

@@ -1,0 +1,31 @@
+"""What every test gets: no network, fixed seeds, one thread; and the data sets beside the repository, where there are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+# before any test module imports torch or transformers, and for the processes that tests start
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+# models this tiny only lose by threads, on a busy machine a factor of six
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Seeds Python, numpy and torch before each test, so that a test's numbers do not depend on the tests before it."""
+    from transformers import set_seed
+
+    set_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder `shared/data` beside the repository; a test that uses it is skipped elsewhere."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the data sets in {os.path.relpath(folder, ROOT)}, which is not there")
+    return folder
