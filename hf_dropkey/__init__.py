@@ -6,28 +6,49 @@ loads their checkpoints without `trust_remote_code`.
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling
 
+from .models.configuration_dropkey_ceit import DropKeyCeitConfig
+from .models.configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
 from .models.configuration_dropkey_vit import DropKeyViTConfig
+from .models.configuration_dropkey_volo import DropKeyVoloConfig
 from .models.dropkey import layer_ratios
+from .models.modeling_dropkey_ceit import DropKeyCeitForImageClassification, DropKeyCeitModel
+from .models.modeling_dropkey_t2t_vit import DropKeyT2TViTForImageClassification, DropKeyT2TViTModel
 from .models.modeling_dropkey_vit import (
     DropKeyViTForImageClassification,
     DropKeyViTForMaskedImageModeling,
     DropKeyViTModel,
     DropKeyViTPreTrainedModel,
 )
+from .models.modeling_dropkey_volo import DropKeyVoloForImageClassification, DropKeyVoloModel
 
 
 __version__ = "0.1.0"
 
-AutoConfig.register("dropkey_vit", DropKeyViTConfig, exist_ok=True)
-AutoModel.register(DropKeyViTConfig, DropKeyViTModel, exist_ok=True)
-AutoModelForImageClassification.register(DropKeyViTConfig, DropKeyViTForImageClassification, exist_ok=True)
+for _config, _model, _classifier in (
+    (DropKeyViTConfig, DropKeyViTModel, DropKeyViTForImageClassification),
+    (DropKeyT2TViTConfig, DropKeyT2TViTModel, DropKeyT2TViTForImageClassification),
+    (DropKeyVoloConfig, DropKeyVoloModel, DropKeyVoloForImageClassification),
+    (DropKeyCeitConfig, DropKeyCeitModel, DropKeyCeitForImageClassification),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoModelForImageClassification.register(_config, _classifier, exist_ok=True)
 AutoModelForMaskedImageModeling.register(DropKeyViTConfig, DropKeyViTForMaskedImageModeling, exist_ok=True)
 
 __all__ = [
+    "DropKeyCeitConfig",
+    "DropKeyCeitForImageClassification",
+    "DropKeyCeitModel",
+    "DropKeyT2TViTConfig",
+    "DropKeyT2TViTForImageClassification",
+    "DropKeyT2TViTModel",
     "DropKeyViTConfig",
     "DropKeyViTForImageClassification",
     "DropKeyViTForMaskedImageModeling",
     "DropKeyViTModel",
     "DropKeyViTPreTrainedModel",
+    "DropKeyVoloConfig",
+    "DropKeyVoloForImageClassification",
+    "DropKeyVoloModel",
     "layer_ratios",
 ]

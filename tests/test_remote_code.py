@@ -25,9 +25,11 @@ CODE = {
     "attention.py",
     "compatibility.py",
     "configuration_dropkey.py",
+    "configuration_dropkey_sizes.py",
     "configuration_dropkey_vit.py",
     "dropkey.py",
     "flex_attention.py",
+    "modeling_dropkey.py",
     "modeling_dropkey_vit.py",
 }
 TINY = {

@@ -43,6 +43,8 @@ class PublishedSizesMixin:
     published_sizes: ClassVar[dict[str, dict[str, Any]]] = {}
 
     image_size: int
+    dropkey_pattern: str
+    dropkey_window: int
 
     @classmethod
     def from_size(cls, name: str, **kwargs: Any) -> Any:
@@ -72,5 +74,5 @@ class PublishedSizesMixin:
 
     def check_pattern_grid(self, grid: tuple[int, int]) -> None:
         """Raises ValueError where a block or cross of the configured window does not fit `grid` (rows, columns)."""
-        if getattr(self, "dropkey_pattern") in ("block", "cross"):
-            check_window(getattr(self, "dropkey_window"), grid)
+        if self.dropkey_pattern in ("block", "cross"):
+            check_window(self.dropkey_window, grid)

@@ -131,7 +131,10 @@ class DropKeyT2TViTConfig(DropKeyConfigMixin, PublishedSizesMixin, PreTrainedCon
         """Raises ValueError where fields contradict each other."""
         check_choice(self.token_stage, TOKEN_STAGES, "token_stage")
         check_heads(self.hidden_size, self.num_attention_heads, ("hidden_size", "num_attention_heads"))
-        check_heads(self.token_size, 2, ("token_size", "random features per token width"))
+        if self.token_size < 2 or self.token_size % 2:
+            raise ValueError(
+                f"`token_size` must be even and positive, got {self.token_size}. Published models take 64."
+            )
 
     def validate_dropkey(self) -> None:
         """As `DropKeyConfigMixin.validate_dropkey`; windows must fit the patch grid."""

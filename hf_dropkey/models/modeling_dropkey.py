@@ -14,14 +14,14 @@ from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from .attention import dropkey_attention_forward, dropkey_is_active
 from .configuration_dropkey import RemotePickleMixin
 from .configuration_dropkey_sizes import check_image_side
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention -------------------------------------------------------------------------------------------------------
 
 
 def eager_attention_forward(
@@ -106,8 +106,8 @@ class DropKeySelfAttention(DropKeyAttention):
     """Multi-head self-attention whose queries, keys and values come from one matrix."""
 
     def __init__(self, config: Any, dropkey_ratio: float):
+        super().__init__(config, dropkey_ratio, (config.hidden_size // config.num_attention_heads) ** -0.5)
         self.num_heads = config.num_attention_heads
-        super().__init__(config, dropkey_ratio, (config.hidden_size // self.num_heads) ** -0.5)
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -120,11 +120,12 @@ class DropKeySelfAttention(DropKeyAttention):
             The output `[B, N, C]`, and the weights `[B, H, N, N]` on `eager`, else None.
         """
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        output, weights = self.attend(*qkv.unbind(0), grid=grid, **kwargs)
+        query, key, value = qkv.unbind(0)
+        output, weights = self.attend(query, key, value, grid, **kwargs)
         return self.o_proj(output.flatten(-2)), weights
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------
+# --- layers ----------------------------------------------------------------------------------------------------------
 
 
 class DropPath(nn.Module):
@@ -169,14 +170,24 @@ class DropKeyPreNormLayer(GradientCheckpointingLayer):
         attention: The attention, called with the normalised tokens, their grid and keyword arguments.
         hidden_size: Width `C` of the tokens.
         drop_path_ratio: Ratio of stochastic depth, [0, 1).
+        mlp: What stands in the place of the MLP.
     """
 
-    def __init__(self, config: Any, attention: nn.Module, hidden_size: int, drop_path_ratio: float = 0.0):
+    def __init__(
+        self,
+        config: Any,
+        attention: nn.Module,
+        hidden_size: int,
+        drop_path_ratio: float = 0.0,
+        mlp: nn.Module | None = None,
+    ):
         super().__init__()
         self.layernorm_before = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.attention = attention
         self.layernorm_after = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
-        self.mlp = DropKeyMLP(config, hidden_size, int(hidden_size * config.mlp_ratio), config.hidden_dropout_prob)
+        self.mlp = mlp or DropKeyMLP(
+            config, hidden_size, int(hidden_size * config.mlp_ratio), config.hidden_dropout_prob
+        )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path_ratio)
 
@@ -187,16 +198,23 @@ class DropKeyPreNormLayer(GradientCheckpointingLayer):
         return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
 
 
-# --- image sizes ------------------------------------------------------------------------------------------------------
+# --- image sizes -----------------------------------------------------------------------------------------------------
 
 
-def check_pixel_values(pixel_values: torch.Tensor | None, config: Any, interpolate: bool | None) -> None:
-    """Raises ValueError unless `pixel_values` is `[B, C, height, width]` of a size that the model can take."""
+def checked_pixel_values(
+    pixel_values: torch.Tensor | None, config: Any, interpolate: bool | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """`pixel_values` in the model's dtype.
+
+    Raises:
+        ValueError: They are missing, or not `[B, C, height, width]` of a size that the model can take.
+    """
     expected = (config.num_channels, config.image_size, config.image_size)
-    shape = None if pixel_values is None else tuple(pixel_values.shape)
-    if shape is None or len(shape) != 4 or shape[1] != expected[0]:
+    shape = () if pixel_values is None else tuple(pixel_values.shape)
+    if pixel_values is None or len(shape) != 4 or shape[1] != expected[0]:
         raise ValueError(
-            f"`pixel_values` must have the shape [batch, {', '.join(map(str, expected))}], got {shape}. "
+            f"`pixel_values` must have the shape [batch, {', '.join(map(str, expected))}], got "
+            f"{shape or None}. "
             "Make it with the checkpoint's image processor."
         )
     for side, what in zip(shape[2:], ("An image height", "An image width"), strict=True):
@@ -207,6 +225,7 @@ def check_pixel_values(pixel_values: torch.Tensor | None, config: Any, interpola
             "Resize them with the image processor, pass interpolate_pos_encoding=True, or change the model once with "
             f"resize_image_size({shape[2]})."
         )
+    return pixel_values.to(dtype)
 
 
 def resize_position_grid(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -224,7 +243,7 @@ def resize_position_tokens(table: torch.Tensor, old: tuple[int, int], new: tuple
     return torch.cat((table[:, :1], patches.flatten(1, 2)), dim=1)
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
+# --- models ----------------------------------------------------------------------------------------------------------
 
 
 class DropKeyArchitecture(RemotePickleMixin, PreTrainedModel):
@@ -235,7 +254,7 @@ class DropKeyArchitecture(RemotePickleMixin, PreTrainedModel):
     """
 
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -295,8 +314,8 @@ class DropKeyClassifierMixin:
 
     def add_classifier(self, config: Any) -> None:
         """Adds the classifier and the loss; the base model must have been built."""
-        self.num_labels = config.num_labels
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.num_labels: int = config.num_labels
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels) if self.num_labels > 0 else nn.Identity()
         # Transformers guesses the loss from the class name, which a subclass is free to change
         self.loss_type = "ForImageClassification"
         self.loss_function = image_classification_loss

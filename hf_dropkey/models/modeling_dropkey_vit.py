@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel, ViTPreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, ViTLayer, ViTMLP, ViTPooler
 from transformers.utils.generic import TransformersKwargs
@@ -21,6 +20,7 @@ from .attention import dropkey_attention_forward, dropkey_is_active
 from .configuration_dropkey import RemotePickleMixin
 from .configuration_dropkey_vit import DropKeyViTConfig
 from .dropkey import layer_ratios
+from .modeling_dropkey import image_classification_loss
 
 
 # names of layers in checkpoints written before Transformers 5.9, and by `save_pretrained` still
@@ -176,20 +176,6 @@ class DropKeyViTModel(DropKeyViTPreTrainedModel, ViTModel):
                 "Resize them with the image processor, or pass interpolate_pos_encoding=True."
             )
         return shape[2], shape[3]
-
-
-def image_classification_loss(
-    labels: torch.Tensor, logits: torch.Tensor, config: DropKeyViTConfig, num_items_in_batch: Any = None, **kwargs: Any
-) -> torch.Tensor:
-    """Transformers' classification loss, which also heeds `num_items_in_batch` for multi-label and regression targets.
-
-    `Trainer` passes the number of targets in all accumulated batches and leaves the division to the model, but the
-    stock loss divides only a single-label loss by it.
-    """
-    loss = ForSequenceClassificationLoss(labels, logits, config, num_items_in_batch=num_items_in_batch, **kwargs)
-    if num_items_in_batch is None or config.problem_type == "single_label_classification":
-        return loss
-    return loss * labels.numel() / num_items_in_batch
 
 
 class DropKeyViTForImageClassification(DropKeyViTPreTrainedModel, ViTForImageClassification):

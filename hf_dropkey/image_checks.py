@@ -1,0 +1,75 @@
+"""Finds image files that are empty, damaged or of a kind that would be misread, before training time is spent.
+
+May import datasets and Pillow; no model.
+"""
+
+import logging
+import os
+import struct
+from collections.abc import Iterable
+from typing import Any
+
+import datasets
+from datasets import Dataset, Features, Value
+from PIL import Image, UnidentifiedImageError
+
+
+logger = logging.getLogger(__name__)
+
+# more than eight bits have no agreed range, and a plain conversion would clip them to white without a word
+DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+NAMES_SHOWN = 20
+
+
+def drop_bad_images(split: Dataset, name: str, *, skip: bool = False, processes: int | None = None) -> Dataset:
+    """Reads every image of a split once; with `skip`, what comes back lacks those that cannot be used.
+
+    The split has its images in `image` and their row numbers in `row`.
+
+    Raises:
+        ValueError: Images cannot be used, and `skip` is off or would leave nothing; names and counts them.
+    """
+    problems = split.cast_column("image", datasets.Image(decode=False)).map(
+        lambda row: {"problem": image_problem(row["image"], row["row"])},
+        remove_columns=split.column_names,
+        features=Features({"problem": Value("string")}),
+        num_proc=processes,
+        # a file may have been repaired since the last look at it
+        load_from_cache_file=False,
+        desc=f"Checking the images of the {name} split",
+    )["problem"][:]
+    bad = [problem for problem in problems if problem is not None]
+    if not bad:
+        return split
+    message = f"{len(bad)} of {len(split)} images in the {name} split cannot be used: {name_some(bad)}"
+    if not skip or len(bad) == len(split):
+        raise ValueError(f"{message}. Repair or remove them, or leave them out with --skip_bad_images")
+    logger.warning("%s. They are left out.", message)
+    return split.select([row for row, problem in enumerate(problems) if problem is None])
+
+
+def image_problem(cell: dict[str, Any] | None, row: int) -> str | None:
+    """Why the undecoded image in `cell` cannot be used, with its file or row number; None if it can."""
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        return f"row {row} (no image)"
+    path, content = cell["path"], cell["bytes"]
+    where = path if content is None else f"row {row}"
+    if content == b"" or (content is None and os.path.isfile(path) and os.path.getsize(path) == 0):
+        return f"{where} (empty file)"
+    try:
+        mode = datasets.Image().decode_example(cell).mode
+    except UnidentifiedImageError:
+        return f"{where} (not an image file)"
+    # what Pillow's readers raise for damaged files, each for some format
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        return f"{where} ({error})"
+    if mode in DEEP_MODES:
+        return f"{where} (mode {mode}, more than 8 bits per channel; convert it to 8 bits)"
+    return None
+
+
+def name_some(names: Iterable[str]) -> str:
+    """Names for a message: the first ones, and how many more there are."""
+    names = list(names)
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,412 @@
+"""Converts an official checkpoint of T2T-ViT, VOLO or CeiT into a folder that Transformers loads.
+
+    python scripts/convert_checkpoint.py --family volo --checkpoint d1_224_84.2.pth.tar --out outputs/volo_d1
+
+The size, the image size and the number of classes are read off the shapes. Every tensor is reported, none may be left
+over or missing, and the logits are compared with those of timm's VOLO where timm can be imported.
+"""
+
+import argparse
+import copy
+import pickle
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from transformers import HfArgumentParser, ViTImageProcessorPil
+from transformers.image_utils import PILImageResampling
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from hf_dropkey.models.configuration_dropkey_ceit import DropKeyCeitConfig
+from hf_dropkey.models.configuration_dropkey_sizes import PATCH_SIZE
+from hf_dropkey.models.configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
+from hf_dropkey.models.configuration_dropkey_volo import DropKeyVoloConfig
+from hf_dropkey.models.modeling_dropkey_ceit import DropKeyCeitForImageClassification
+from hf_dropkey.models.modeling_dropkey_t2t_vit import DropKeyT2TViTForImageClassification
+from hf_dropkey.models.modeling_dropkey_volo import DropKeyVoloForImageClassification
+
+
+# what training scripts call their weights, the averaged ones first, which the published accuracies are from
+ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
+# the largest difference that two implementations may show in float32, relative to the largest logit
+LOGIT_TOLERANCE = 1e-4
+
+Shapes = dict[str, tuple[int, ...]]
+Replacement = str | Callable[[re.Match], str]
+
+LAYER_NAMES: tuple[tuple[str, Replacement], ...] = (
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.attn\.", ".attention.score_proj."),
+    (r"\.attn\.qkv\.", ".attention.qkv."),
+    (r"\.attn\.(v|q|kv)\.", r".attention.\1_proj."),
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (r"^head\.", "classifier."),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: its classes, how official names become ours, and the crop of its evaluation.
+
+    Attributes:
+        config_class: The configuration class.
+        model_class: The classifier class.
+        names: Regular expressions and replacements, applied in this order before `LAYER_NAMES`.
+        crop_ratio: From size name and image size to the share of the resized image's side that evaluation keeps.
+    """
+
+    config_class: Any
+    model_class: Any
+    names: tuple[tuple[str, Replacement], ...]
+    crop_ratio: Callable[[str, int], float]
+
+    def rename(self, name: str) -> str:
+        """Our name of an official tensor."""
+        for pattern, replacement in (*self.names, *LAYER_NAMES):
+            name = re.sub(pattern, replacement, name)
+        return name
+
+
+def volo_crop_ratio(size: str, image_size: int) -> float:
+    """The crop that VOLO's published accuracies were measured with; above 1, the image is padded."""
+    if image_size <= 224:
+        return 0.96
+    return 1.15 if size in ("volo_d4", "volo_d5") else 1.0
+
+
+FAMILIES = {
+    "t2t_vit": Family(
+        DropKeyT2TViTConfig,
+        DropKeyT2TViTForImageClassification,
+        (
+            (r"^tokens_to_token\.attention([12])\.", lambda found: f"token_stages.{int(found[1]) - 1}."),
+            (r"^token_stages\.(\d)\.w$", r"token_stages.\1.attention.directions"),
+            (r"^token_stages\.(\d)\.kqv\.", r"token_stages.\1.attention.kqv."),
+            (r"^token_stages\.(\d)\.proj\.", r"token_stages.\1.attention.o_proj."),
+            (r"^token_stages\.(\d)\.mlp\.0\.", r"token_stages.\1.mlp.fc1."),
+            (r"^token_stages\.(\d)\.mlp\.2\.", r"token_stages.\1.mlp.fc2."),
+            (r"^token_stages\.", "t2t_vit.embeddings.token_stages."),
+            (r"^tokens_to_token\.project\.", "t2t_vit.embeddings.projection."),
+            (r"^cls_token$", "t2t_vit.embeddings.cls_token"),
+            (r"^pos_embed$", "t2t_vit.embeddings.position_embeddings"),
+            (r"^blocks\.", "t2t_vit.layers."),
+            (r"^norm\.", "t2t_vit.layernorm."),
+        ),
+        lambda size, image_size: 0.9,
+    ),
+    "volo": Family(
+        DropKeyVoloConfig,
+        DropKeyVoloForImageClassification,
+        (
+            (r"^patch_embed\.conv\.", "volo.embeddings.stem."),
+            (r"^patch_embed\.proj\.", "volo.embeddings.projection."),
+            (r"^cls_token$", "volo.embeddings.cls_token"),
+            (r"^pos_embed$", "volo.embeddings.position_embeddings"),
+            (r"^network\.0\.", "volo.outlook_layers."),
+            (r"^network\.1\.proj\.", "volo.downsample."),
+            (r"^network\.(\d+)\.", lambda found: f"volo.stages.{int(found[1]) - 2}."),
+            (r"^post_network\.", "volo.class_layers."),
+            (r"^norm\.", "volo.layernorm."),
+            (r"^aux_head\.", "token_classifier."),
+        ),
+        volo_crop_ratio,
+    ),
+    "ceit": Family(
+        DropKeyCeitConfig,
+        DropKeyCeitForImageClassification,
+        (
+            (r"^i2t\.backbone\.conv\.", "ceit.embeddings.convolution."),
+            (r"^i2t\.backbone\.bn\.", "ceit.embeddings.normalization."),
+            (r"^i2t\.proj\.", "ceit.embeddings.projection."),
+            (r"^cls_token$", "ceit.embeddings.cls_token"),
+            (r"^pos_embed$", "ceit.embeddings.position_embeddings"),
+            (r"^pos_layer_embed$", "ceit.layer_position_embeddings"),
+            (r"^blocks\.", "ceit.layers."),
+            (r"^lca\.", "ceit.class_layer."),
+            (r"^norm\.", "ceit.layernorm."),
+            (r"\.(leff|feedforward)\.", ".mlp."),
+        ),
+        # 256 to 224 pixels
+        lambda size, image_size: 0.875,
+    ),
+}
+
+
+@dataclass
+class ConversionArguments:
+    """What to convert."""
+
+    family: str = field(metadata={"help": "The architecture.", "choices": list(FAMILIES)})
+    checkpoint: Path = field(metadata={"help": "The official checkpoint, a torch file or safetensors."})
+    out: Path = field(metadata={"help": "The folder to write, new or empty."})
+    size: str | None = field(
+        default=None, metadata={"help": "The published size, such as volo_d1, where the shapes leave a choice."}
+    )
+    config: Path | None = field(
+        default=None, metadata={"help": "A folder with the config.json of a size that was not published."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Resizes the position embeddings to images of this many pixels."}
+    )
+
+
+class ConversionError(ValueError):
+    """The checkpoint is not what was asked for."""
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """The weights of a checkpoint by their official names, and where in the file they were.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ConversionError: The file holds other objects than weights, or none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
+    if path.suffix == ".safetensors":
+        content: Any = load_file(path)
+    else:
+        try:
+            # training scripts keep their arguments beside the weights
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ConversionError(
+                f"{path} is no torch checkpoint, or holds objects that could run code when they are read. Save its "
+                f"weights alone, with torch.save(weights, ...), where you trust it. torch says: {error}"
+            ) from error
+    entry = next((name for name in ENTRIES if isinstance(content, dict) and isinstance(content.get(name), dict)), "")
+    weights = content[entry] if entry else content
+    if not isinstance(weights, dict) or not weights or not all(torch.is_tensor(value) for value in weights.values()):
+        raise ConversionError(f"{path} holds no weights, neither itself nor in one of {', '.join(ENTRIES)}.")
+    # the name under which data-parallel training wraps a model
+    return {name.removeprefix("module."): value for name, value in weights.items()}, entry or "the file itself"
+
+
+def read_settings(weights: dict[str, torch.Tensor]) -> dict[str, int]:
+    """The number of classes and the image size that the shapes of a checkpoint tell."""
+    settings = {}
+    if "head.weight" in weights:
+        settings["num_labels"] = len(weights["head.weight"])
+    if "pos_embed" in weights:
+        table = weights["pos_embed"]
+        # a grid in VOLO, a class token and a flattened square elsewhere
+        side = table.shape[1] if table.ndim == 4 else round((table.shape[1] - 1) ** 0.5)
+        settings["image_size"] = max(1, side) * PATCH_SIZE
+    return settings
+
+
+# --- which size it is ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Match:
+    """How the tensors of a checkpoint, by our names, compare with those of a model."""
+
+    family: str
+    size: str
+    config: Any
+    missing: list[str]
+    unexpected: list[str]
+    reshaped: list[str]
+    total: int
+
+    @property
+    def agreeing(self) -> int:
+        """Number of tensors with the right name and shape."""
+        return self.total - len(self.missing) - len(self.reshaped)
+
+    @property
+    def exact(self) -> bool:
+        """Whether all tensors agree and none is left over."""
+        return not (self.missing or self.unexpected or self.reshaped)
+
+    def __str__(self) -> str:
+        lines = [f"--family {self.family} --size {self.size}: {self.agreeing} of {self.total} tensors agree"]
+        for title, names in (
+            ("missing", self.missing), ("not in the model", self.unexpected), ("of another shape", self.reshaped)
+        ):  # fmt: skip
+            if names:
+                shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+                lines.append(f"  {len(names)} {title}: {shown}")
+        return "\n".join(lines)
+
+
+def model_shapes(family: str, config: Any) -> Shapes:
+    """The names and shapes of all tensors of the model of `config`."""
+    with torch.device("meta"):
+        model = FAMILIES[family].model_class(config)
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+@cache
+def published_model(family: str, size: str, **settings: int) -> tuple[Any, Shapes]:
+    """The configuration of a published size with `settings`, and its model's shapes."""
+    config = FAMILIES[family].config_class.from_size(size, **settings)
+    return config, model_shapes(family, config)
+
+
+def compare(family: str, size: str, config: Any, wanted: Shapes, weights: dict[str, torch.Tensor]) -> Match:
+    """Compares the checkpoint's names and shapes with those of a model."""
+    found: Shapes = {FAMILIES[family].rename(name): tuple(value.shape) for name, value in weights.items()}
+    reshaped = [
+        f"{name} {found[name]} instead of {shape}" for name, shape in wanted.items() if found.get(name, shape) != shape
+    ]
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted]
+    return Match(family, size, config, missing, unexpected, reshaped, len(wanted))
+
+
+def candidates(families: list[str], weights: dict[str, torch.Tensor]) -> list[Match]:
+    """The checkpoint compared with every published size of `families`, most agreeing tensors first."""
+    settings = read_settings(weights)
+    matches = [
+        compare(family, size, *published_model(family, size, **settings), weights)
+        for family in families
+        for size in FAMILIES[family].config_class.published_sizes
+    ]
+    return sorted(matches, key=lambda match: (not match.exact, -match.agreeing, len(match.unexpected)))
+
+
+def find_size(arguments: ConversionArguments, weights: dict[str, torch.Tensor]) -> Match:
+    """The one size whose model takes every tensor of the checkpoint.
+
+    Raises:
+        ConversionError: No size, or more than one, or another than the one asked for.
+    """
+    if arguments.config is not None:
+        config = FAMILIES[arguments.family].config_class.from_pretrained(arguments.config)
+        wanted = model_shapes(arguments.family, config)
+        match = compare(arguments.family, arguments.size or "custom", config, wanted, weights)
+        if not match.exact:
+            raise ConversionError(f"The checkpoint does not fit {arguments.config}:\n{match}")
+        return match
+    if arguments.size is not None:
+        # an unknown name is refused here, with the known ones
+        FAMILIES[arguments.family].config_class.from_size(arguments.size)
+    matches = candidates([arguments.family], weights)
+    exact = [match for match in matches if match.exact]
+    chosen = [match for match in exact if arguments.size in (None, match.size)]
+    if len(chosen) == 1:
+        return chosen[0]
+    if chosen:
+        names = " and ".join(match.size for match in chosen)
+        raise ConversionError(f"The shapes fit {names} alike, which differ in their heads only. Pass --size.")
+    nearest = exact[0] if exact else candidates(list(FAMILIES), weights)[0]
+    asked = arguments.size or "any published size"
+    raise ConversionError(
+        f"The checkpoint does not fit {asked} of the family {arguments.family}. The nearest match by shapes is\n"
+        f"{nearest}\nFor a size that was not published, pass --config with a folder that holds its config.json."
+    )
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def image_processor(family: str, size: str, image_size: int) -> ViTImageProcessorPil:
+    """The family's evaluation transform: resize the shorter side, crop the centre, normalise as ImageNet."""
+    ratio = FAMILIES[family].crop_ratio(size, image_size)
+    return ViTImageProcessorPil(
+        do_convert_rgb=True,
+        size={"shortest_edge": int(image_size / ratio)},
+        resample=PILImageResampling.BICUBIC,
+        do_center_crop=True,
+        crop_size={"height": image_size, "width": image_size},
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
+    )
+
+
+def report(match: Match, weights: dict[str, torch.Tensor]) -> str:
+    """One line for every tensor: its official name, our name and its shape."""
+    width = max(map(len, weights))
+    lines = [
+        f"{name:<{width}}  ->  {FAMILIES[match.family].rename(name)}  {tuple(value.shape)}"
+        for name, value in weights.items()
+    ]
+    values = sum(value.numel() for value in weights.values())
+    return "\n".join([*lines, f"{len(lines)} tensors, {values:,} values, all placed"])
+
+
+def source_logits(match: Match, weights: dict[str, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor | str:
+    """The logits of the model that the checkpoint is from, or why there are none."""
+    if match.family != "volo" or match.size == "custom":
+        return "no importable implementation of this model is known"
+    try:
+        import timm  # type: ignore[import-not-found]  # optional, ships no types
+    except (ImportError, RuntimeError) as error:
+        # torchvision, which timm imports, fails with a RuntimeError beside another build of torch
+        return f"timm cannot be imported ({error})"
+    config = match.config
+    source = timm.create_model(f"{match.size}_224", num_classes=config.num_labels, img_size=config.image_size)
+    source.load_state_dict(weights, strict=True)
+    return source.eval()(pixels)
+
+
+@torch.no_grad()
+def check_logits(model: Any, match: Match, weights: dict[str, torch.Tensor]) -> str:
+    """Compares the converted model's logits with the source's; returns a sentence about it.
+
+    Raises:
+        ConversionError: They differ.
+    """
+    side = match.config.image_size
+    pixels = torch.randn(2, match.config.num_channels, side, side, generator=torch.Generator().manual_seed(0))
+    expected = source_logits(match, weights, pixels)
+    if isinstance(expected, str):
+        return f"Logits not compared with the source: {expected}."
+    difference = ((model(pixels).logits - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= LOGIT_TOLERANCE:
+        raise ConversionError(
+            f"The logits differ from timm's by {difference:.2g} of the largest one, more than {LOGIT_TOLERANCE:g}. "
+            "Nothing was written. Please report the checkpoint and both versions."
+        )
+    return f"Logits agree with timm's to {difference:.2g} of the largest one."
+
+
+def convert(arguments: ConversionArguments) -> str:
+    """Converts one checkpoint and returns the report.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        FileExistsError: The folder to write is not empty.
+        ConversionError: The checkpoint is not what was asked for.
+    """
+    if arguments.out.exists() and any(arguments.out.iterdir()):
+        raise FileExistsError(f"{arguments.out} is not empty. Choose a new folder for the converted model.")
+    weights, entry = read_checkpoint(arguments.checkpoint)
+    match = find_size(arguments, weights)
+    family = FAMILIES[match.family]
+    model = family.model_class(copy.deepcopy(match.config)).eval()
+    model.load_state_dict({family.rename(name): value for name, value in weights.items()}, strict=True)
+    lines = [report(match, weights), f"Weights from {entry}; {match.size} for {match.config.image_size} pixels."]
+    lines.append(check_logits(model, match, weights))
+    if arguments.image_size is not None and arguments.image_size != match.config.image_size:
+        model.resize_image_size(arguments.image_size)
+        lines.append(f"Position embeddings resized to images of {arguments.image_size} pixels.")
+    model.save_pretrained(arguments.out)
+    image_processor(match.family, match.size, model.config.image_size).save_pretrained(arguments.out)
+    return "\n".join([*lines, f"Written to {arguments.out}."])
+
+
+def main() -> None:
+    """Reads the command line and prints the report."""
+    (arguments,) = HfArgumentParser(cast(Any, ConversionArguments)).parse_args_into_dataclasses()
+    try:
+        print(convert(arguments))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""From nothing to a checkpoint that anyone can load: the first thing to run, about two minutes on two cores.
+
+    python scripts/quickstart.py [folder]
+
+Trains DropKeyViT and the same model without dropout, with the same seed, on the built-in handwritten digits; loads
+the saved folder in a fresh process that does not have this package loaded; prints a table of both; and draws what
+the model predicts and where its class token looks. One seed of a small task: which one wins here says little.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hf_dropkey.data import DataArguments, ImageData, load_image_data
+from hf_dropkey.plots import predictions_with_attention
+
+
+SCRIPTS = Path(__file__).resolve().parent
+RECIPE = SCRIPTS / "recipes" / "digits_vit.json"
+RUNS = {"DropKey": {}, "no dropout": {"dropkey_ratio": 0.0}}
+IMAGES_SHOWN = 16
+ROWS = (
+    ("accuracy", "eval_accuracy", ".4f"),
+    ("top-5 accuracy", "eval_top5_accuracy", ".4f"),
+    ("calibration error", "eval_ece", ".4f"),
+    ("neg. log-likelihood", "eval_nll", ".4f"),
+    ("training time, s", "train_runtime", ".1f"),
+    ("images/s in training", "train_samples_per_second", ".0f"),
+    ("parameters", "parameters", ",d"),
+)
+
+
+def run_script(name: str, *arguments: str) -> None:
+    """Runs one of the scripts as a process of its own, which shows its progress here."""
+    print(f"\n$ python scripts/{name} {' '.join(arguments[:6])}{' ...' if len(arguments) > 6 else ''}", flush=True)
+    # the model is so small that more threads would mostly wait for each other
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    subprocess.run([sys.executable, str(SCRIPTS / name), *arguments], check=True, env=environment)
+
+
+def train(folder: Path, changes: dict[str, float]) -> dict[str, float]:
+    """Trains the recipe with `changes` into `folder`, which keeps the recipe too; returns the run's metrics."""
+    recipe = {**json.loads(RECIPE.read_text(encoding="utf-8")), **changes, "output_dir": str(folder)}
+    file = folder.with_suffix(".json")
+    file.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    run_script("train_image_classification.py", str(file), "--overwrite_output_dir")
+    metrics: dict[str, float] = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+    return metrics
+
+
+def save_test_images(data: ImageData, folder: Path) -> list[str]:
+    """Writes test images as files, evenly spaced over the test split; returns their names."""
+    folder.mkdir(exist_ok=True)
+    files = []
+    for row in np.linspace(0, len(data.evaluation) - 1, IMAGES_SHOWN).astype(int):
+        example = data.evaluation[int(row)]
+        files.append(str(folder / f"{row:03d}_is_{data.label_names[data.label_ids[example['label']]]}.png"))
+        example["image"].save(files[-1])
+    return files
+
+
+def draw(files: Sequence[str], arrays: Path, label_names: list[str], figure_file: Path) -> None:
+    """Draws the predictions for image files named as `save_test_images` names them."""
+    saved = np.load(arrays)
+    labels = [label_names.index(Path(file).stem.rsplit("_", 1)[1]) for file in files]
+    figure = predictions_with_attention(
+        [Image.open(file) for file in files],
+        saved["attention"],
+        saved["probabilities"],
+        labels,
+        label_names,
+        title="DropKeyViT on handwritten digits of the test split, and the attention of its class token (last layer)",
+    )
+    figure.savefig(figure_file, dpi=130)
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """One column for each run, one line for each metric."""
+    lines = [" " * 22 + "".join(f"{name:>14}" for name in results)]
+    for title, key, form in ROWS:
+        lines.append(f"{title:<22}" + "".join(f"{result[key]:>14{form}}" for result in results.values()))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the job."""
+    start = time.monotonic()
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart")
+    folder.mkdir(parents=True, exist_ok=True)
+    folders = {name: folder / name.lower().replace(" ", "_") for name in RUNS}
+    results = {name: train(folders[name], changes) for name, changes in RUNS.items()}
+
+    data = load_image_data(DataArguments(), training=False)
+    files = save_test_images(data, folder / "test_images")
+    arrays = folder / "predictions.npz"
+    model = ("--model_name_or_path", str(folders["DropKey"]), "--trust_remote_code", "True")
+    run_script("predict_images.py", *model, "--attention_file", str(arrays), "--images", *files)
+    draw(files, arrays, data.label_names, folder / "predictions.png")
+
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"\nHandwritten digits, {len(data.evaluation)} test images, the same seed:\n")
+    print(table(results))
+    print("\nOne seed of a small task: which one wins here says little.")
+    print(f"\nsaved model  {folders['DropKey']}\npredictions  {folder / 'predictions.png'}")
+    print(f"numbers      {folder / 'results.json'}\ntook         {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
