@@ -15,7 +15,16 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .dropkey import DropKeySite, draw_seed, dropped_scores, keep_tokens, protect_rows, real_keys
+from .dropkey import (
+    DropKeySite,
+    draw_seed,
+    drop_bias,
+    dropped_scores,
+    keep_tokens,
+    protect_rows,
+    real_keys,
+    rows_can_empty,
+)
 from .flex_attention import flex_dropkey_forward
 
 
@@ -48,7 +57,10 @@ def drop_mask(
     ratio, pattern, window, grid = settings
     real = real_keys(attention_mask)
     shape = (*query.shape[:3], key.shape[2])
-    return protect_rows(dropped_scores(seed, shape, ratio, pattern=pattern, window=window, grid=grid, real=real), real)
+    dropped = dropped_scores(seed, shape, ratio, pattern=pattern, window=window, grid=grid, real=real)
+    if real is None and not rows_can_empty(pattern, shape[3], ratio):
+        return dropped
+    return protect_rows(dropped, real)
 
 
 def eager_dropkey_forward(
@@ -82,6 +94,9 @@ def _additive_drop(
     settings: Settings,
 ) -> torch.Tensor:
     """What to add to the scores so that dropped and padded keys leave the softmax, in the dtype of `query`."""
+    ratio, pattern, _, _ = settings
+    if attention_mask is None and not rows_can_empty(pattern, key.shape[2], ratio):
+        return drop_bias(seed, (*query.shape[:3], key.shape[2]), ratio, pattern).to(query.dtype)
     gone = drop_mask(seed, query, key, attention_mask, settings)
     if attention_mask is not None and attention_mask.is_floating_point():
         return attention_mask.to(query.dtype).masked_fill(gone, float("-inf"))

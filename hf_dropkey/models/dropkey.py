@@ -174,54 +174,71 @@ def byte_thresholds(ratio: float) -> tuple[int, int, int]:
 
 def _dropped_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> torch.Tensor:
     """Independent decisions of rate `ratio` for the first `keys` keys of each row, bool `[B, H, N, M]`."""
-    lower, upper, fraction = byte_thresholds(ratio)
-    blocks = torch.arange(-(-keys // 64), dtype=torch.int32, device=k1.device)
-    dither = _mix(k1 * 3 ^ k2 ^ blocks * GOLDEN)
-    threshold = torch.where(dither < fraction, upper, lower).to(torch.int32)
-    words = keys // 256 * 64 + min(keys % 256, 64)
     if k1.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _compare_bytes_in_cache(k1, k2, threshold, words, keys)
-    word = _words(k1, k2, words)
-    return torch.cat(
-        [_shifted(word, block, keys) < threshold[..., block : block + 1] for block in range(len(blocks))], -1
-    )
+        return _bytes_in_cache(k1, k2, keys, ratio, -1) != 0
+    lower, upper, fraction = byte_thresholds(ratio)
+    threshold = torch.where(_dither(k1, k2, keys) < fraction, upper, lower).to(torch.int32)
+    words = _words(k1, k2, _word_count(keys))
+    parts = []
+    for block in range(threshold.shape[-1]):
+        lanes, byte = _lanes(block, keys)
+        parts.append((words[..., lanes] << (24 - 8 * byte)) < threshold[..., block : block + 1])
+    return torch.cat(parts, -1)
 
 
-def _shifted(word: torch.Tensor, block: int, keys: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The bytes that decide the keys of one block of 64, each at the top of a word."""
+def _dither(k1: torch.Tensor, k2: torch.Tensor, keys: int) -> torch.Tensor:
+    """The words that choose between the two thresholds, one for each block of 64 keys of a row."""
+    blocks = torch.arange(-(-keys // 64), dtype=torch.int32, device=k1.device)
+    return _mix(k1 * 3 ^ k2 ^ blocks * GOLDEN)
+
+
+def _word_count(keys: int) -> int:
+    return keys // 256 * 64 + min(keys % 256, 64)
+
+
+def _lanes(block: int, keys: int) -> tuple[slice, int]:
+    """Which words of a row decide a block of 64 keys, and with which of their bytes."""
     # one word serves keys 64 apart: the words of a group of 256 keys, then their four bytes in turn
     group, byte = divmod(block, 4)
-    lanes = slice(64 * group, 64 * group + min(64, keys - 64 * block))
-    return torch.bitwise_left_shift(word[..., lanes], 24 - 8 * byte, out=None if out is None else out[..., lanes])
+    return slice(64 * group, 64 * group + min(64, keys - 64 * block)), byte
 
 
-def _compare_bytes_in_cache(
-    k1: torch.Tensor, k2: torch.Tensor, threshold: torch.Tensor, words: int, keys: int
-) -> torch.Tensor:
-    """The same decisions, a megabyte of words at a time and in place: on a CPU memory traffic is the whole cost."""
+def _bytes_in_cache(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float, bits: int) -> torch.Tensor:
+    """The same decisions as int32 words, `bits` where a key is dropped and 0 elsewhere, `[B, H, N, M]`.
+
+    On a CPU memory traffic and comparisons are the cost. So a megabyte of words is treated at a time, in place, and a
+    comparison is a subtraction whose sign is spread over the word.
+    """
+    _, _, fraction = byte_thresholds(ratio)
+    threshold = (_dither(k1, k2, keys) < fraction).to(torch.int32) + math.floor(256 * ratio)
     shape = torch.broadcast_shapes(k1.shape, k2.shape)[:-1]
     k1, k2, threshold = (tensor.expand(*shape, -1).reshape(-1, tensor.shape[-1]) for tensor in (k1, k2, threshold))
-    dropped = torch.empty(len(k1), keys, dtype=torch.bool)
-    columns = torch.arange(words, dtype=torch.int32) * GOLDEN
-    step = max(1, 2**18 // words)
-    scratch = torch.empty(min(step, len(k1)), words, dtype=torch.int32)
+    found = torch.empty(len(k1), keys, dtype=torch.int32)
+    columns = torch.arange(_word_count(keys), dtype=torch.int32) * GOLDEN
+    step = max(1, 2**18 // len(columns))
+    scratch = torch.empty(min(step, len(k1)), len(columns), dtype=torch.int32)
     for row in range(0, len(k1), step):
         rows = slice(row, row + step)
         word = k1[rows] ^ columns
-        other = scratch[: len(word)]
-        for shift, mask, multiplier in ((16, 0xFFFF, MIX_1), (15, 0x1FFFF, MIX_2), (16, 0xFFFF, None)):
-            word ^= torch.bitwise_right_shift(word, shift, out=other).bitwise_and_(mask)
-            if multiplier == MIX_2:
-                word ^= k2[rows]
-            if multiplier is not None:
-                word *= multiplier
+        _mix_in_place(word, k2[rows], scratch[: len(word)])
+        # a signed comparison of bytes is one of unsigned bytes with their top bits flipped
+        word ^= _signed(0x80808080)
         for block in range(threshold.shape[-1]):
-            torch.lt(
-                _shifted(word, block, keys, out=other),
-                threshold[rows, block : block + 1],
-                out=dropped[rows, 64 * block : 64 * block + 64],
-            )
-    return dropped.view(*shape, keys)
+            lanes, byte = _lanes(block, keys)
+            part = torch.bitwise_right_shift(word[:, lanes], 8 * byte, out=found[rows, 64 * block : 64 * block + 64])
+            part.bitwise_and_(255).sub_(threshold[rows, block : block + 1])
+            part.bitwise_right_shift_(31).bitwise_and_(bits)
+    return found.view(*shape, keys)
+
+
+def _mix_in_place(x: torch.Tensor, key: torch.Tensor, scratch: torch.Tensor) -> None:
+    """`_mix(x, key)` written over `x`."""
+    x ^= torch.bitwise_right_shift(x, 16, out=scratch).bitwise_and_(0xFFFF)
+    x *= MIX_1
+    x ^= torch.bitwise_right_shift(x, 15, out=scratch).bitwise_and_(0x1FFFF)
+    x ^= key
+    x *= MIX_2
+    x ^= torch.bitwise_right_shift(x, 16, out=scratch).bitwise_and_(0xFFFF)
 
 
 def _offsets(pattern: str, window: int) -> list[tuple[int, int]]:
@@ -340,6 +357,20 @@ def dropped_scores(
     if pattern in ("score", "key"):
         return _dropped_by_byte(k1, k2, keys, ratio)
     return _dropped_by_shape(k1, k2, ratio, pattern, window, keys, grid)
+
+
+def drop_bias(seed: torch.Tensor, shape: tuple[int, int, int, int], ratio: float, pattern: str) -> torch.Tensor:
+    """`dropped_scores` of the patterns "score" and "key" as float32 to add to scores: -inf where dropped, else 0.
+
+    Returns:
+        `[B, H, N, M]`, or `[B, H, 1, M]` for "key".
+    """
+    images, heads, queries, keys = shape
+    k1, k2 = row_keys(seed, images, heads, 1 if pattern == "key" else queries)
+    if k1.device.type == "cpu" and not torch.compiler.is_compiling():
+        # the words are the bit patterns of the two floats
+        return _bytes_in_cache(k1, k2, keys, ratio, _signed(0xFF800000)).view(torch.float32)
+    return torch.where(_dropped_by_byte(k1, k2, keys, ratio), float("-inf"), 0.0)
 
 
 def kept_tokens(keys: int, ratio: float) -> int:
@@ -462,6 +493,14 @@ def real_keys(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     return real[:, None, None, :] if real.ndim == 2 else real
 
 
+def rows_can_empty(pattern: str, keys: int, ratio: float) -> bool:
+    """Whether a row of `keys` visible keys could lose them all, for any seed that will ever be drawn.
+
+    Independent drops empty a row with probability ratio ** keys. Below 2 ** -100 no run will meet one.
+    """
+    return pattern not in ("score", "key") or ratio**keys > 2.0**-100
+
+
 def protect_rows(dropped: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
     """The rule that a row never loses all its real keys: a row that would, drops none.
 
@@ -555,6 +594,3 @@ def score_is_dropped(seed: tuple[int, int], image: int, head: int, query: int, k
     fraction = math.floor((256 * ratio - base) * 2**32)
     # the signed comparison of the tensor code orders bytes and dithers with their top bit flipped
     return (bits ^ 128) < base + ((dither ^ 1 << 31) < fraction)
-
-
-_byte_thresholds = byte_thresholds
