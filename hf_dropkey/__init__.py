@@ -6,6 +6,8 @@ loads their checkpoints without `trust_remote_code`.
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling
 
+from .export import export_plain
+from .inference import monte_carlo_predict
 from .models.configuration_dropkey_ceit import DropKeyCeitConfig
 from .models.configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
 from .models.configuration_dropkey_vit import DropKeyViTConfig
@@ -20,6 +22,7 @@ from .models.modeling_dropkey_vit import (
     DropKeyViTPreTrainedModel,
 )
 from .models.modeling_dropkey_volo import DropKeyVoloForImageClassification, DropKeyVoloModel
+from .patching import apply_dropkey, dropkey_active, dropkey_disabled, remove_dropkey
 
 
 __version__ = "0.1.0"
@@ -50,5 +53,11 @@ __all__ = [
     "DropKeyVoloConfig",
     "DropKeyVoloForImageClassification",
     "DropKeyVoloModel",
+    "apply_dropkey",
+    "dropkey_active",
+    "dropkey_disabled",
+    "export_plain",
     "layer_ratios",
+    "monte_carlo_predict",
+    "remove_dropkey",
 ]

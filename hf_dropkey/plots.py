@@ -102,7 +102,9 @@ def method_overview(patterns: Mapping[str, NDArray[np.bool_]], schedules: Mappin
         axis.set_xticks([])
         axis.set_yticks([])
     axes[0].set_ylabel("query", fontsize=8)
-    for (name, ratios), marker, colour in zip(schedules.items(), "ovs", ("#0072B2", "#D55E00", "#009E73"), strict=True):
+    for (name, ratios), marker, colour in zip(
+        schedules.items(), "ovs", ("#0072B2", "#D55E00", "#009E73"), strict=True
+    ):
         axes[-1].plot(range(1, len(ratios) + 1), ratios, marker=marker, markersize=4, color=colour, label=name)
     axes[-1].set_title("drop ratio by schedule", fontsize=9)
     axes[-1].set_xlabel("layer", fontsize=8)

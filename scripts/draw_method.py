@@ -1,6 +1,6 @@
 """Draws the picture of the method in the README: the patterns for one seed, and the schedules over depth.
 
-    python scripts/draw_method.py model_cards/figures/method.png
+python scripts/draw_method.py model_cards/figures/method.png
 """
 
 import sys

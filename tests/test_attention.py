@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ from hf_dropkey.models.dropkey import (
 BACKENDS = ["eager", "sdpa"]
 
 
-def site(ratio: float = 0.3, pattern: str = "score", window: int = 2) -> nn.Module:
+def site(ratio: float = 0.3, pattern: str = "score", window: int = 2) -> Any:
     """An attention module as the backends see it."""
-    module = nn.Module()
+    module: Any = nn.Module()
     module.dropkey_ratio, module.dropkey_pattern, module.dropkey_window = ratio, pattern, window
     return module.train()
 
@@ -38,13 +39,17 @@ def tensors(*sizes: int, dtype: torch.dtype = torch.float64, keys: int | None = 
     ]
 
 
-def run(module: nn.Module, qkv: list[torch.Tensor], mask: torch.Tensor | None, backend: str, seed: int = 1, **kwargs):
+def run(
+    module: Any, qkv: list[torch.Tensor], mask: torch.Tensor | None, backend: str, seed: int = 1, **kwargs: Any
+) -> tuple[torch.Tensor, Any]:
     torch.manual_seed(seed)
     scaling = qkv[0].shape[-1] ** -0.5
     return dropkey_attention_forward(module, *qkv, mask, implementation=backend, scaling=scaling, **kwargs)
 
 
-def expected_drop(module: nn.Module, shape: tuple[int, int, int, int], mask: torch.Tensor | None, seed: int = 1):
+def expected_drop(
+    module: nn.Module, shape: tuple[int, int, int, int], mask: torch.Tensor | None, seed: int = 1
+) -> torch.Tensor:
     torch.manual_seed(seed)
     return dropped_scores(
         draw_seed(torch.device("cpu")),
@@ -170,6 +175,30 @@ def test_gradient_of_a_dropped_score_is_exactly_zero(backend: str) -> None:
     assert torch.equal(key_gradient[0, 0].abs().sum(-1) == 0, dropped)
 
 
+@pytest.mark.parametrize("pattern", ["score", "key", "token"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_fused_kernel_is_one_more_backend(pattern: str, padded: bool) -> None:
+    """By its name, in training and in eval, with the scores that sdpa drops."""
+    pytest.importorskip("triton", reason="the fused kernel needs Triton, which is not installed")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module, qkv = site(0.4, pattern), [t.detach().to(device, torch.float32) for t in tensors(2, 2, 17, 16)]
+    mask = None
+    if padded:
+        mask = (torch.arange(17, device=device) < torch.tensor([[17], [5]], device=device))[:, None, None]
+    outputs = [run(module, qkv, mask, backend)[0] for backend in ("sdpa", "dropkey_triton")]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+
+
+def test_what_the_fused_kernel_cannot_do_is_refused() -> None:
+    qkv = tensors(1, 1, 4, 16, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"'dropkey_triton' takes neither dropout .*asked for 0.1"):
+        run(site(0.1), qkv, None, "dropkey_triton", dropout=0.1)
+    with pytest.raises(ValueError, match="nor additive masks"):
+        run(site(0.1), qkv, torch.zeros(1, 1, 4, 4), "dropkey_triton")
+    with pytest.raises(ValueError, match="expected padding, got a mask of shape"):
+        run(site(0.1), qkv, torch.ones(1, 1, 4, 4, dtype=torch.bool).tril(), "dropkey_triton")
+
+
 def test_dropout_on_weights_can_be_added_when_asked_for() -> None:
     module, qkv = site(0.3), tensors(2, 4, 50, 8)
     _, weights = run(module, qkv, None, "eager", dropout=0.5)
@@ -181,6 +210,10 @@ def test_activity_follows_training_and_ratio() -> None:
     assert dropkey_is_active(site(0.1))
     assert not dropkey_is_active(site(0.1).eval())
     assert not dropkey_is_active(site(0.0))
+    always, never = site(0.1).eval(), site(0.1)
+    always.dropkey_mode, never.dropkey_mode = "always", "never"
+    assert dropkey_is_active(always)
+    assert not dropkey_is_active(never)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +232,9 @@ def test_masks_of_other_shapes_are_refused() -> None:
 # --- the mistakes of public copies, each impossible here --------------------------------------------------------------
 
 
-def eager_weights(module: nn.Module, mask: torch.Tensor | None = None, dtype: torch.dtype = torch.float32):
+def eager_weights(
+    module: nn.Module, mask: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     qkv = tensors(4, 4, 60, 8, dtype=dtype)
     return run(module, qkv, mask, "eager")[1]
 
@@ -265,7 +300,7 @@ def test_mistake_ratio_that_means_another_thing_per_backend() -> None:
 
 def test_functions_hold_no_state() -> None:
     """A package copy and a checkpoint's copy share a process: nothing may be kept outside the module."""
-    plain = SimpleNamespace(dropkey_ratio=0.3, dropkey_pattern="score", dropkey_window=2)
+    plain: Any = SimpleNamespace(dropkey_ratio=0.3, dropkey_pattern="score", dropkey_window=2)
     qkv = tensors(1, 2, 9, 4)
     first, second = run(plain, qkv, None, "sdpa")[0], run(site(0.3), qkv, None, "sdpa")[0]
     assert torch.equal(first, second)

@@ -280,8 +280,8 @@ def test_arguments_that_make_no_sense_are_told(arguments, told):
         ({}, "digits", True),
         ({"dataset_name": "digits"}, "digits", True),
         ({"dataset_name": "owner/flowers"}, "owner/flowers", False),
-        ({"validation_dir": "/home/me/digits/"}, "digits", False),
-        ({"train_file": "/home/me/train-*.parquet"}, "train-*.parquet", False),
+        ({"validation_dir": "/data/digits/"}, "digits", False),
+        ({"train_file": "/data/train-*.parquet"}, "train-*.parquet", False),
     ],
 )
 def test_data_has_a_name_that_may_be_published(arguments, name, is_digits):

@@ -1,6 +1,7 @@
 """The mask as a function, its statistics, the schedule, the patterns and the rule for rows."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -211,7 +212,7 @@ def test_token_pattern_is_uniform_over_keys() -> None:
 
 def test_token_pattern_refuses_masks_that_differ_by_query() -> None:
     with pytest.raises(
-        ValueError, match=r"'token'.*expected padding, got a mask of shape \(1, 1, 4, 4\) that differs"
+        ValueError, match=r"'token'.*: expected padding, got a mask of shape \(1, 1, 4, 4\) that differs"
     ):
         dropped_scores(seed_of(0), (1, 1, 4, 4), 0.5, pattern="token", real=torch.ones(1, 1, 4, 4).tril().bool())
     padding = (torch.arange(4) < 2).expand(1, 1, 4, 4)
@@ -349,9 +350,9 @@ def test_ratios_outside_the_range_are_refused(ratio: float) -> None:
 
 
 @pytest.mark.parametrize("ratio", ["0.1", None, True])
-def test_ratios_that_are_no_numbers_are_refused(ratio: object) -> None:
+def test_ratios_that_are_no_numbers_are_refused(ratio: Any) -> None:
     with pytest.raises(TypeError, match=r"must be a number in \[0, 1\)"):
-        layer_ratios(3, ratio)  # type: ignore[arg-type]  # the wrong type is the point
+        layer_ratios(3, ratio)
 
 
 def test_other_bad_input() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ CODE = {
     "flex_attention.py",
     "modeling_dropkey.py",
     "modeling_dropkey_vit.py",
+    "triton_attention.py",
 }
 TINY = {
     "hidden_size": 32,
@@ -51,7 +53,7 @@ images = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
 NO_PACKAGE = "import importlib.util\nassert importlib.util.find_spec('hf_dropkey') is None, 'the package is visible'\n"
 
 
-def model_of(cls: type, **kwargs) -> torch.nn.Module:
+def model_of(cls: type, **kwargs: Any) -> torch.nn.Module:
     torch.manual_seed(0)
     return cls(DropKeyViTConfig(**TINY, dropkey_ratio=0.3, **kwargs)).eval()
 
@@ -170,7 +172,7 @@ def test_package_and_remote_copy_share_a_process(folder: Path, tmp_path: Path, p
 
 
 def test_remote_objects_reach_a_process_that_knows_nothing(folder: Path, tmp_path: Path) -> None:
-    """Pickles of a remote model and configuration open where nothing was imported; spawned workers get them too."""
+    """Pickles of a remote model and configuration open where nothing was imported."""
     code = """
     import pickle
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
@@ -191,6 +193,10 @@ def test_remote_objects_reach_a_process_that_knows_nothing(folder: Path, tmp_pat
         tmp_path / "objects.pkl",
         cache=tmp_path / "cache",
     )
+
+
+@pytest.mark.slow
+def test_spawned_workers_get_remote_models(folder: Path, tmp_path: Path) -> None:
     script = tmp_path / "spawn.py"
     script.write_text(
         PREAMBLE

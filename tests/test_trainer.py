@@ -1,13 +1,14 @@
 """`Trainer` on real images: resume is bit-equal, the best checkpoint comes back whole, accumulation scales the loss."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
 
@@ -28,7 +29,7 @@ class Digits(Dataset):
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
 
 
-def model_of(**kwargs) -> DropKeyViTForImageClassification:
+def model_of(**kwargs: Any) -> DropKeyViTForImageClassification:
     torch.manual_seed(0)
     settings = {
         "hidden_size": 32,
@@ -46,11 +47,11 @@ def model_of(**kwargs) -> DropKeyViTForImageClassification:
     return DropKeyViTForImageClassification(DropKeyViTConfig(**settings))
 
 
-def accuracy(prediction) -> dict[str, float]:
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
-def trainer_of(output: Path, model: DropKeyViTForImageClassification, **kwargs) -> Trainer:
+def trainer_of(output: Path, model: DropKeyViTForImageClassification, **kwargs: Any) -> Trainer:
     settings = {
         "per_device_train_batch_size": 16,
         "num_train_epochs": 2,

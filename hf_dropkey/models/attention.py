@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from .dropkey import (
     DropKeySite,
@@ -21,11 +23,13 @@ from .dropkey import (
     drop_bias,
     dropped_scores,
     keep_tokens,
+    padding_of,
     protect_rows,
     real_keys,
     rows_can_empty,
 )
 from .flex_attention import flex_dropkey_forward
+from .triton_attention import triton_dropkey_attention
 
 
 # what `dropped_scores` is told beside the seed and the shape: ratio, pattern, window, grid
@@ -33,8 +37,13 @@ Settings = tuple[float, str, int, tuple[int, int] | None]
 
 
 def dropkey_is_active(module: DropKeySite) -> bool:
-    """Whether this attention module drops keys now: in training, with a ratio above 0."""
-    return module.training and module.dropkey_ratio > 0
+    """Whether this attention module drops keys now: in training, with a ratio above 0.
+
+    An attribute `dropkey_mode` of "always" or "never" overrules training, for Monte-Carlo inference and for
+    comparisons.
+    """
+    mode = getattr(module, "dropkey_mode", "training")
+    return module.dropkey_ratio > 0 and (mode == "always" or (mode == "training" and module.training))
 
 
 def settings_of(module: DropKeySite, grid: tuple[int, int] | None) -> Settings:
@@ -171,11 +180,49 @@ def sdpa_dropkey_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
+def triton_dropkey_forward(
+    module: DropKeySite,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    grid: tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, None]:
+    """DropKey in the fused kernel, patterns "score" and "key", padding only. See `dropkey_attention_forward`."""
+    if dropout > 0 or (attention_mask is not None and attention_mask.is_floating_point()):
+        raise ValueError(
+            f"attn_implementation={TRITON_NAME!r} takes neither dropout on attention weights (asked for {dropout}) nor "
+            "additive masks. Train with model.set_attn_implementation('sdpa'), which drops the same scores."
+        )
+    padding = None
+    if attention_mask is not None:
+        padding = padding_of(real_keys(attention_mask), f"attn_implementation {TRITON_NAME!r}")
+        padding = padding.expand(query.shape[0], -1)
+    output = triton_dropkey_attention(
+        query,
+        key,
+        value,
+        draw_seed(query.device),
+        module.dropkey_ratio,
+        scaling=scaling,
+        pattern=module.dropkey_pattern,
+        padding=padding,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+TRITON_NAME = "dropkey_triton"
 DROPKEY_BACKENDS: dict[str, Callable] = {
     "eager": eager_dropkey_forward,
     "sdpa": sdpa_dropkey_forward,
     "flex_attention": flex_dropkey_forward,
+    TRITON_NAME: triton_dropkey_forward,
 }
+# where nothing is dropped, the name of the fused kernel means sdpa, masks included
+AttentionInterface.register(TRITON_NAME, sdpa_attention_forward)
+AttentionMaskInterface.register(TRITON_NAME, sdpa_mask)
 
 
 def dropkey_attention_forward(
@@ -214,7 +261,7 @@ def dropkey_attention_forward(
     # flex_attention takes padding out of a BlockMask by itself
     if module.dropkey_pattern == "token" and implementation in ALL_ATTENTION_FUNCTIONS.keys() - {"flex_attention"}:
         key, value, attention_mask = keep_tokens(key, value, attention_mask, module.dropkey_ratio)
-        if implementation == "sdpa" and attention_mask is not None and attention_mask.ndim == 2:
+        if implementation in ("sdpa", TRITON_NAME) and attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = attention_mask[:, None, None]
         plain = ALL_ATTENTION_FUNCTIONS[implementation]
         return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=False)

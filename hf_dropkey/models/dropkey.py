@@ -402,21 +402,30 @@ def token_order(
     place = torch.arange(keys, device=word.device)
     if real is None:
         return word.argsort(dim=-1, stable=True), (place < kept_tokens(keys, ratio)).expand(images, keys)
+    real = padding_of(real, "pattern 'token'")
+    real = real.expand(images, keys)
+    count = real.sum(-1, keepdim=True)
+    count = (count - (ratio * count.double()).round().long()).clamp(min=1)
+    return (word + (~real).long() * 2**32).argsort(dim=-1, stable=True), place < count
+
+
+def padding_of(real: torch.Tensor, asker: str) -> torch.Tensor:
+    """What `real_keys` returns as bool `[B|1, M]`, for an `asker` that can only leave a key out for all queries.
+
+    Raises:
+        ValueError: The mask hides different keys from different queries or heads.
+    """
     same = (real == real[:, :1, :1]).all()
     message = (
-        "The pattern 'token' drops a key for all queries and heads of an image, so the mask must do the same: expected "
-        f"padding, got a mask of shape {tuple(real.shape)} that differs by query or head. Use the pattern 'score' or "
-        "'key'."
+        f"The {asker} leaves a key out for all queries and heads of an image: expected padding, got a mask of shape "
+        f"{tuple(real.shape)} that differs by query or head. Use the pattern 'score' with attn_implementation 'sdpa'."
     )
     if torch.compiler.is_compiling() or same.is_cuda:
         # without a wait for the device, or a break of the graph
         torch._assert_async(same, message)
     elif not same:
         raise ValueError(message)
-    real = real[:, 0, 0].expand(images, keys)
-    count = real.sum(-1, keepdim=True)
-    count = (count - (ratio * count.double()).round().long()).clamp(min=1)
-    return (word + (~real).long() * 2**32).argsort(dim=-1, stable=True), place < count
+    return real[:, 0, 0]
 
 
 def keep_tokens(

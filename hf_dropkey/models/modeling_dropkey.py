@@ -83,6 +83,7 @@ class DropKeyAttention(nn.Module):
         Returns:
             The output `[B, N, H, Dv]`, and the weights `[B, H, N, M]` on `eager`, else None.
         """
+        dropout = self.attention_dropout if self.training else 0.0
         if dropkey_is_active(self):
             return dropkey_attention_forward(
                 self,
@@ -92,13 +93,12 @@ class DropKeyAttention(nn.Module):
                 None,
                 implementation=self.config._attn_implementation,
                 scaling=self.scaling,
-                dropout=self.attention_dropout,
+                dropout=dropout,
                 grid=grid,
             )
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        dropout = self.attention_dropout if self.training else 0.0
         return attention_interface(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
 
 

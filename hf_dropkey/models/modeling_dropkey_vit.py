@@ -70,7 +70,7 @@ class DropKeyViTAttention(ViTAttention):
             attention_mask,
             implementation=self.config._attn_implementation,
             scaling=self.scaling,
-            dropout=self.attention_dropout,
+            dropout=self.attention_dropout if self.training else 0.0,
             grid=dropkey_grid,
         )
         return self.o_proj(output.flatten(-2)), weights

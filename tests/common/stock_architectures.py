@@ -197,7 +197,8 @@ ARCHITECTURES = {
                 mask_ratio=0.5,
             )
         ),
-        pixels,
+        # which patches are hidden, which is random otherwise
+        lambda: pixels(noise=torch.rand(2, 16, generator=torch.Generator().manual_seed(3))),
         5,
         {},
     ),
@@ -349,6 +350,43 @@ def build(name: str) -> Any:
             if parameter.ndim >= 2 and parameter.std() < 0.05 and "backbone" not in parameter_name:
                 parameter.mul_(3)
     return model
+
+
+def tiny_vit(**settings: Any) -> hf.ViTForImageClassification:
+    """A classifier of 5 classes whose attention is not uniform."""
+    torch.manual_seed(0)
+    model = hf.ViTForImageClassification(hf.ViTConfig(**{**VIT, "num_labels": 5, **settings}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(3)
+    return model
+
+
+def llama(**settings: Any) -> hf.LlamaModel:
+    """A causal model with grouped queries, in training mode."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**TEXT, num_key_value_heads=2, pad_token_id=0, **settings)
+    return hf.LlamaModel(config).train()
+
+
+def quiet(model: nn.Module, *args: Any, **settings: Any) -> DropKeyReport:
+    """`apply_dropkey` that prints nothing."""
+    return apply_dropkey(model, *args, **settings, verbose=False)
+
+
+def ratios(model: nn.Module) -> list[float]:
+    """The drop ratios of a model, in order."""
+    return [module.dropkey_ratio for _, module in dropkey_modules(model)]
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything plain that a model's modules and configuration hold."""
+    state = {
+        name: {key: value for key, value in vars(module).items() if not key.startswith("_") or key == "_dropkey_undo"}
+        for name, module in model.named_modules()
+    }
+    return {"modules": state, "config": dict(vars(model.config)), "hooks": dict(model._load_state_dict_pre_hooks)}
 
 
 def loss_of(model: Any, inputs: Inputs, seed: int) -> torch.Tensor:
