@@ -340,6 +340,7 @@ def test_schedules() -> None:
     assert layer_ratios(4, 0.3, 0.15, "increasing") == pytest.approx([0.15, 0.2, 0.25, 0.3])
     assert layer_ratios(3, 0.3, 0.1, "constant") == [0.3, 0.3, 0.3]
     assert layer_ratios(1, 0.3) == [0.3]
+    assert layer_ratios(7, 0.4, 0.1)[::6] == [0.4, 0.1]
     assert all(isinstance(ratio, float) for ratio in layer_ratios(5, 0))
 
 

@@ -110,7 +110,9 @@ def layer_ratios(depth: int, ratio: float, final_ratio: float = 0.0, schedule: s
             f"`dropkey_final_ratio` ({final_ratio}) must not exceed `dropkey_ratio` ({ratio}), the largest ratio. "
             "Swap the two and choose the schedule 'increasing' to grow with depth."
         )
-    ramp = [ratio + (final_ratio - ratio) * layer / max(depth - 1, 1) for layer in range(depth)]
+    weights = [layer / max(depth - 1, 1) for layer in range(depth)]
+    # in this form both ends are exact
+    ramp = [ratio * (1 - weight) + final_ratio * weight for weight in weights]
     return ramp if schedule == "decreasing" else ramp[::-1]
 
 
