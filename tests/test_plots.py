@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hf_dropkey.plots import RIGHT_COLOR, WRONG_COLOR, predictions_with_attention
+from hf_dropkey.plots import RIGHT_COLOR, WRONG_COLOR, method_overview, predictions_with_attention
 
 
 def figure_of(count: int = 3, **changes: Any) -> Figure:
@@ -67,3 +67,14 @@ def test_the_two_colors_differ_in_grey_and_read_on_white():
 def test_lists_of_different_lengths_are_an_error(changes):
     with pytest.raises(ValueError, match="give one of each per image"):
         figure_of(3, **changes)
+
+
+def test_the_overview_shows_each_pattern_and_schedule() -> None:
+    patterns = {"score": np.eye(6, dtype=bool), "key": np.zeros((6, 6), dtype=bool)}
+    schedules = {"decreasing": [0.3, 0.0], "constant": [0.3, 0.3], "increasing": [0.0, 0.3]}
+    figure = method_overview(patterns, schedules)
+    assert [axis.get_title() for axis in figure.axes[:2]] == ['"score": 17% dropped', '"key": 0% dropped']
+    assert np.array_equal(figure.axes[0].images[0].get_array(), patterns["score"])
+    lines = {str(line.get_label()): list(line.get_ydata()) for line in figure.axes[2].lines}
+    assert lines == schedules
+    assert figure.axes[2].get_xlabel() == "layer"
