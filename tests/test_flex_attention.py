@@ -64,6 +64,7 @@ def test_masks_are_honoured_and_rows_keep_a_real_key(form: str, ratio: float) ->
     torch.testing.assert_close(forward(module, qkv, mask).double(), reference, rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_token_pattern_is_plain_attention_over_what_is_left() -> None:
     torch.manual_seed(0)
     config = DropKeyViTConfig(

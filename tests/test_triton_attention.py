@@ -211,8 +211,8 @@ def check_mask(
         ((1, 1, 20, 1), 0.9, HALF, "score", False),
         ((1, 2, 3, 65), 0.0, HALF, "score", False),
         pytest.param((2, 2, 197, 197), 0.1, HALF, "score", True, marks=pytest.mark.slow),
-        pytest.param((1, 2, 130, 785), 0.2, SINGLE, "score", False, marks=pytest.mark.slow),
-        pytest.param((1, 1, 17, 4097), 0.3, HALF, "score", False, marks=pytest.mark.slow),
+        pytest.param((1, 2, 33, 785), 0.2, SINGLE, "score", False, marks=pytest.mark.slow),
+        pytest.param((1, 1, 9, 1025), 0.3, HALF, "score", False, marks=pytest.mark.slow),
     ],
 )
 def test_every_kernel_drops_the_scores_of_the_definition(

@@ -109,9 +109,10 @@ def launch_configuration(
 ) -> tuple[str, Launch]:
     """Tile, warps and stages of a kernel, all of them chosen without a GPU.
 
-    The kernels have run in Triton's interpreter only, never on a device. Each entry is the largest tile that compiles
-    for sm_80, sm_90 or sm_100 without spilling registers, with and without padding; tests compile them again. Spills
-    remain at head width 128 for padded rows on 8.x (the backward kernels) and for float32 (all but "key_value").
+    The kernels have run in Triton's interpreter only, never on a device. Each entry is the largest of a few tiles that
+    compiles for sm_80, sm_90 or sm_100 without spilling registers; tests compile them again. Small spills remain (8 to
+    72 bytes per thread in what was compiled) on 8.x at width 128 with padding, and where 80 columns are padded to 128;
+    for float32 at width 128 they are larger.
 
     Predictions, to be replaced by measurements: kernels are bound by instruction issue, not by memory, at every width
     up to 64. "key_value" is the slowest, since it computes a whole word for each byte it uses. Rows in one pass save
