@@ -32,3 +32,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the data sets in {os.path.relpath(folder, ROOT)}, which is not there")
     return folder
+
+
+@pytest.fixture(scope="session")
+def auto_image_processor() -> None:
+    """Skips a test that loads an image processor, where Transformers refuses to without torchvision (5.13 does)."""
+    from transformers import AutoImageProcessor, __version__
+
+    try:
+        AutoImageProcessor.from_pretrained  # noqa: B018  # a stand-in for the class raises on any access
+    except ImportError:
+        pytest.skip(f"AutoImageProcessor of Transformers {__version__} needs torchvision, which is not installed")

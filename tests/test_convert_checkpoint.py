@@ -146,6 +146,7 @@ def test_converted_folders_have_the_official_logits(tmp_path: Path, name: str, w
     assert ("from state_dict_ema" in report) == (wrap == "ema")
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_converted_folders_load_by_remote_code_in_a_fresh_process(tmp_path: Path) -> None:
     folders = []
     for name in ("t2t_performer", "volo_tiny", "ceit_tiny"):
@@ -180,6 +181,7 @@ def test_the_command_line_converts_and_explains(tmp_path: Path) -> None:
     assert "Written to" in done.stdout
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_image_size_resizes_positions_and_processor(tmp_path: Path) -> None:
     family, _, _, path = save_fixture("ceit_tiny", tmp_path)
     report = CONVERT.convert(arguments(tmp_path, family, path, config=tmp_path / "config", image_size=96))
@@ -340,6 +342,7 @@ def test_a_missing_timm_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ceit", "ceit_small", 384, 438),
     ],
 )
+@pytest.mark.usefixtures("auto_image_processor")
 def test_image_processors_crop_as_the_published_evaluations(
     tmp_path: Path, family: str, size: str, image_size: int, shortest_edge: int
 ) -> None:

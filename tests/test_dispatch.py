@@ -1,5 +1,6 @@
 """What a patched attention computes: in eval and training, with every kind of mask, on every backend, under every tool."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -129,6 +130,10 @@ def test_grouped_queries_and_causal_masks(padded: bool) -> None:
     torch.testing.assert_close(first, second)
 
 
+@pytest.mark.skipif(
+    "get_interface" not in inspect.getsource(hf.models.t5.modeling_t5),
+    reason=f"T5 of Transformers {hf.__version__} computes its own softmax, not through the attention interface",
+)
 def test_position_biases_are_no_padding() -> None:
     config = hf.T5Config(
         vocab_size=99, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, num_decoder_layers=2, dropout_rate=0.0

@@ -112,6 +112,7 @@ def test_resuming_in_the_middle_of_an_epoch_ends_in_the_same_bits(trained, tmp_p
     assert results(tmp_path / "run")["eval_loss"] == results(trained)["eval_loss"]
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_evaluation_repeats_what_training_measured(trained, tmp_path):
     arguments = ("--model_name_or_path", str(trained), "--max_eval_samples", "40", "--use_cpu", "True")
     done = run("evaluate_image_classification.py", *arguments, "--output_file", "out.json", folder=tmp_path)
@@ -122,6 +123,7 @@ def test_evaluation_repeats_what_training_measured(trained, tmp_path):
     assert f"accuracy  {found['accuracy']:.4f}" in done.stdout
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_the_saved_folder_predicts_in_a_process_without_the_package(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "handed_over", ignore=shutil.ignore_patterns("checkpoint-*"))
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "a.png")
@@ -158,6 +160,7 @@ def stock_vit(folder: Path, classes: int = 10) -> ViTForImageClassification:
 SHORT = ("--do_train", "--max_train_samples", "16", "--max_eval_samples", "8", "--max_steps", "1", "--use_cpu")
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_a_stock_vit_is_where_training_starts(monkeypatch, tmp_path):
     stock = stock_vit(tmp_path / "stock")
     arguments = (
@@ -179,6 +182,7 @@ def test_a_stock_vit_is_where_training_starts(monkeypatch, tmp_path):
     assert "fine-tuned version of [stock]" in card and str(tmp_path) not in card
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_another_number_of_classes_needs_a_word(monkeypatch, tmp_path):
     stock_vit(tmp_path / "stock", classes=4)
     arguments = (*SHORT, "--model_name_or_path", "stock", "--output_dir", "run")
@@ -284,6 +288,7 @@ def test_resuming_another_model_is_an_error(monkeypatch, tmp_path, trained):
         here(monkeypatch, tmp_path, recipe_in(tmp_path, dropkey_ratio=0.1), "--resume_from_checkpoint", "true")
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_pretrained_folders_that_lack_something_or_are_no_vit_are_told(monkeypatch, tmp_path):
     arguments = ("--do_train", "--use_cpu", "--model_name_or_path", "stock", "--output_dir", "run")
     stock_vit(tmp_path / "stock")
@@ -302,6 +307,7 @@ def test_pretrained_folders_that_lack_something_or_are_no_vit_are_told(monkeypat
         here(monkeypatch, tmp_path, *arguments)
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_evaluating_classes_the_model_does_not_know_is_an_error(monkeypatch, tmp_path, trained):
     (tmp_path / "images" / "cat").mkdir(parents=True)
     (tmp_path / "images" / "7").mkdir()
