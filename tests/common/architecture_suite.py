@@ -25,6 +25,7 @@ from architecture_parity import (
 )
 from safetensors.torch import load_file
 from torch import nn
+from transformers.utils import output_capturing
 
 
 BACKENDS = ["eager", "sdpa"]
@@ -34,7 +35,6 @@ import sys
 sys.modules["hf_dropkey"] = None  # importing the package now fails
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
-from transformers.utils import output_capturing
 folder, expected = sys.argv[1:]
 model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
 assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
