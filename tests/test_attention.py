@@ -9,14 +9,8 @@ import torch
 from torch import nn
 
 from hf_dropkey.models.attention import dropkey_attention_forward, dropkey_is_active
-from hf_dropkey.models.dropkey import (
-    PATTERNS,
-    draw_seed,
-    dropped_scores,
-    protect_rows,
-    real_keys,
-    reference_attention,
-)
+from hf_dropkey.models.counter_hash import draw_seed
+from hf_dropkey.models.dropkey import PATTERNS, dropped_scores, protect_rows, real_keys, reference_attention
 
 
 BACKENDS = ["eager", "sdpa"]

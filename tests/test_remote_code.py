@@ -28,6 +28,7 @@ CODE = {
     "configuration_dropkey.py",
     "configuration_dropkey_sizes.py",
     "configuration_dropkey_vit.py",
+    "counter_hash.py",
     "dropkey.py",
     "flex_attention.py",
     "modeling_dropkey.py",

@@ -470,7 +470,7 @@ def test_nothing_of_the_size_of_the_mask_is_saved() -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same_bits(use_reentrant: bool) -> None:
-    from hf_dropkey.models.dropkey import draw_seed
+    from hf_dropkey.models.counter_hash import draw_seed
 
     inputs = make_inputs((1, 2, 20, 20), 16, SINGLE)
 

@@ -3,20 +3,10 @@
 DropKey (Li et al., "DropKey for Vision Transformer", CVPR 2023, arXiv 2208.02646) removes random scores from the
 softmax of self-attention, in training only. Shapes here are `B` images, `H` heads, `N` queries, `M` keys, `D` head width.
 
-The decision for one score is a pure function of (seed, image, head, query, key). All integers are 32-bit and wrap:
+The decision for one score is a pure function of (seed, image, head, query, key), in `counter_hash`, so every backend drops the
+same scores for a seed.
 
-1.  `mix` is the lowbias32 finaliser. `step` turns a pair of words and an index into a new pair. A row of scores gets
-    its pair (k1, k2) by three steps from the seed: image, head, query.
-2.  Word w of a row hashes (k1, w) with k2 folded in between the two multiplications. It serves four keys: with
-    w = 64 g + l, byte j of the word (j = 0 is the lowest) belongs to key 256 g + 64 j + l.
-3.  A key is dropped if its byte is below a threshold. The ratio r rarely is a multiple of 1/256, so each (row, block of
-    64 keys) takes floor(256 r) or that plus one, chosen by a hash of its own with the probability that makes the
-    expected drop fraction exactly r (to 2^-40).
-
-Nothing depends on N, M, the dtype, or how a batch is cut into heads, so every backend drops the same scores for a seed.
-`score_is_dropped` states points 1 to 3 in plain Python integers; tests hold every backend to it.
-
-This file travels with checkpoints: it imports torch and the standard library only.
+This file travels with checkpoints: it imports torch and its neighbours only.
 """
 
 import math
@@ -24,24 +14,14 @@ from typing import Protocol, overload
 
 import torch
 
+from .counter_hash import draw_seed, drop_bias_by_byte, dropped_by_byte, row_keys, row_words
+
 
 PATTERNS = ("score", "key", "token", "block", "cross")
 SCHEDULES = ("decreasing", "constant", "increasing")
 
 # additive mask values at or below this are padding, anything above is a bias (half precision's minimum is -65504)
 PADDING_THRESHOLD = -1e4
-
-
-def _signed(value: int) -> int:
-    """The 32-bit two's complement reading of an integer."""
-    value &= 0xFFFFFFFF
-    return value - (1 << 32) if value >= 1 << 31 else value
-
-
-# multipliers of lowbias32 (C. Wellons, https://nullprogram.com/blog/2018/07/31/) and of the golden ratio sequence
-MIX_1, MIX_2, GOLDEN = _signed(0x7FEB352D), _signed(0x846CA68B), _signed(0x9E3779B9)
-# distinct odd offsets keep the pair (0, 0) with index 0 away from the fixed point mix(0) = 0
-STEP_1, STEP_2 = _signed(0x85EBCA6B), _signed(0xC2B2AE35)
 
 
 class DropKeySite(Protocol):
@@ -119,130 +99,6 @@ def layer_ratios(depth: int, ratio: float, final_ratio: float = 0.0, schedule: s
 # --- which scores are dropped -----------------------------------------------------------------------------------------
 
 
-def draw_seed(device: torch.device) -> torch.Tensor:
-    """Two random 32-bit words, int32 `[2]`, from torch's global generator of `device`.
-
-    The global generator is what seeding, activation checkpointing and resumed training restore.
-    """
-    return torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=device)
-
-
-def _mix(x: torch.Tensor, key: torch.Tensor | None = None) -> torch.Tensor:
-    """lowbias32 of an int32 tensor, with `key` folded in between the multiplications."""
-    # the shift of a signed tensor is arithmetic; the mask makes it logical
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * MIX_1
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    if key is not None:
-        x = x ^ key
-    x = x * MIX_2
-    return x ^ ((x >> 16) & 0xFFFF)
-
-
-def _step(k1: torch.Tensor, k2: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pair of words of the `index`-th child of (k1, k2)."""
-    offset = index * GOLDEN
-    k1 = _mix(k1 ^ (offset + STEP_1))
-    return k1, _mix(k2 ^ (offset + STEP_2) ^ k1)
-
-
-def row_keys(seed: torch.Tensor, images: int, heads: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pairs (k1, k2) of all rows, each int32 `[B, H, N, 1]`."""
-    k1, k2 = seed.view(2, 1, 1, 1, 1).unbind()
-    for axis, size in enumerate((images, heads, queries)):
-        shape = [1, 1, 1, 1]
-        shape[axis] = size
-        k1, k2 = _step(k1, k2, torch.arange(size, dtype=torch.int32, device=seed.device).view(shape))
-    return k1, k2
-
-
-def _words(k1: torch.Tensor, k2: torch.Tensor, count: int) -> torch.Tensor:
-    """The first `count` words of each row, int32 `[B, H, N, count]`."""
-    return _mix(k1 ^ (torch.arange(count, dtype=torch.int32, device=k1.device) * GOLDEN), k2)
-
-
-def byte_thresholds(ratio: float) -> tuple[int, int, int]:
-    """How a ratio becomes thresholds for the signed comparison of a byte moved to the top of a word.
-
-    Returns:
-        The lower threshold, the upper threshold, and the signed 32-bit bound below which a block takes the upper one.
-    """
-    base = math.floor(256 * ratio)
-    fraction = math.floor((256 * ratio - base) * 2**32) - 2**31
-    # byte threshold t in 0..256 reads (t - 128) << 24; 256 ("all of them") saturates
-    lower, upper = (min((t - 128) << 24, 2**31 - 1) for t in (base, base + 1))
-    return lower, upper, fraction
-
-
-def _dropped_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> torch.Tensor:
-    """Independent decisions of rate `ratio` for the first `keys` keys of each row, bool `[B, H, N, M]`."""
-    if k1.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _bytes_in_cache(k1, k2, keys, ratio, -1) != 0
-    lower, upper, fraction = byte_thresholds(ratio)
-    threshold = torch.where(_dither(k1, k2, keys) < fraction, upper, lower).to(torch.int32)
-    words = _words(k1, k2, _word_count(keys))
-    parts = []
-    for block in range(threshold.shape[-1]):
-        lanes, byte = _lanes(block, keys)
-        parts.append((words[..., lanes] << (24 - 8 * byte)) < threshold[..., block : block + 1])
-    return torch.cat(parts, -1)
-
-
-def _dither(k1: torch.Tensor, k2: torch.Tensor, keys: int) -> torch.Tensor:
-    """The words that choose between the two thresholds, one for each block of 64 keys of a row."""
-    blocks = torch.arange(-(-keys // 64), dtype=torch.int32, device=k1.device)
-    return _mix(k1 * 3 ^ k2 ^ blocks * GOLDEN)
-
-
-def _word_count(keys: int) -> int:
-    return keys // 256 * 64 + min(keys % 256, 64)
-
-
-def _lanes(block: int, keys: int) -> tuple[slice, int]:
-    """Which words of a row decide a block of 64 keys, and with which of their bytes."""
-    # one word serves keys 64 apart: the words of a group of 256 keys, then their four bytes in turn
-    group, byte = divmod(block, 4)
-    return slice(64 * group, 64 * group + min(64, keys - 64 * block)), byte
-
-
-def _bytes_in_cache(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float, bits: int) -> torch.Tensor:
-    """The same decisions as int32 words, `bits` where a key is dropped and 0 elsewhere, `[B, H, N, M]`.
-
-    On a CPU memory traffic and comparisons are the cost. So a megabyte of words is treated at a time, in place, and a
-    comparison is a subtraction whose sign is spread over the word.
-    """
-    _, _, fraction = byte_thresholds(ratio)
-    threshold = (_dither(k1, k2, keys) < fraction).to(torch.int32) + math.floor(256 * ratio)
-    shape = torch.broadcast_shapes(k1.shape, k2.shape)[:-1]
-    k1, k2, threshold = (tensor.expand(*shape, -1).reshape(-1, tensor.shape[-1]) for tensor in (k1, k2, threshold))
-    found = torch.empty(len(k1), keys, dtype=torch.int32)
-    columns = torch.arange(_word_count(keys), dtype=torch.int32) * GOLDEN
-    step = max(1, 2**18 // len(columns))
-    scratch = torch.empty(min(step, len(k1)), len(columns), dtype=torch.int32)
-    for row in range(0, len(k1), step):
-        rows = slice(row, row + step)
-        word = k1[rows] ^ columns
-        _mix_in_place(word, k2[rows], scratch[: len(word)])
-        # a signed comparison of bytes is one of unsigned bytes with their top bits flipped
-        word ^= _signed(0x80808080)
-        for block in range(threshold.shape[-1]):
-            lanes, byte = _lanes(block, keys)
-            part = torch.bitwise_right_shift(word[:, lanes], 8 * byte, out=found[rows, 64 * block : 64 * block + 64])
-            part.bitwise_and_(255).sub_(threshold[rows, block : block + 1])
-            part.bitwise_right_shift_(31).bitwise_and_(bits)
-    return found.view(*shape, keys)
-
-
-def _mix_in_place(x: torch.Tensor, key: torch.Tensor, scratch: torch.Tensor) -> None:
-    """`_mix(x, key)` written over `x`."""
-    x ^= torch.bitwise_right_shift(x, 16, out=scratch).bitwise_and_(0xFFFF)
-    x *= MIX_1
-    x ^= torch.bitwise_right_shift(x, 15, out=scratch).bitwise_and_(0x1FFFF)
-    x ^= key
-    x *= MIX_2
-    x ^= torch.bitwise_right_shift(x, 16, out=scratch).bitwise_and_(0xFFFF)
-
-
 def _offsets(pattern: str, window: int) -> list[tuple[int, int]]:
     """The (row, column) offsets from a centre that a block or a cross covers."""
     if pattern == "block":
@@ -288,7 +144,7 @@ def _dropped_by_shape(
 ) -> torch.Tensor:
     """Keys covered by random shapes (`shape_centres`), bool `[B, H, N, M]`; non-patch tokens never are."""
     offsets, bound, (above, left, height, width), (rows, columns) = shape_centres(ratio, pattern, window, keys, grid)
-    centres = (_words(k1, k2, height * width) < bound).unflatten(-1, (height, width))
+    centres = (row_words(k1, k2, height * width) < bound).unflatten(-1, (height, width))
     dropped = torch.zeros((), dtype=torch.bool, device=k1.device)
     for dy, dx in offsets:
         dropped = dropped | centres[..., above - dy : above - dy + rows, left - dx : left - dx + columns]
@@ -357,7 +213,7 @@ def dropped_scores(
         return torch.ones_like(kept).scatter(-1, order, ~kept)[:, None, None, :]
     k1, k2 = row_keys(seed, images, heads, 1 if pattern == "key" else queries)
     if pattern in ("score", "key"):
-        return _dropped_by_byte(k1, k2, keys, ratio)
+        return dropped_by_byte(k1, k2, keys, ratio)
     return _dropped_by_shape(k1, k2, ratio, pattern, window, keys, grid)
 
 
@@ -369,10 +225,7 @@ def drop_bias(seed: torch.Tensor, shape: tuple[int, int, int, int], ratio: float
     """
     images, heads, queries, keys = shape
     k1, k2 = row_keys(seed, images, heads, 1 if pattern == "key" else queries)
-    if k1.device.type == "cpu" and not torch.compiler.is_compiling():
-        # the words are the bit patterns of the two floats
-        return _bytes_in_cache(k1, k2, keys, ratio, _signed(0xFF800000)).view(torch.float32)
-    return torch.where(_dropped_by_byte(k1, k2, keys, ratio), float("-inf"), 0.0)
+    return drop_bias_by_byte(k1, k2, keys, ratio)
 
 
 def kept_tokens(keys: int, ratio: float) -> int:
@@ -400,7 +253,7 @@ def token_order(
     Raises:
         ValueError: The mask hides different keys from different queries or heads.
     """
-    word = _words(*row_keys(seed, images, 1, 1), keys)[:, 0, 0].long()
+    word = row_words(*row_keys(seed, images, 1, 1), keys)[:, 0, 0].long()
     place = torch.arange(keys, device=word.device)
     if real is None:
         return word.argsort(dim=-1, stable=True), (place < kept_tokens(keys, ratio)).expand(images, keys)
@@ -461,8 +314,14 @@ def keep_tokens(
         attention_mask = chosen.masked_fill(~kept[:, None, None], float("-inf"))
     elif attention_mask is not None:
         attention_mask = kept if attention_mask.ndim == 2 else kept[:, None, None]
-    index = order[:, None, :, None]
-    return key.take_along_dim(index, 2), value.take_along_dim(index, 2), attention_mask
+    rows = (order + keys * torch.arange(images, device=order.device)[:, None]).flatten()
+
+    def chosen_rows(tensor: torch.Tensor) -> torch.Tensor:
+        # one row of memory holds all heads of a token, as models lay them out
+        table = tensor.transpose(1, 2).reshape(images * keys, -1)
+        return table.index_select(0, rows).view(images, count, tensor.shape[1], -1).transpose(1, 2)
+
+    return chosen_rows(key), chosen_rows(value), attention_mask
 
 
 # --- rules that hold on every backend ---------------------------------------------------------------------------------
@@ -576,32 +435,3 @@ def reference_attention(
             heads.append(torch.stack(rows))
         images.append(torch.stack(heads))
     return torch.stack(images)
-
-
-def _mix_integer(x: int, key: int = 0) -> int:
-    x = ((x ^ x >> 16) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ x >> 15 ^ key) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ x >> 16
-
-
-def score_is_dropped(seed: tuple[int, int], image: int, head: int, query: int, key: int, ratio: float) -> bool:
-    """The definition of the pattern "score", in plain integers: is this one score dropped? ("key" takes query 0.)
-
-    Args:
-        seed: Two 32-bit words, signed or not.
-        image, head, query, key: Indices from 0.
-        ratio: Drop ratio in [0, 1).
-    """
-    word = 0xFFFFFFFF
-    golden, step_1, step_2 = GOLDEN & word, STEP_1 & word, STEP_2 & word
-    k1, k2 = (part & word for part in seed)
-    for index in (image, head, query):
-        k1 = _mix_integer(k1 ^ (index * golden + step_1) & word)
-        k2 = _mix_integer(k2 ^ (index * golden + step_2) & word ^ k1)
-    group, byte, lane = key // 256, key % 256 // 64, key % 64
-    bits = _mix_integer(k1 ^ ((64 * group + lane) * golden) & word, k2) >> 8 * byte & 255
-    dither = _mix_integer((k1 * 3) & word ^ k2 ^ (key // 64 * golden) & word)
-    base = math.floor(256 * ratio)
-    fraction = math.floor((256 * ratio - base) * 2**32)
-    # the signed comparison of the tensor code orders bytes and dithers with their top bit flipped
-    return (bits ^ 128) < base + ((dither ^ 1 << 31) < fraction)

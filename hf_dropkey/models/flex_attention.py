@@ -14,18 +14,8 @@ import torch
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
-from .dropkey import (
-    GOLDEN,
-    MIX_1,
-    MIX_2,
-    DropKeySite,
-    byte_thresholds,
-    draw_seed,
-    keep_tokens,
-    real_keys,
-    row_keys,
-    shape_centres,
-)
+from .counter_hash import GOLDEN, MIX_1, MIX_2, byte_thresholds, draw_seed, row_keys
+from .dropkey import DropKeySite, keep_tokens, real_keys, shape_centres
 
 
 PENALTY = -1024.0

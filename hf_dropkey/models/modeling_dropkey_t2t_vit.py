@@ -18,7 +18,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import drop_mask, dropkey_is_active, settings_of
 from .configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
-from .dropkey import draw_seed, layer_ratios
+from .counter_hash import draw_seed
+from .dropkey import layer_ratios
 from .modeling_dropkey import (
     DropKeyArchitecture,
     DropKeyAttention,

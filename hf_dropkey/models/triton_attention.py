@@ -25,17 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .dropkey import (
-    GOLDEN,
-    MIX_1,
-    MIX_2,
-    PATTERNS,
-    STEP_1,
-    STEP_2,
-    byte_thresholds,
-    check_choice,
-    check_ratio,
-)
+from .counter_hash import GOLDEN, MIX_1, MIX_2, STEP_1, STEP_2, byte_thresholds
+from .dropkey import PATTERNS, check_choice, check_ratio
 
 
 try:
