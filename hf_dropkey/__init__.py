@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 
 from .export import export_plain
 from .inference import monte_carlo_predict
+from .models.attention import default_backend
 from .models.configuration_dropkey_ceit import DropKeyCeitConfig
 from .models.configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
 from .models.configuration_dropkey_vit import DropKeyViTConfig
@@ -54,6 +55,7 @@ __all__ = [
     "DropKeyVoloForImageClassification",
     "DropKeyVoloModel",
     "apply_dropkey",
+    "default_backend",
     "dropkey_active",
     "dropkey_disabled",
     "export_plain",

@@ -7,15 +7,19 @@ with any colour vision and in grey. May import Matplotlib, NumPy and Pillow only
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 
 
 RIGHT_COLOR, WRONG_COLOR = "#0072B2", "#D55E00"
 ATTENTION_MAP = "cividis"
+# black is left out: on a photograph it reads as part of the image
+BOX_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
 
 def predictions_with_attention(
@@ -113,3 +117,105 @@ def method_overview(patterns: Mapping[str, NDArray[np.bool_]], schedules: Mappin
     title = "Attention scores that DropKey takes out of the softmax (dark): one head, one training step"
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def attention_costs(rows: Sequence[Mapping[str, str]], *, title: str) -> Figure:
+    """Time and peak memory of attention against the number of tokens, both axes logarithmic, a line for each variant.
+
+    Args:
+        rows: Of one device and dtype, as `scripts/benchmark_attention.py` writes them: `backend`, `regulariser`,
+            `tokens`, `metric` ("time" in ms or "peak memory" in MiB, others are left out), `value` and the quartiles.
+        title: What the reader sees, with where it comes from.
+
+    Raises:
+        ValueError: There is no row of either metric, or the rows are of several devices or dtypes.
+    """
+    kinds = sorted({(row["device"], row["dtype"]) for row in rows})
+    if len(kinds) != 1:
+        raise ValueError(f"rows of one device and dtype are needed, got {kinds}; filter them")
+    panels = {"time": "forward and backward, ms", "peak memory": "peak memory, MiB"}
+    found = [row for row in rows if row["metric"] in panels]
+    variants = list(dict.fromkeys((row["backend"], row["regulariser"]) for row in found))
+    figure = Figure(figsize=(9.5, 5), layout="constrained")
+    for axis, (metric, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for number, (backend, regulariser) in enumerate(variants):
+            points = sorted(
+                (int(row["tokens"]), *(float(row[name]) for name in ("value", "first_quartile", "third_quartile")))
+                for row in found
+                if (row["backend"], row["regulariser"], row["metric"]) == (backend, regulariser, metric)
+            )
+            if not points:
+                raise ValueError(f"{backend} with {regulariser} has no row of {metric}; measure it first")
+            tokens, middle, low, high = zip(*points, strict=True)
+            color = BOX_COLORS[number % len(BOX_COLORS)]
+            style = {"marker": "os^vD"[number // len(BOX_COLORS) % 5], "ls": "--" if regulariser == "none" else "-"}
+            axis.plot(tokens, middle, color=color, label=f"{backend}, {regulariser}", ms=4, **style)
+            axis.fill_between(tokens, low, high, color=color, alpha=0.2, lw=0)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        axis.grid(visible=True, which="major", alpha=0.3)
+        ticks = sorted({int(row["tokens"]) for row in found})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def detections(
+    images: Sequence[Image.Image],
+    truth: Sequence[Sequence[tuple[str, Sequence[float]]]],
+    predictions: Sequence[Sequence[tuple[str, Sequence[float], float]]],
+    *,
+    title: str,
+    columns: int = 4,
+) -> Figure:
+    """Each image twice: above with the boxes that were annotated, below with those that a model found and their scores.
+
+    A class has one colour in the whole figure, and its name beside every box.
+
+    Args:
+        images: B images of any size.
+        truth: For each image, the class name and box (x1, y1, x2, y2, in pixels) of each object.
+        predictions: For each image, the same and the score, [0, 1], of each detection.
+        title: What the reader sees, with where it comes from.
+        columns: Images side by side.
+
+    Raises:
+        ValueError: There are no images, or the arguments are not of one length.
+    """
+    count = len(images)
+    if count == 0 or not count == len(truth) == len(predictions):
+        raise ValueError(
+            f"{count} images, {len(truth)} lists of annotated boxes and {len(predictions)} of predicted ones; give one "
+            "of each per image, and at least one image"
+        )
+    names = [box[0] for boxes in (*truth, *predictions) for box in boxes]
+    colors = {name: BOX_COLORS[number % len(BOX_COLORS)] for number, name in enumerate(dict.fromkeys(names))}
+    columns = min(columns, count)
+    blocks = -(-count // columns)
+    figure = Figure(figsize=(3 * columns + 0.2, 5 * blocks + 0.5), layout="constrained")
+    axes = figure.subplots(2 * blocks, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for number, image in enumerate(images):
+        upper, lower = axes[2 * (number // columns) : 2 * (number // columns) + 2, number % columns]
+        upper.imshow(image, cmap="gray", vmin=0, vmax=255)
+        lower.imshow(image, cmap="gray", vmin=0, vmax=255)
+        upper.set_title(f"annotated: {len(truth[number])}", fontsize=9)
+        lower.set_title(f"predicted: {len(predictions[number])}", fontsize=9)
+        for name, box in truth[number]:
+            draw_box(upper, box, name, colors[name])
+        for name, box, score in predictions[number]:
+            draw_box(lower, box, f"{name} {score:.2f}", colors[name])
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def draw_box(axis: Axes, box: Sequence[float], text: str, color: str) -> None:
+    """A box (x1, y1, x2, y2) with its name at the upper left corner."""
+    left, upper, right, lower = box
+    # dark under light, so that the frame shows on any image
+    for width, shade in ((3.0, "black"), (1.5, color)):
+        axis.add_patch(Rectangle((left, upper), right - left, lower - upper, fill=False, lw=width, ec=shade))
+    background = {"facecolor": color, "edgecolor": "none", "pad": 0.8}
+    axis.text(left, upper, text, fontsize=6.5, color="black", va="bottom", bbox=background, clip_on=True)

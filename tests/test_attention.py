@@ -1,5 +1,6 @@
 """Every backend against the reference attention: outputs and gradients, masks, patterns, and mistakes of public copies."""
 
+import copy
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from hf_dropkey import DropKeyViTConfig, DropKeyViTModel, default_backend
+from hf_dropkey.models import modeling_dropkey
 from hf_dropkey.models.attention import dropkey_attention_forward, dropkey_is_active
 from hf_dropkey.models.counter_hash import draw_seed
 from hf_dropkey.models.dropkey import PATTERNS, dropped_scores, protect_rows, real_keys, reference_attention
@@ -298,3 +301,36 @@ def test_functions_hold_no_state() -> None:
     qkv = tensors(1, 2, 9, 4)
     first, second = run(plain, qkv, None, "sdpa")[0], run(site(0.3), qkv, None, "sdpa")[0]
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "matrix_units", "expected"),
+    [
+        ("cpu", torch.float32, False, "sdpa"),
+        ("cpu", torch.bfloat16, False, "eager"),
+        ("cpu", torch.float16, False, "eager"),
+        ("cpu", torch.bfloat16, True, "sdpa"),
+        ("cuda", torch.bfloat16, False, "sdpa"),
+    ],
+)
+def test_default_backend(
+    device: str, dtype: torch.dtype, matrix_units: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
+    assert default_backend(device, dtype) == expected
+
+
+@pytest.mark.parametrize("matrix_units", [False, True])
+def test_a_model_takes_the_default_backend_and_says_so(matrix_units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
+    lines: list[str] = []
+    monkeypatch.setattr(modeling_dropkey.logger, "info_once", lines.append)
+    config = DropKeyViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
+    )
+    expected = default_backend((torch.accelerator.current_accelerator() or torch.device("cpu")).type, torch.bfloat16)
+    model = DropKeyViTModel._from_config(config, dtype=torch.bfloat16)
+    assert model.config._attn_implementation == expected
+    assert len(lines) == 1 and repr(expected) in lines[0] and "bfloat16" in lines[0]
+    asked = DropKeyViTModel._from_config(copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="sdpa")
+    assert asked.config._attn_implementation == "sdpa" and len(lines) == 1

@@ -59,6 +59,22 @@ def test_masks_are_honoured_and_rows_keep_a_real_key(form: str, ratio: float) ->
     torch.testing.assert_close(forward(module, qkv, mask).double(), reference, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("form", ["block mask", "bool 4-D", "padding 2-D", "float 4-D"])
+def test_token_pattern_leaves_out_real_keys_and_never_shows_padding(form: str) -> None:
+    module, qkv = site(0.4, "token"), float_tensors(2, 3, 17, 16)
+    keep = torch.arange(17, device=DEVICE) < torch.tensor([[17], [6]], device=DEVICE)
+    masks: dict[str, object] = {
+        "block mask": create_block_mask(lambda b, h, q, k: keep[b, k], 2, None, 17, 17, device=DEVICE.type),
+        "bool 4-D": keep[:, None, None],
+        "padding 2-D": keep,
+        "float 4-D": torch.zeros(2, 1, 1, 17, device=DEVICE).masked_fill(~keep[:, None, None], float("-inf")),
+    }
+    torch.manual_seed(1)
+    dropped = dropped_scores(draw_seed(DEVICE), (2, 3, 17, 17), 0.4, pattern="token", real=keep[:, None, None])
+    reference = reference_attention(*[tensor.double() for tensor in qkv], dropped, keep)
+    torch.testing.assert_close(forward(module, qkv, masks[form]).double(), reference, rtol=0, atol=2e-4)
+
+
 @pytest.mark.slow
 def test_token_pattern_is_plain_attention_over_what_is_left() -> None:
     torch.manual_seed(0)

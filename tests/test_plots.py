@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hf_dropkey.plots import RIGHT_COLOR, WRONG_COLOR, method_overview, predictions_with_attention
+from hf_dropkey.plots import RIGHT_COLOR, WRONG_COLOR, attention_costs, method_overview, predictions_with_attention
 
 
 def figure_of(count: int = 3, **changes: Any) -> Figure:
@@ -78,3 +78,43 @@ def test_the_overview_shows_each_pattern_and_schedule() -> None:
     lines = {str(line.get_label()): list(line.get_ydata()) for line in figure.axes[2].lines}
     assert lines == schedules
     assert figure.axes[2].get_xlabel() == "layer"
+
+
+def cost_rows(**changes: str) -> list[dict[str, str]]:
+    return [
+        {
+            "device": "cpu",
+            "dtype": "float32",
+            "backend": backend,
+            "regulariser": "dropkey",
+            "tokens": str(tokens),
+            "metric": metric,
+            "value": str(tokens * scale),
+            "first_quartile": str(tokens * scale / 2),
+            "third_quartile": str(tokens * scale * 2),
+            **changes,
+        }
+        for backend, scale in (("eager", 3), ("sdpa", 2))
+        for tokens in (100, 10)
+        for metric in ("time", "peak memory", "time over sdpa/none")
+    ]
+
+
+def test_attention_costs_show_the_measured_points() -> None:
+    figure = attention_costs(cost_rows(), title="How long")
+    time, memory = figure.axes
+    assert time.get_ylabel().endswith("ms") and memory.get_ylabel().endswith("MiB")
+    for axis in (time, memory):
+        assert axis.get_xscale() == axis.get_yscale() == "log"
+        lines = {line.get_label(): line for line in axis.lines}
+        assert list(lines) == ["eager, dropkey", "sdpa, dropkey"]
+        assert list(lines["eager, dropkey"].get_xdata()) == [10, 100]
+        assert list(lines["eager, dropkey"].get_ydata()) == [30, 300]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["eager, dropkey", "sdpa, dropkey"]
+
+
+def test_attention_costs_of_two_dtypes_are_refused() -> None:
+    with pytest.raises(ValueError, match="bfloat16"):
+        attention_costs(cost_rows() + cost_rows(dtype="bfloat16"), title="")
+    with pytest.raises(ValueError, match="peak memory"):
+        attention_costs([row for row in cost_rows() if row["metric"] == "time"], title="")

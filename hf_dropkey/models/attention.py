@@ -238,6 +238,24 @@ AttentionInterface.register(TRITON_NAME, sdpa_attention_forward)
 AttentionMaskInterface.register(TRITON_NAME, sdpa_mask)
 
 
+def default_backend(device_type: str, dtype: torch.dtype) -> str:
+    """The fastest backend that is known to be correct for a device, which models take where none is asked for.
+
+    On a CPU without matrix units PyTorch's fused attention is slower than explicit weights in half precision
+    (`scripts/benchmark_attention.py`). On a GPU this is `sdpa` until the fused kernel has been measured on one.
+
+    Args:
+        device_type: As in `torch.device.type`.
+        dtype: Of the model's weights.
+
+    Returns:
+        An `attn_implementation`.
+    """
+    if device_type == "cpu" and dtype.itemsize == 2 and not torch.cpu._is_amx_tile_supported():
+        return "eager"
+    return "sdpa"
+
+
 def dropkey_attention_forward(
     module: DropKeySite,
     query: torch.Tensor,

@@ -1,10 +1,13 @@
-"""What the models of T2T-ViT, VOLO and CeiT share: attention with DropKey, layers, image sizes, initialisation, loss.
+"""What the models share.
+
+All: the choice of a backend, and the classification loss. T2T-ViT, VOLO and CeiT: attention with DropKey, layers, image
+sizes, initialisation.
 
 This file travels with checkpoints: it imports torch, transformers and its neighbours only.
 """
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -14,11 +17,15 @@ from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import logging
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from .attention import dropkey_attention_forward, dropkey_is_active
+from .attention import default_backend, dropkey_attention_forward, dropkey_is_active
 from .configuration_dropkey import RemotePickleMixin
 from .configuration_dropkey_sizes import check_image_side
+
+
+logger = logging.get_logger(__name__)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -246,7 +253,22 @@ def resize_position_tokens(table: torch.Tensor, old: tuple[int, int], new: tuple
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-class DropKeyArchitecture(RemotePickleMixin, PreTrainedModel):
+class DropKeyModelMixin(RemotePickleMixin):
+    """What every DropKey model adds to `PreTrainedModel`: the choice of a backend, and pickles of remote classes."""
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As in Transformers; where no backend is asked for, the fastest one for the device and dtype (`default_backend`)."""
+        if requested_attention is None:
+            device = torch.accelerator.current_accelerator() or torch.device("cpu")
+            requested_attention = default_backend(device.type, torch.get_default_dtype())
+            logger.info_once(
+                f"attn_implementation={requested_attention!r}, the default for DropKey on {device.type} in "
+                f"{torch.get_default_dtype()}; pass attn_implementation= to choose another."
+            )
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[misc]
+
+
+class DropKeyArchitecture(DropKeyModelMixin, PreTrainedModel):
     """What the models of all three families share: flags, initial weights, another image size.
 
     A family's base model has `embeddings` with `position_embeddings`, and `embeddings.positions(grid)` that resizes
@@ -326,7 +348,7 @@ class DropKeyClassifierMixin:
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """Classifies images.
 

@@ -17,10 +17,9 @@ from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, Vi
 from transformers.utils.generic import TransformersKwargs
 
 from .attention import dropkey_attention_forward, dropkey_is_active
-from .configuration_dropkey import RemotePickleMixin
 from .configuration_dropkey_vit import DropKeyViTConfig
 from .dropkey import layer_ratios
-from .modeling_dropkey import image_classification_loss
+from .modeling_dropkey import DropKeyModelMixin, image_classification_loss
 
 
 # names of layers in checkpoints written before Transformers 5.9, and by `save_pretrained` still
@@ -89,7 +88,7 @@ class DropKeyViTLayer(ViTLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
 
-class DropKeyViTPreTrainedModel(RemotePickleMixin, ViTPreTrainedModel):
+class DropKeyViTPreTrainedModel(DropKeyModelMixin, ViTPreTrainedModel):
     """What the DropKeyViT models share: configuration class, checkpoint handling, flags."""
 
     config: DropKeyViTConfig

@@ -7,13 +7,13 @@ class token attends. The queries, keys and values come from shared matrices, as 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dropkey_volo import OUTLOOK_WINDOW, DropKeyVoloConfig
@@ -262,7 +262,7 @@ class DropKeyVoloModel(DropKeyVoloPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         swapped_tokens: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encodes images.
 
@@ -358,7 +358,7 @@ class DropKeyVoloForImageClassification(DropKeyClassifierMixin, DropKeyVoloPreTr
         labels: torch.Tensor | None = None,
         token_targets: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> DropKeyVoloClassifierOutput:
         """Classifies images.
 

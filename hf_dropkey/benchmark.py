@@ -1,0 +1,144 @@
+"""Measuring variants of one job against each other: interleaved times, peak memory, tidy rows in a CSV file.
+
+Machines drift, so what counts is the ratio of two variants in the same round, and its median over rounds. May import
+torch and Transformers; no model.
+"""
+
+import csv
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch.profiler import ProfilerActivity, profile
+
+
+Job = Callable[[], Any]
+
+
+class Spread(NamedTuple):
+    """The median of `n` values, and their first and third quartiles."""
+
+    median: float
+    first: float
+    third: float
+    n: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The median and quartiles of at least one value."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0], 1)
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, first, third, len(values))
+
+
+def interleaved_times(
+    jobs: Mapping[str, Job], rounds: int, *, device: torch.device, repeats: int = 1, warmup: int = 1
+) -> dict[str, list[float]]:
+    """The time of each job in each round, in milliseconds; every round runs all jobs, each time from another one on.
+
+    Args:
+        jobs: What to run, by name.
+        rounds: How often.
+        device: Where the jobs run: waited for before a clock is read.
+        repeats: Runs of a job between two readings of the clock; the time is that of one run.
+        warmup: Rounds not counted, first.
+    """
+    names = list(jobs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warmup, rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            wait_for(device)
+            start = time.perf_counter()
+            for _ in range(repeats):
+                jobs[name]()
+            wait_for(device)
+            if number >= 0:
+                times[name].append((time.perf_counter() - start) * 1e3 / repeats)
+    return times
+
+
+def ratios(times: Sequence[float], baseline: Sequence[float]) -> list[float]:
+    """The ratio of two jobs in each round."""
+    return [one / other for one, other in zip(times, baseline, strict=True)]
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until the device has done all it was asked to."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_memory(job: Job, device: torch.device) -> int:
+    """The bytes that torch allocates during `job` above what it held before, at their highest.
+
+    Raises:
+        ValueError: The device is neither a CPU nor CUDA.
+    """
+    if device.type == "cuda":
+        wait_for(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        job()
+        wait_for(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        raise ValueError(f"memory is measured on 'cpu' and 'cuda', got {device.type!r}")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        job()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def origin(device: torch.device, command: str) -> dict[str, str | int]:
+    """Where a row comes from: command, commit, versions, device, threads."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    sha = found.stdout.strip() or "unknown"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "command": command,
+        "git_sha": f"{sha}-changed" if changed else sha,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "device": name,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends rows to a CSV file, with a header if it is new.
+
+    Raises:
+        ValueError: The file has other columns.
+    """
+    if not rows:
+        return
+    columns = list(rows[0])
+    if file.exists():
+        with file.open(encoding="utf-8", newline="") as old:
+            header = next(csv.reader(old), [])
+        if header != columns:
+            raise ValueError(f"{file} has the columns {header}, not {columns}; choose another file with --out")
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not file.exists()
+    with file.open("a", encoding="utf-8", newline="") as out:
+        writer = csv.DictWriter(out, columns, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
