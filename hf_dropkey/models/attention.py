@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.compiler import is_compiling
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -85,7 +84,7 @@ def eager_dropkey_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """DropKey with explicit attention weights; softmax in float32 at least. See `dropkey_attention_forward`."""
     seed, settings = draw_seed(query.device), settings_of(module, grid)
-    if _only_drops(key, attention_mask, settings) and query.device.type == "cpu" and not is_compiling():
+    if _only_drops(key, attention_mask, settings) and query.device.type == "cpu":
         # added by the matrix product itself, which spares three passes over the scores and one backward
         bias = _additive_drop(seed, query, key, None, settings).flatten(0, 1)
         products = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).mT, alpha=scaling)

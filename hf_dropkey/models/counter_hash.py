@@ -92,8 +92,22 @@ def byte_thresholds(ratio: float) -> tuple[int, int, int]:
 
 def dropped_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> torch.Tensor:
     """Independent decisions of rate `ratio` for the first `keys` keys of each row, bool `[B, H, N, M]`."""
+    if k1.device.type == "cpu":
+        # there, floats are faster to make than bools
+        return drop_bias_by_byte(k1, k2, keys, ratio) != 0
+    return torch.cat(_dropped_blocks(k1, k2, keys, ratio), -1)
+
+
+def drop_bias_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> torch.Tensor:
+    """`dropped_by_byte` as float32 to add to scores: -inf where dropped, else 0, `[B, H, N, M]`."""
     if k1.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _bytes_in_cache(k1, k2, keys, ratio) != 0
+        return _bytes_in_cache(k1, k2, keys, ratio)
+    # joined after the choice of floats: compiled for a CPU, joined bools take thirty times as long
+    return torch.cat([torch.where(part, float("-inf"), 0.0) for part in _dropped_blocks(k1, k2, keys, ratio)], -1)
+
+
+def _dropped_blocks(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> list[torch.Tensor]:
+    """The decisions of each block of 64 keys, bool `[B, H, N, 64]` (the last one may be narrower)."""
     lower, upper, fraction = byte_thresholds(ratio)
     threshold = torch.where(_dither(k1, k2, keys) < fraction, upper, lower).to(torch.int32)
     words = row_words(k1, k2, _word_count(keys))
@@ -101,14 +115,7 @@ def dropped_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float)
     for block in range(threshold.shape[-1]):
         lanes, byte = _lanes(block, keys)
         parts.append((words[..., lanes] << (24 - 8 * byte)) < threshold[..., block : block + 1])
-    return torch.cat(parts, -1)
-
-
-def drop_bias_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> torch.Tensor:
-    """`dropped_by_byte` as float32 to add to scores: -inf where dropped, else 0, `[B, H, N, M]`."""
-    if k1.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _bytes_in_cache(k1, k2, keys, ratio)
-    return torch.where(dropped_by_byte(k1, k2, keys, ratio), float("-inf"), 0.0)
+    return parts
 
 
 def _dither(k1: torch.Tensor, k2: torch.Tensor, keys: int) -> torch.Tensor:
