@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTModel, default_backend
-from hf_dropkey.models import modeling_dropkey
+from hf_dropkey.models import attention, modeling_dropkey
 from hf_dropkey.models.attention import dropkey_attention_forward, dropkey_is_active
 from hf_dropkey.models.counter_hash import draw_seed
 from hf_dropkey.models.dropkey import PATTERNS, dropped_scores, protect_rows, real_keys, reference_attention
@@ -301,6 +301,27 @@ def test_functions_hold_no_state() -> None:
     qkv = tensors(1, 2, 9, 4)
     first, second = run(plain, qkv, None, "sdpa")[0], run(site(0.3), qkv, None, "sdpa")[0]
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("part_bytes", [1, 4 * 19 * 23 * 2, 4 * 19 * 23 * 3, 4 * 19 * 23 * 7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_batch_in_parts_gives_what_it_gives_at_once(
+    part_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of one head, of two heads, of one image and of two images, out of five images with three heads."""
+    module, qkv = site(0.01), tensors(5, 3, 19, 8, dtype=dtype, keys=23)
+    whole, _ = run(module, qkv, None, "sdpa")
+    upstream = torch.randn_like(whole)
+    gradients = torch.autograd.grad(whole, qkv, upstream)
+    monkeypatch.setattr(attention, "PART_BYTES", part_bytes)
+    drops = attention._additive_drops(
+        draw_seed(torch.device("cpu")), *qkv[:2], None, attention.settings_of(module, None)
+    )
+    assert len(list(drops)) == {1: 15, 2: 10, 3: 5, 7: 3}[max(1, part_bytes // (4 * 19 * 23))]
+    parts, _ = run(module, qkv, None, "sdpa")
+    assert torch.equal(parts, whole)
+    for one, other in zip(torch.autograd.grad(parts, qkv, upstream), gradients, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ checkpoint's copy of this file can share a process.
 This file travels with checkpoints: it imports torch, transformers and its neighbours only.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .counter_hash import draw_seed
+from .counter_hash import draw_seed, drop_bias_by_byte, row_keys
 from .dropkey import (
     DropKeySite,
     drop_bias,
@@ -127,6 +128,57 @@ def _additive_drop(
     return torch.where(gone, infinity, zero)
 
 
+# a part of a batch: which images and which heads
+Part = tuple[slice, slice]
+# the masks of all images and heads at once would cost more time for fresh memory than for drawing
+PART_BYTES = 2**25
+
+
+def _parts(query: torch.Tensor, key: torch.Tensor) -> list[Part]:
+    """A batch cut so that the float32 scores of a part take at most `PART_BYTES`, or belong to one head."""
+    images, heads, queries = query.shape[:3]
+    fitting = max(1, PART_BYTES // (4 * queries * key.shape[2]))
+    if fitting >= heads:
+        step = fitting // heads
+        return [(slice(image, image + step), slice(None)) for image in range(0, images, step)]
+    return [
+        (slice(image, image + 1), slice(head, head + fitting))
+        for image in range(images)
+        for head in range(0, heads, fitting)
+    ]
+
+
+def _additive_drops(
+    seed: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    settings: Settings,
+) -> Iterator[tuple[Part, torch.Tensor]]:
+    """`_additive_drop` part by part, where that is possible; each part is written over the one before it."""
+    ratio, pattern, _, _ = settings
+    parts = [] if pattern != "score" or torch.compiler.is_compiling() else _parts(query, key)
+    if len(parts) < 2 or not _only_drops(key, attention_mask, settings):
+        yield (slice(None), slice(None)), _additive_drop(seed, query, key, attention_mask, settings)
+        return
+    k1, k2 = row_keys(seed, *query.shape[:3])
+    largest = math.prod(k1[parts[0]].shape)
+    scratch = torch.empty(largest, key.shape[2], dtype=torch.int32)
+    for part in parts:
+        bias = drop_bias_by_byte(k1[part], k2[part], key.shape[2], ratio, scratch)
+        yield part, bias.to(query.dtype)
+
+
+def _joined(pieces: list[tuple[Part, torch.Tensor]], like: torch.Tensor) -> torch.Tensor:
+    """The pieces of a batch in one tensor laid out as `like`."""
+    if len(pieces) == 1:
+        return pieces[0][1]
+    whole = torch.empty_like(like)
+    for part, piece in pieces:
+        whole[part] = piece
+    return whole
+
+
 class RedrawnMaskAttention(torch.autograd.Function):
     """PyTorch's fused CPU attention with a mask that is drawn again from the seed in the backward pass, not kept.
 
@@ -145,23 +197,33 @@ class RedrawnMaskAttention(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         """Returns the output `[B, H, N, D]`."""
-        mask = _additive_drop(seed, query, key, attention_mask, settings)
-        output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=mask, scale=scaling
-        )
-        ctx.save_for_backward(query, key, value, seed, attention_mask, output, log_sum)
+        outputs, log_sums = [], []
+        for part, mask in _additive_drops(seed, query, key, attention_mask, settings):
+            output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[part], key[part], value[part], 0.0, False, attn_mask=mask, scale=scaling
+            )
+            outputs.append((part, output))
+            log_sums.append(log_sum)
+        joined = _joined(outputs, query)
+        ctx.save_for_backward(query, key, value, seed, attention_mask, joined, *log_sums)
         ctx.settings, ctx.scaling = settings, scaling
-        return output
+        return joined
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Returns the gradients of query, key and value."""
-        query, key, value, seed, attention_mask, output, log_sum = ctx.saved_tensors
-        mask = _additive_drop(seed, query, key, attention_mask, ctx.settings)
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *upstream, query, key, value, output, log_sum, 0.0, False, attn_mask=mask, scale=ctx.scaling
-        )
-        return *gradients, None, None, None, None
+        query, key, value, seed, attention_mask, output, *log_sums = ctx.saved_tensors
+        found: list[list[tuple[Part, torch.Tensor]]] = [[], [], []]
+        drops = _additive_drops(seed, query, key, attention_mask, ctx.settings)
+        for (part, mask), log_sum in zip(drops, log_sums, strict=True):
+            inputs = [tensor[part] for tensor in (upstream[0], query, key, value, output)]
+            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *inputs, log_sum, 0.0, False, attn_mask=mask, scale=ctx.scaling
+            )
+            for pieces, gradient in zip(found, gradients, strict=True):
+                pieces.append((part, gradient))
+        pairs = zip(found, (query, key, value), strict=True)
+        return *(_joined(pieces, like) for pieces, like in pairs), None, None, None, None
 
 
 def _can_redraw(query: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float) -> bool:

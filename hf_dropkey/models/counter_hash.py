@@ -98,10 +98,15 @@ def dropped_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float)
     return torch.cat(_dropped_blocks(k1, k2, keys, ratio), -1)
 
 
-def drop_bias_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> torch.Tensor:
-    """`dropped_by_byte` as float32 to add to scores: -inf where dropped, else 0, `[B, H, N, M]`."""
+def drop_bias_by_byte(
+    k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float, scratch: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`dropped_by_byte` as float32 to add to scores: -inf where dropped, else 0, `[B, H, N, M]`.
+
+    On a CPU, in eager mode, `scratch` is where to write it: int32, `[at least B * H * N, M]`.
+    """
     if k1.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _bytes_in_cache(k1, k2, keys, ratio)
+        return _bytes_in_cache(k1, k2, keys, ratio, scratch)
     # joined after the choice of floats: compiled for a CPU, joined bools take thirty times as long
     return torch.cat([torch.where(part, float("-inf"), 0.0) for part in _dropped_blocks(k1, k2, keys, ratio)], -1)
 
@@ -135,7 +140,9 @@ def _lanes(block: int, keys: int) -> tuple[slice, int]:
     return slice(64 * group, 64 * group + min(64, keys - 64 * block)), byte
 
 
-def _bytes_in_cache(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> torch.Tensor:
+def _bytes_in_cache(
+    k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float, scratch: torch.Tensor | None
+) -> torch.Tensor:
     """The same decisions as float32 to add to scores: -inf where a key is dropped and 0 elsewhere, `[B, H, N, M]`.
 
     On a CPU memory traffic is the cost. So a megabyte of words is treated at a time, in place, and the four bytes of a
@@ -151,13 +158,13 @@ def _bytes_in_cache(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float)
     # of a byte, (u - 1) - (128 + b7) never borrows from the byte above, and its top bit tells whether b7 < u.
     packed = torch.nn.functional.pad(above + base % 128, (0, -blocks % 4)).unflatten(-1, (-1, 4))
     packed = (packed << torch.arange(0, 32, 8, dtype=torch.int32)).sum(-1, dtype=torch.int32) - 1
-    found = torch.empty(len(k1), keys, dtype=torch.int32)
+    found = torch.empty(len(k1), keys, dtype=torch.int32) if scratch is None else scratch[: len(k1)]
     columns = torch.arange(_word_count(keys), dtype=torch.int32) * GOLDEN
     step = max(1, 2**18 // len(columns))
-    words, scratch = torch.empty(2, min(step, len(k1)), len(columns), dtype=torch.int32)
+    words, results = torch.empty(2, min(step, len(k1)), len(columns), dtype=torch.int32)
     for row in range(0, len(k1), step):
         rows = slice(row, row + step)
-        word, dropped = words[: len(k1) - row], scratch[: len(k1) - row]
+        word, dropped = words[: len(k1) - row], results[: len(k1) - row]
         torch.bitwise_xor(k1[rows], columns, out=word)
         _mix_in_place(word, k2[rows], dropped)
         torch.bitwise_or(word, _TOP_BITS, out=dropped)
