@@ -142,10 +142,13 @@ class ImageTransform:
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
         """One batch of rows."""
         images = [image.convert(self.mode) for image in batch["image"]]
+        steps: dict[str, Any] = {}
         if self.augmentation is not None:
+            # it makes images of the final size, of which a centre crop would cut off the border
+            steps = {"do_resize": False, "do_center_crop": False}
             generators = [np.random.default_rng((self.seed, int(self.epoch), row)) for row in batch["row"]]
             images = list(map(self.augmentation, images, generators))
-        pixel_values = self.processor(images, return_tensors="pt")["pixel_values"]
+        pixel_values = self.processor(images, **steps, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixel_values, "labels": [self.label_ids[label] for label in batch["label"]]}
 
 

@@ -19,10 +19,9 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
-from transformers import HfArgumentParser, ViTImageProcessorPil
-from transformers.image_utils import PILImageResampling
-from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers import HfArgumentParser
 
+from hf_dropkey.families import image_processor
 from hf_dropkey.models.configuration_dropkey_ceit import DropKeyCeitConfig
 from hf_dropkey.models.configuration_dropkey_sizes import PATCH_SIZE
 from hf_dropkey.models.configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
@@ -53,32 +52,23 @@ LAYER_NAMES: tuple[tuple[str, Replacement], ...] = (
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: its classes, how official names become ours, and the crop of its evaluation.
+    """One architecture: its classes, and how official names become ours.
 
     Attributes:
         config_class: The configuration class.
         model_class: The classifier class.
         names: Regular expressions and replacements, applied in this order before `LAYER_NAMES`.
-        crop_ratio: From size name and image size to the share of the resized image's side that evaluation keeps.
     """
 
     config_class: Any
     model_class: Any
     names: tuple[tuple[str, Replacement], ...]
-    crop_ratio: Callable[[str, int], float]
 
     def rename(self, name: str) -> str:
         """Our name of an official tensor."""
         for pattern, replacement in (*self.names, *LAYER_NAMES):
             name = re.sub(pattern, replacement, name)
         return name
-
-
-def volo_crop_ratio(size: str, image_size: int) -> float:
-    """The crop that VOLO's published accuracies were measured with; above 1, the image is padded."""
-    if image_size <= 224:
-        return 0.96
-    return 1.15 if size in ("volo_d4", "volo_d5") else 1.0
 
 
 FAMILIES = {
@@ -99,7 +89,6 @@ FAMILIES = {
             (r"^blocks\.", "t2t_vit.layers."),
             (r"^norm\.", "t2t_vit.layernorm."),
         ),
-        lambda size, image_size: 0.9,
     ),
     "volo": Family(
         DropKeyVoloConfig,
@@ -116,7 +105,6 @@ FAMILIES = {
             (r"^norm\.", "volo.layernorm."),
             (r"^aux_head\.", "token_classifier."),
         ),
-        volo_crop_ratio,
     ),
     "ceit": Family(
         DropKeyCeitConfig,
@@ -133,8 +121,6 @@ FAMILIES = {
             (r"^norm\.", "ceit.layernorm."),
             (r"\.(leff|feedforward)\.", ".mlp."),
         ),
-        # 256 to 224 pixels
-        lambda size, image_size: 0.875,
     ),
 }
 
@@ -311,20 +297,6 @@ def find_size(arguments: ConversionArguments, weights: dict[str, torch.Tensor]) 
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def image_processor(family: str, size: str, image_size: int) -> ViTImageProcessorPil:
-    """The family's evaluation transform: resize the shorter side, crop the centre, normalise as ImageNet."""
-    ratio = FAMILIES[family].crop_ratio(size, image_size)
-    return ViTImageProcessorPil(
-        do_convert_rgb=True,
-        size={"shortest_edge": int(image_size / ratio)},
-        resample=PILImageResampling.BICUBIC,
-        do_center_crop=True,
-        crop_size={"height": image_size, "width": image_size},
-        image_mean=IMAGENET_DEFAULT_MEAN,
-        image_std=IMAGENET_DEFAULT_STD,
-    )
 
 
 def report(match: Match, weights: dict[str, torch.Tensor]) -> str:

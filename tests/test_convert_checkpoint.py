@@ -8,11 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from architecture_parity import REPOSITORY, Fixture, assert_near, load_script
-from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor
 
@@ -323,46 +321,3 @@ def test_a_missing_timm_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     match, model = volo_d1_match()
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "not compared with the source: timm cannot be imported" in CONVERT.check_logits(model, match, {})
-
-
-# --- image processors ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("family", "size", "image_size", "shortest_edge"),
-    [
-        ("t2t_vit", "t2t_vit_14", 224, 248),
-        ("t2t_vit", "t2t_vit_t_14", 384, 426),
-        ("volo", "volo_d1", 224, 233),
-        ("volo", "volo_d2", 384, 384),
-        ("volo", "volo_d3", 448, 448),
-        ("volo", "volo_d4", 448, 389),
-        ("volo", "volo_d5", 512, 445),
-        ("ceit", "ceit_tiny", 224, 256),
-        ("ceit", "ceit_small", 384, 438),
-    ],
-)
-@pytest.mark.usefixtures("auto_image_processor")
-def test_image_processors_crop_as_the_published_evaluations(
-    tmp_path: Path, family: str, size: str, image_size: int, shortest_edge: int
-) -> None:
-    CONVERT.image_processor(family, size, image_size).save_pretrained(tmp_path)
-    processor = AutoImageProcessor.from_pretrained(tmp_path)
-    noise = np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)
-    photo = Image.fromarray(noise).resize((600, 700), Image.Resampling.BICUBIC)
-    found = processor(photo, return_tensors="pt")["pixel_values"][0]
-
-    width, height = shortest_edge, int(700 * shortest_edge / 600)
-    resized = photo.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - image_size) // 2, (height - image_size) // 2
-    pixels = np.asarray(resized.crop((left, top, left + image_size, top + image_size))) / 255
-    expected = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    assert found.shape == (3, image_size, image_size)
-    # a crop beyond the image is padded with black
-    assert (left < 0) == (image_size > shortest_edge)
-    torch.testing.assert_close(found.double(), torch.from_numpy(expected).permute(2, 0, 1), atol=1e-5, rtol=0)
-
-
-def test_gray_images_become_three_channels() -> None:
-    processor = CONVERT.image_processor("ceit", "ceit_tiny", 32)
-    assert processor(Image.new("L", (40, 50)), return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)

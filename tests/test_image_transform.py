@@ -135,6 +135,15 @@ def test_without_augmentation_the_processor_decides_alone():
     assert out["labels"] == [0, 1, 0, 1, 0, 1]
 
 
+def test_augmented_images_are_not_cropped_again():
+    size = {"height": SIDE, "width": SIDE}
+    processor = ViTImageProcessorPil(size={"shortest_edge": 2 * SIDE}, do_center_crop=True, crop_size=size)
+    row = {"image": [picture()], "label": ["a"], "row": [0]}
+    transform = ImageTransform(processor, label_ids={"a": 0}, num_channels=3, augmentation=Augmentation((SIDE, SIDE)))
+    expected = torch.from_numpy(pixels(picture()) / 127.5 - 1).permute(2, 0, 1)
+    torch.testing.assert_close(transform(row)["pixel_values"][0].double(), expected, atol=1e-5, rtol=0)
+
+
 def test_an_image_depends_on_seed_epoch_and_row_alone():
     rows = rows_of()
     transform = transform_of()

@@ -21,22 +21,23 @@ from hf_dropkey import (
 )
 
 
+FAMILIES = ("ViT", "T2TViT", "Volo", "Ceit")
 DROPKEY_NAMES = {
-    "ViTModel": "DropKeyViTModel",
-    "ViTForImageClassification": "DropKeyViTForImageClassification",
-    "ViTForMaskedImageModeling": "DropKeyViTForMaskedImageModeling",
+    "ViTModel": [f"DropKey{family}Model" for family in FAMILIES],
+    "ViTForImageClassification": [f"DropKey{family}ForImageClassification" for family in FAMILIES],
+    "ViTForMaskedImageModeling": ["DropKeyViTForMaskedImageModeling"],
 }
 library_get_values = test_modeling_common.get_values
 
 
 def get_values(mapping: Any) -> list[Any]:
-    """The class names of an Auto mapping, ours beside their stock parents.
+    """The class names of an Auto mapping, ours beside the stock ViT's.
 
     The tests choose labels, and which classes train, by looking up class names in these lists. Without ours in them, a
     test would pass because it did nothing.
     """
     names = list(library_get_values(mapping))
-    return names + [DROPKEY_NAMES[name] for name in names if name in DROPKEY_NAMES]
+    return names + [ours for name in names for ours in DROPKEY_NAMES.get(name, [])]
 
 
 test_modeling_common.get_values = get_values
@@ -92,8 +93,9 @@ class TinyViT:
 class CommonTests(ModelTesterMixin):
     """The mixin with what is true of every ViT."""
 
-    config_class: type[ViTConfig]
+    config_class: Any
     config_kwargs: dict[str, Any] = {}
+    model_tester: Any
     test_resize_embeddings = False
 
     def setUp(self) -> None:

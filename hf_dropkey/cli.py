@@ -1,0 +1,128 @@
+"""The console command `hf-dropkey`: what the library does with saved folders, without writing Python.
+
+May import everything in the package; everything it does is a call of it.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+
+
+def main(command: Sequence[str] | None = None) -> int:
+    """Runs one sub-command; returns 0, 1 if a checkpoint is not to be trusted, 2 if something is wrong."""
+    arguments = _parser().parse_args(command)
+    try:
+        code: int = arguments.run(arguments)
+        return code
+    except (OSError, ValueError, HFValidationError, ImportError) as error:
+        print(f"hf-dropkey {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Prints whether a checkpoint can be trusted."""
+    from .release_check import check_release
+
+    report = check_release(arguments.target, revision=arguments.revision)
+    print(report)
+    return 0 if report.trusted else 1
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Writes a plain Transformers checkpoint."""
+    from .checkpoints import check_model_folder
+    from .export import export_plain
+
+    check_model_folder(arguments.folder)
+    model = export_plain(arguments.folder, arguments.out)
+    print(f"{arguments.out}: {type(model).__name__}, a plain Transformers checkpoint")
+    return 0
+
+
+def push(arguments: argparse.Namespace) -> int:
+    """Uploads a folder."""
+    from .hub import push_folder
+
+    done = push_folder(
+        arguments.folder,
+        arguments.repo_id,
+        revision=arguments.revision,
+        private=arguments.private or None,
+        commit_message=arguments.message,
+        replace_readme=arguments.replace_readme,
+    )
+    print(f"{done.url}" if done.changed else f"{done.url}: nothing new, no commit made")
+    print(f'load it with revision="{done.commit}"')
+    if done.left_out:
+        print(f"left at home: {', '.join(done.left_out)}")
+    return 0
+
+
+def card(arguments: argparse.Namespace) -> int:
+    """Writes or renews a model card."""
+    from .cards import RunFacts, write_card
+
+    names = ("dataset", "dataset_id", "dataset_split", "base_model", "license", "command_line")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if "command_line" in given:
+        given["command"] = given.pop("command_line")
+    facts = replace(RunFacts.load(arguments.folder), **given) if given else None
+    print(write_card(arguments.folder, repo_id=arguments.repo_id, revision=arguments.revision, facts=facts))
+    return 0
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """Prints where DropKey acts in a saved model."""
+    from .inspection import inspect_folder
+
+    print(inspect_folder(arguments.folder))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-dropkey", description="DropKey models of Transformers: saved folders.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    checking = commands.add_parser("check", help="can a folder or a repository be trusted? (exit code 0 or 1)")
+    checking.add_argument("target", help="folder, or owner/name on the Hub")
+    checking.add_argument("--revision", help="branch, tag or commit; default: the newest commit")
+    checking.set_defaults(run=check)
+
+    exporting = commands.add_parser("export", help="write a plain Transformers checkpoint: no DropKey, no code")
+    exporting.add_argument("folder", type=Path, help="saved model")
+    exporting.add_argument("out", type=Path, help="folder to write")
+    exporting.set_defaults(run=export)
+
+    pushing = commands.add_parser("push", help="upload a saved model with its code and card, in one commit")
+    pushing.add_argument("folder", type=Path, help="saved model")
+    pushing.add_argument("repo_id", help="owner/name; made if it is not there")
+    pushing.add_argument("--revision", help="branch, made if it is not there; default: main")
+    pushing.add_argument("--private", action="store_true", help="make a private repository")
+    pushing.add_argument("--message", default="Upload model", help="title of the commit")
+    pushing.add_argument("--replace-readme", action="store_true", help="take the folder's card, not the repository's")
+    pushing.set_defaults(run=push)
+
+    writing = commands.add_parser("card", help="write or renew README.md from the results files of a run")
+    writing.add_argument("folder", type=Path, help="saved model")
+    writing.add_argument("--repo-id", help="where it is on the Hub, for the usage")
+    writing.add_argument("--revision", help="commit or tag that the usage pins")
+    writing.add_argument("--dataset", help="what the data is called")
+    writing.add_argument("--dataset-id", help="its id on the Hub")
+    writing.add_argument("--dataset-split", help="split that was evaluated on")
+    writing.add_argument("--base-model", help="model that training started from")
+    writing.add_argument("--license", help="licence of the weights, such as apache-2.0")
+    writing.add_argument("--command", dest="command_line", help="command that trained the model")
+    writing.set_defaults(run=card)
+
+    telling = commands.add_parser("info", help="where DropKey acts: schedule, attentions with their ratios, backend")
+    telling.add_argument("folder", type=Path, help="saved model")
+    telling.set_defaults(run=info)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The console command does what the library does, and turns errors into one line and an exit code."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from hub_server import TOKEN, serving
+from huggingface_hub import ModelCard
+
+from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
+from hf_dropkey.cli import main
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    config = DropKeyViTConfig(**SHAPE, dropkey_ratio=0.3, dropkey_schedule="decreasing")
+    DropKeyViTForImageClassification(config).save_pretrained(tmp_path / "saved")
+    return str(tmp_path / "saved")
+
+
+def test_the_command_is_installed_under_its_name():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"hf-dropkey": "hf_dropkey.cli:main"}
+
+
+def test_check_answers_by_its_exit_code(folder, capsys):
+    assert main(["check", folder]) == 0
+    assert "trusted: " in capsys.readouterr().out
+    Path(folder, "training_args.bin").touch()
+    assert main(["check", folder]) == 1
+    assert "problem: training_args.bin" in capsys.readouterr().out
+
+
+def test_export_writes_a_plain_checkpoint(folder, tmp_path, capsys):
+    assert main(["export", folder, str(tmp_path / "plain")]) == 0
+    assert "ViTForImageClassification, a plain Transformers checkpoint" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["model_type"] == "vit"
+    assert not list((tmp_path / "plain").glob("*.py"))
+
+
+def test_card_writes_what_it_is_told(folder, capsys):
+    words = ["--license", "mit", "--dataset", "Cats", "--repo-id", "me/cats", "--command", "python train.py"]
+    assert main(["card", folder, *words]) == 0
+    assert capsys.readouterr().out.strip().endswith("README.md")
+    # told once, known later
+    assert main(["card", folder, "--dataset-split", "test"]) == 0
+    card = ModelCard.load(Path(folder, "README.md"))
+    assert card.data.license == "mit" and "trained on the Cats dataset" in card.text and "python train.py" in card.text
+
+
+def test_info_lists_every_attention_with_its_ratio(folder, capsys):
+    assert main(["info", folder]) == 0
+    told = capsys.readouterr().out
+    assert "schedule      decreasing" in told and "3 attentions drop keys" in told
+    rows = [line.split() for line in told.splitlines() if line.strip().startswith("vit.layers.")]
+    assert [row[4] for row in rows] == ["0.3", "0.15", "0"] and {row[-1] for row in rows} == {"sdpa"}
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["check", "gone/a/b"], "gone/a/b is no folder"),
+        (["export", "gone", "x"], "gone is not a folder"),
+        (["push", "gone", "me/x"], "gone is not a folder"),
+        (["push", "saved", "a--b"], "Cannot have -- or .."),
+        (["push", "saved", "me/x"], "HF_HUB_OFFLINE is set"),
+        (["push", "saved/config.json", "me/x"], "is a file; give the folder it lies in"),
+        (["card", "gone"], "gone has no config.json"),
+        (["info", "gone"], "gone has no config.json"),
+        (["export", "saved", "saved"], "would be overwritten by its own export"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(folder, monkeypatch, capsys, command, told):
+    monkeypatch.chdir(Path(folder).parent)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"hf-dropkey {command[0]}: ") and told in error
+
+
+def test_an_unknown_command_is_told(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["upload"])
+    assert caught.value.code == 2 and "check" in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    told = capsys.readouterr().out
+    assert caught.value.code == 0 and all(name in told for name in ("check", "export", "push", "card", "info"))
+
+
+@pytest.mark.slow
+def test_push_and_check_a_repository(folder, tmp_path):
+    Path(folder, "training_args.bin").touch()
+    code = """
+    from hf_dropkey.cli import main
+    push = ["push", "saved", "tester/cli", "--private", "--message", "By hand"]
+    print(main(push), main(push), main(["check", "tester/cli"]))
+    """
+    with serving() as hub:
+        done = hub.run(code, tmp_path)
+        assert done.stdout.splitlines()[-1] == "0 0 0"
+        assert hub.repositories["tester/cli"].private and hub.messages("tester/cli")[1:] == ["By hand"]
+    assert "nothing new, no commit made" in done.stdout and "left at home: training_args.bin" in done.stdout
+    assert done.stdout.count("load it with revision=") == 3
