@@ -124,7 +124,7 @@ def attention_costs(rows: Sequence[Mapping[str, str]], *, title: str) -> Figure:
 
     Args:
         rows: Of one device and dtype, as `scripts/benchmark_attention.py` writes them: `backend`, `regulariser`,
-            `tokens`, `metric` ("time" in ms or "peak memory" in MiB, others are left out), `value` and the quartiles.
+            `tokens`, `batch`, `heads`, `metric` ("time" in ms or "peak memory" in MiB, others are left out), `value` and the quartiles.
         title: What the reader sees, with where it comes from.
 
     Raises:
@@ -151,10 +151,10 @@ def attention_costs(rows: Sequence[Mapping[str, str]], *, title: str) -> Figure:
             style = {"marker": "os^vD"[number // len(BOX_COLORS) % 5], "ls": "--" if regulariser == "none" else "-"}
             axis.plot(tokens, middle, color=color, label=f"{backend}, {regulariser}", ms=4, **style)
             axis.fill_between(tokens, low, high, color=color, alpha=0.2, lw=0)
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        axis.set(xscale="log", yscale="log", xlabel="tokens (images x heads)", ylabel=label)
         axis.grid(visible=True, which="major", alpha=0.3)
-        ticks = sorted({int(row["tokens"]) for row in found})
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        ticks = {int(row["tokens"]): f"{row['tokens']}\n({row['batch']} x {row['heads']})" for row in found}
+        axis.set_xticks(list(ticks), list(ticks.values()))
         axis.minorticks_off()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(title, fontsize=10)

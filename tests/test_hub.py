@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
+from hf_dropkey.families import FAMILIES
 from hf_dropkey.hub import check_target, files_to_push, hand_written, push_folder
 
 
@@ -258,6 +259,31 @@ def test_what_was_pushed_loads_by_name_in_a_fresh_process_and_offline(hub, seen,
     assert len(hub.requests) == asked
     other = hub.run(code, tmp_path, seen["edited"]["commit"], package=False)
     assert other.stdout != online.stdout
+
+
+PUSH_FAMILIES = """
+from hf_dropkey.families import FAMILIES, SMALLEST
+from hf_dropkey.hub import push_folder
+for name, family in FAMILIES.items():
+    config = family.config_class(**family.sizes[SMALLEST], **family.digits_shape, num_labels=3)
+    family.model_class(config).save_pretrained(name)
+    push_folder(name, f"tester/{name}")
+"""
+LOAD_FAMILIES = """
+import sys, torch
+from transformers import AutoModelForImageClassification
+for name in sys.argv[1:]:
+    model = AutoModelForImageClassification.from_pretrained(f"tester/{name}", trust_remote_code=True)
+    side = model.config.image_size
+    print(name, model(torch.zeros(1, 3, side, side)).logits.shape[1], type(model).__module__.split(".")[0])
+"""
+
+
+@pytest.mark.slow
+def test_every_family_is_pushed_and_loads_by_name(hub, tmp_path):
+    hub.run(PUSH_FAMILIES, tmp_path)
+    loaded = hub.run(LOAD_FAMILIES, tmp_path, *FAMILIES, package=False)
+    assert loaded.stdout.splitlines() == [f"{name} 3 transformers_modules" for name in FAMILIES]
 
 
 # --- before anything is sent -----------------------------------------------------------------------------------------

@@ -88,6 +88,8 @@ def cost_rows(**changes: str) -> list[dict[str, str]]:
             "backend": backend,
             "regulariser": "dropkey",
             "tokens": str(tokens),
+            "batch": "2",
+            "heads": "3",
             "metric": metric,
             "value": str(tokens * scale),
             "first_quartile": str(tokens * scale / 2),
@@ -110,6 +112,7 @@ def test_attention_costs_show_the_measured_points() -> None:
         assert list(lines) == ["eager, dropkey", "sdpa, dropkey"]
         assert list(lines["eager, dropkey"].get_xdata()) == [10, 100]
         assert list(lines["eager, dropkey"].get_ydata()) == [30, 300]
+    assert {label.get_text() for label in time.get_xticklabels()} == {"10\n(2 x 3)", "100\n(2 x 3)"}
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["eager, dropkey", "sdpa, dropkey"]
 
 
