@@ -163,6 +163,24 @@ def test_rows_that_would_lose_every_key_keep_their_real_ones(backend: str, dtype
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("mask_name", ["bool 4-D", "float 4-D", "bool 2-D", "bool with queries"])
+def test_nan_in_padding_reaches_neither_outputs_nor_gradients(backend: str, pattern: str, mask_name: str) -> None:
+    module, qkv = site(0.4, pattern), tensors(2, 3, 17, 8)
+    masks = padding_masks(2, 3, 17)
+    mask = masks.get(mask_name, masks["bool 4-D"].expand(-1, -1, 17, -1))
+    hidden = ~masks["bool 2-D"][:, None, :, None]
+    # no loss looks at a padded query
+    upstream = torch.randn(2, 17, 3, 8, dtype=torch.float64).masked_fill(hidden.transpose(1, 2), 0.0)
+    found = []
+    for inputs in (qkv, [tensor.detach().masked_fill(hidden, math.nan).requires_grad_() for tensor in qkv]):
+        output, _ = run(module, inputs, mask, backend)
+        found.append([output.masked_fill(hidden.transpose(1, 2), 0.0), *torch.autograd.grad(output, inputs, upstream)])
+    for clean, poisoned in zip(*found, strict=True):
+        torch.testing.assert_close(poisoned, clean, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_of_a_dropped_score_is_exactly_zero(backend: str) -> None:
     """With one query, a key that is dropped gets no gradient at all, and a kept one does."""
     module, qkv = site(0.5), tensors(1, 1, 1, 8, keys=40)

@@ -287,6 +287,17 @@ def triton_dropkey_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
+def _cleared_padding(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value in which no NaN of a key that no query may see can reach outputs or gradients."""
+    hidden = ~real_keys(attention_mask).any(2).any(1)[:, None, :, None]
+    if query.shape[2] == key.shape[2]:
+        # in self-attention it is a query too: nobody looks at its output, but its gradient would reach the real keys
+        query = query.masked_fill(hidden & ~query.isfinite(), 0.0)
+    return query, key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+
+
 TRITON_NAME = "dropkey_triton"
 DROPKEY_BACKENDS: dict[str, Callable] = {
     "eager": eager_dropkey_forward,
@@ -350,6 +361,9 @@ def dropkey_attention_forward(
         ValueError: The backend cannot leave single scores out.
     """
     implementation = implementation or "eager"
+    # the fused kernel never reads what padding holds
+    if isinstance(attention_mask, torch.Tensor) and implementation != TRITON_NAME:
+        query, key, value = _cleared_padding(query, key, value, attention_mask)
     # flex_attention takes padding out of a BlockMask by itself
     if module.dropkey_pattern == "token" and implementation in ALL_ATTENTION_FUNCTIONS.keys() - {"flex_attention"}:
         key, value, attention_mask = keep_tokens(key, value, attention_mask, module.dropkey_ratio)
