@@ -133,15 +133,16 @@ class DropKeySeedCallback(TrainerCallback):
     """Lets the processes of a distributed training drop different keys, reproducibly.
 
     `Trainer` seeds all processes alike, so that without this they draw the same masks for different images. Data order is
-    not concerned. A resumed run is not seeded again: its checkpoint holds the generators' states.
+    not concerned. `Trainer` then loads the generators' states from a checkpoint; where it holds none for this process,
+    because another number of processes wrote it, the masks go on as new ones.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Seeds the process, at the start of a new run."""
-        if state.global_step == 0 and args.world_size > 1:
-            seed_process(args.seed, args.process_index)
+        """Seeds the process, each start of a run otherwise."""
+        if state.global_step > 0 or args.world_size > 1:
+            seed_process(args.seed, args.process_index + args.world_size * state.global_step)
 
 
 class DropKeyLogCallback(TrainerCallback):

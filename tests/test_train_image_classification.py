@@ -252,7 +252,7 @@ def test_photographs_from_parquet(monkeypatch, tmp_path, shared_data):
         ("--label_column_name species", "no column 'species'; the data has"),
         ("--num_channels 2", "num_channels=2"),
         ("--max_train_samples 0", "max_train_samples=0 is below 1"),
-        ("--resume_from_checkpoint true", "has no checkpoint"),
+        ("--resume_from_checkpoint true", "has no whole checkpoint to resume from"),
         ("--no_such_option 1", "no_such_option"),
     ],
 )

@@ -1,0 +1,232 @@
+"""What goes wrong in the middle of a run: a loss that is not finite, a save that fails, devices that are not there.
+
+Each guard is a plain function or class for one's own loop; `GuardedTrainer` has them all. May import Transformers and
+this package; no model.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType  # type: ignore[import-untyped]
+from safetensors import SafetensorError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .callbacks import DropKeySeedCallback
+from .checkpoints import RunRecord, run_settings, sort_by_wholeness
+from .hub_trainer import HubTrainer
+
+
+logger = logging.getLogger(__name__)
+
+SKIPS_IN_A_ROW = 10
+
+
+class LossGuard:
+    """Decides about a step whose loss is NaN or infinite: to stop, or to skip it.
+
+    Attributes:
+        skipping: Whether the present step is one to skip.
+        skipped: How many steps were skipped, in all and without a good one in between.
+    """
+
+    def __init__(self, policy: str = "stop") -> None:
+        """Raises ValueError if the policy is neither "stop" nor "skip"."""
+        if policy not in ("stop", "skip"):
+            raise ValueError(f"on_nonfinite_loss={policy!r}; choose stop or skip")
+        self.policy = policy
+        self.skipping = False
+        self.skipped = 0
+        self.in_a_row = 0
+
+    def look_at(self, losses: Sequence[float], *, step: int) -> None:
+        """Looks at the losses of one batch on all processes, each of which has to ask, because all skip or none.
+
+        Raises:
+            FloatingPointError: A loss is not finite, and the policy is to stop or too many steps were skipped.
+        """
+        bad = [f"{loss} on process {process}" for process, loss in enumerate(losses) if not math.isfinite(loss)]
+        if not bad:
+            return
+        message = f"the loss of step {step} is {', '.join(bad)}"
+        advice = "lower --learning_rate, lengthen --warmup_steps, or train in float32"
+        if self.policy == "stop":
+            raise FloatingPointError(f"{message}: {advice}, or leave out such steps with --on_nonfinite_loss skip")
+        if self.in_a_row == SKIPS_IN_A_ROW:
+            raise FloatingPointError(f"{message}, after {SKIPS_IN_A_ROW} skipped steps in a row: {advice}")
+        if not self.skipping:
+            logger.warning("%s. The step is skipped, %d so far.", message, self.skipped + 1)
+        self.skipping = True
+
+    def end_step(self) -> bool:
+        """Whether to leave the weights as they are; call it when the gradients of a step are complete."""
+        skip, self.skipping = self.skipping, False
+        self.skipped += skip
+        self.in_a_row = self.in_a_row + 1 if skip else 0
+        return skip
+
+
+@contextlib.contextmanager
+def note_where_to_resume(output_dir: Path) -> Iterator[None]:
+    """Adds to whatever stops the training how to go on; the traceback ends with it."""
+    try:
+        yield
+    except BaseException as error:
+        whole = sort_by_wholeness(output_dir)[0]
+        if whole:
+            error.add_note(
+                f"The last whole checkpoint is {whole[-1]}. To go on from there, repair what the error names and start "
+                "the same command with --resume_from_checkpoint auto."
+            )
+        else:
+            error.add_note(f"There is no whole checkpoint in {output_dir}, the next start begins anew.")
+        raise
+
+
+@contextlib.contextmanager
+def named_save(folder: Path) -> Iterator[None]:
+    """Names the folder and the space left when something cannot be saved.
+
+    Raises:
+        OSError: What was saved inside could not be written.
+    """
+    try:
+        yield
+    # safetensors, torch and Python each raise their own
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free
+        raise OSError(
+            f"{folder} could not be written ({str(error).splitlines()[0]}); its disk has {free / 2**20:.0f} MiB left, "
+            "quotas aside. Make room, for example with --save_total_limit 2"
+        ) from error
+
+
+def check_devices(environment: Mapping[str, str], command: Sequence[str]) -> None:
+    """Raises ValueError if a launcher started processes for devices that are not there; call it first of all.
+
+    Without it, processes share a device, or train on the CPU in silence.
+
+    Args:
+        environment: As `os.environ`, with what `accelerate launch` or `torchrun` set.
+        command: The arguments of the script, of which `--use_cpu` matters.
+    """
+    flag = next((number for number, word in enumerate(command) if word.split("=")[0] == "--use_cpu"), None)
+    if flag is not None and not " ".join(command[flag : flag + 2]).lower().endswith("false"):
+        return
+    if environment.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+        return
+    there = torch.accelerator.device_count()
+    processes = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    named = environment.get("CUDA_VISIBLE_DEVICES", "").strip()
+    # torchrun alone does not say which devices it means
+    for_devices = there > 0 or any(name.startswith("ACCELERATE_") for name in environment)
+    advice = "start fewer processes (--num_processes), name other devices (--gpu_ids), or train on the CPU (--use_cpu)"
+    if processes > max(there, 1) and for_devices:
+        raise ValueError(
+            f"{processes} processes were started here for one device each, and there are {there}; {advice}"
+        )
+    if named not in ("", "-1") and there == 0:
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={named} names devices, and there are none; {advice}")
+
+
+def check_engine(accelerator: Accelerator, environment: Mapping[str, str]) -> None:
+    """Raises ValueError if sharding was asked for and accelerate (1.15) does something else, as it does on a CPU."""
+    for name, engine in (
+        ("ACCELERATE_USE_FSDP", DistributedType.FSDP),
+        ("ACCELERATE_USE_DEEPSPEED", DistributedType.DEEPSPEED),
+    ):
+        if environment.get(name, "false").lower() == "true" and accelerator.distributed_type != engine:
+            raise ValueError(
+                f"{engine.value} was asked for, and on {accelerator.num_processes} processes on "
+                f"{accelerator.device.type} accelerate would train with {accelerator.distributed_type.value} instead; "
+                "start at least two processes on devices that it shards over, or choose another configuration"
+            )
+
+
+class SkipStep(TrainerCallback):
+    """Takes away the gradients of a step that is to be skipped."""
+
+    def __init__(self, guard: LossGuard) -> None:
+        """`guard` is the one that looks at the losses."""
+        self.guard = guard
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Without gradients an optimiser changes neither weights nor its own state."""
+        # with fp16 the scaler skips the step itself, and misses gradients that are gone
+        if self.guard.end_step() and not args.fp16:
+            kwargs["model"].zero_grad(set_to_none=True)
+
+
+class GuardedTrainer(HubTrainer):
+    """`HubTrainer` that names what goes wrong, writes whole checkpoints, and lets processes drop different keys.
+
+    `Trainer` shows the mean of the other losses for one that is NaN, and has all processes draw the same masks.
+    """
+
+    def __init__(self, *args: Any, on_nonfinite_loss: str = "stop", **kwargs: Any) -> None:
+        """As `Trainer`; `on_nonfinite_loss` is "stop" or "skip"."""
+        self.loss_guard = LossGuard(on_nonfinite_loss)
+        super().__init__(*args, **kwargs)
+        check_engine(self.accelerator, os.environ)
+        for callback in (DropKeySeedCallback(), RunRecord(run_settings(self.args)), SkipStep(self.loss_guard)):
+            self.add_callback(callback)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; an error says which checkpoint to go on from."""
+        with note_where_to_resume(Path(str(self.args.output_dir))):
+            return super().train(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `Trainer.training_step`, with a look at the loss.
+
+        Raises:
+            FloatingPointError: As `LossGuard.look_at`.
+        """
+        loss = super().training_step(*args, **kwargs)
+        losses = self.accelerator.gather(loss.reshape(1))
+        self.loss_guard.look_at(losses.tolist(), step=self.state.global_step + 1)
+        return loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.evaluation_loop`, with every image once in the loss too.
+
+        `Trainer` (5.23) takes the mean over batches, and the last one repeats images so that all processes have as many.
+        """
+        output = super().evaluation_loop(*args, **kwargs)
+        metrics = output.metrics or {}
+        for name in [name for name in metrics if name.endswith("_nll")]:
+            if self.args.world_size > 1 and not self.args.label_smoothing_factor:
+                metrics[name.replace("_nll", "_loss")] = metrics[name]
+        return output
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with named_save(folder):
+            if self.is_fsdp_enabled and self.args.should_save:
+                # beside the parts of the weights, of which `Trainer` saves nothing else
+                self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
+            super()._save_checkpoint(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; the model of the whole run is whole too where processes share the weights (FSDP).
+
+        `Trainer` (5.23) saves nothing then, unless the configuration says FULL_STATE_DICT.
+        """
+        shared = self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if shared and output_dir in (None, self.args.output_dir):
+            self._save(str(self.args.output_dir), state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # the first process goes on to the file that says that all is there, and to deleting older checkpoints
+        self.accelerator.wait_for_everyone()

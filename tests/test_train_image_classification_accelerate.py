@@ -1,0 +1,151 @@
+"""The explicit loop does what `Trainer` does: the same losses, resumed runs in the same bits; and it refuses the rest."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import forked
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from transformers import AutoModelForImageClassification
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINER, LOOP = "train_image_classification.py", "train_image_classification_accelerate.py"
+# 96 images in batches of 2 x 8: six steps an epoch, a checkpoint in the middle of the second and one at the end of it
+RECIPE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 8,
+    "patch_size": 2,
+    "dropkey_ratio": 0.4,
+    "hidden_dropout_prob": 0.1,
+    "do_train": True,
+    "do_eval": True,
+    "max_train_samples": 96,
+    "max_eval_samples": 41,
+    "check_images": False,
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 0.005,
+    "weight_decay": 0.05,
+    "warmup_steps": 0.1,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 4,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+def run(script: str, folder: Path, name: str, *arguments: str, **changes: Any) -> Path:
+    """The output folder of a run that ended well."""
+    recipe, log, output = folder / f"{name}.json", folder / f"{name}.log", folder / name
+    recipe.write_text(json.dumps({**RECIPE, **changes}))
+    forked.finish(forked.start(script, str(recipe), "--output_dir", str(output), *arguments, log=log), log=log)
+    return output
+
+
+def history(folder: Path, name: str) -> list[float]:
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in log if name in entry]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the loop."""
+    return run(LOOP, tmp_path_factory.mktemp("trained"), "run")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    expected, found = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_losses_are_those_of_the_trainer(trained, tmp_path):
+    other = run(TRAINER, tmp_path, "trainer")
+    assert len(history(trained, "loss")) == 9
+    for name in ("loss", "learning_rate", "eval_accuracy", "eval_nll"):
+        assert history(trained, name) == history(other, name), name
+    assert history(trained, "eval_loss") == pytest.approx(history(other, "eval_loss"), abs=1e-6)
+    assert_same_weights(trained, other)
+
+
+@pytest.mark.slow
+def test_another_seed_gives_other_losses(trained, tmp_path):
+    """Without this, equal losses might come from a loop that does not train."""
+    assert history(run(LOOP, tmp_path, "seed", seed=1), "loss") != history(trained, "loss")
+
+
+# in the middle of an epoch, and at its end
+@pytest.mark.parametrize("step", [8, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_resumed_run_ends_in_the_same_bits(trained, tmp_path, step):
+    shutil.copytree(trained / f"checkpoint-{step}", tmp_path / "run" / f"checkpoint-{step}")
+    resumed = run(LOOP, tmp_path, "run", "--resume_from_checkpoint", "auto")
+    for name in ("loss", "eval_nll", "eval_ece"):
+        assert history(resumed, name) == history(trained, name), name
+    assert_same_weights(trained, resumed)
+    assert f"resuming {tmp_path}" not in (tmp_path / "run.log").read_text()
+
+
+def test_the_run_leaves_what_others_need(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"README.md", "model.safetensors", "preprocessor_config.json", "modeling_dropkey_vit.py"} <= names
+    results = json.loads((trained / "all_results.json").read_text())
+    assert results["eval_samples"] == 41 and results["train_samples_per_second"] > 0
+    assert all(speed > 0 for speed in history(trained, "images_per_second"))
+    for folder in (trained, trained / "checkpoint-18"):
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        assert model.config.dropkey_ratio == 0.4
+    assert_same_weights(trained, trained / "checkpoint-18")
+
+
+@pytest.mark.slow
+def test_old_checkpoints_are_deleted_and_precision_is_mixed(tmp_path):
+    output = run(LOOP, tmp_path, "run", save_total_limit=1, save_steps=2, max_steps=4, bf16=True, eval_strategy="no")
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
+    full = run(LOOP, tmp_path, "full", max_steps=4, eval_strategy="no")
+    assert history(output, "loss") != history(full, "loss")
+    assert history(output, "loss") == pytest.approx(history(full, "loss"), abs=0.05)
+
+
+@pytest.mark.slow
+def test_a_changed_batch_is_told_when_resuming(trained, tmp_path):
+    shutil.copytree(trained / "checkpoint-8", tmp_path / "run" / "checkpoint-8")
+    run(LOOP, tmp_path, "run", "--resume_from_checkpoint", "true", gradient_accumulation_steps=1, max_steps=12)
+    log = (tmp_path / "run.log").read_text()
+    assert "8 images a step, 16 before: step 8 came after 128 images and now counts as 64" in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            "--label_smoothing_factor 0.1",
+            "this loop has no label_smoothing_factor; leave out --label_smoothing_factor",
+        ),
+        ("--push_to_hub", "this loop has no push_to_hub"),
+        ("--save_strategy best --metric_for_best_model accuracy", "this loop has no .*metric_for_best_model"),
+        ("--report_to comet_ml", "--report_to comet_ml: not installed"),
+        ("--resume_from_checkpoint true", "no whole checkpoint to resume from"),
+        ("--dropkey_ratio 1.0", r"1\.0"),
+    ],
+)
+def test_what_the_loop_does_not_have_is_an_error(monkeypatch, tmp_path, arguments, told):
+    monkeypatch.setattr(sys, "argv", [LOOP, "--do_train", "--use_cpu", "--output_dir", "run", *arguments.split()])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception, match=told):
+        runpy.run_path(str(ROOT / "scripts" / LOOP), run_name="__main__")
+    assert not (tmp_path / "run").exists()
