@@ -1,5 +1,6 @@
 """Runs that are killed, filled, misled or split over processes: what is named, what is kept, and where they go on."""
 
+import contextlib
 import json
 import math
 import os
@@ -177,28 +178,32 @@ def test_a_dead_worker_is_named_and_the_checkpoint_kept(tmp_path: Path) -> None:
     assert "whole checkpoint" in caught.value.__notes__[0]
 
 
-@pytest.fixture
-def small_files() -> Iterator[Any]:
-    """Sets the largest size of a file that this process may write, as a full disk does; puts it back."""
+@contextlib.contextmanager
+def changeable_file_size() -> Iterator[Any]:
+    """Gives what sets the largest size of a file that this process may write, as a full disk does; puts it back.
+
+    No fixture: pytest writes its own report before it ends those.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [2_000, 30_000], ids=["weights", "optimizer"])
-def test_a_disk_that_is_full_is_named_and_the_last_checkpoint_stays_whole(
-    tmp_path: Path, small_files: Any, size: int
-) -> None:
+def test_a_disk_that_is_full_is_named_and_the_last_checkpoint_stays_whole(tmp_path: Path, size: int) -> None:
     class Fill(TrainerCallback):
         """From the fifth step on, no file may be longer."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 5:
-                small_files(size)
+                limit(size)
 
     trainer = trainer_of(tmp_path, Images(), save_total_limit=1)
     trainer.add_callback(Fill())
-    with pytest.raises(OSError, match=r"checkpoint-6 could not be written .* MiB left") as caught:
+    message = r"checkpoint-6 could not be written .* MiB left"
+    with pytest.raises(OSError, match=message) as caught, changeable_file_size() as limit:
         trainer.train()
     assert f"last whole checkpoint is {tmp_path / 'checkpoint-4'}." in caught.value.__notes__[0]
     whole, torn = sort_by_wholeness(tmp_path)
