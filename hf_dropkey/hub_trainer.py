@@ -19,13 +19,13 @@ from typing import Any
 import accelerate  # type: ignore[import-untyped]
 import torch
 import transformers
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from .cards import README, RunFacts, is_hub_id, write_card
-from .hub import PushResult, api, files_to_push, prepare_repository, push_folder
+from .hub import PushResult, api, check_target, files_to_push, prepare_repository, push_folder
 
 
 logger = logging.get_logger(__name__)
@@ -53,6 +53,27 @@ for _replaced in ("_push_from_checkpoint", "_finish_current_push", "init_hf_repo
             f"Trainer of Transformers {transformers.__version__} has no {_replaced}, so it would push without HubTrainer. "
             "Use a release that hf_dropkey is tested with (constraints.txt)"
         )
+
+
+def check_training_arguments(training: TrainingArguments) -> None:
+    """Raises ValueError for a token among the arguments, a bad name on the hub, or if there is nothing to do.
+
+    Raises PermissionError if the run is to be pushed and there is no token.
+    """
+    if training.hub_token is not None:
+        raise ValueError(
+            "--hub_token would be saved in training_args.bin in clear; "
+            "log in with `hf auth login` or set the environment variable HF_TOKEN"
+        )
+    if not (training.do_train or training.do_eval):
+        raise ValueError("nothing to do; pass --do_train, --do_eval or both")
+    if training.push_to_hub:
+        check_target(training.hub_model_id or output_folder(training).absolute().name, revision=training.hub_revision)
+
+
+def output_folder(training: TrainingArguments) -> Path:
+    """The folder of the run."""
+    return Path(str(training.output_dir))
 
 
 class HubTrainer(Trainer):

@@ -49,8 +49,7 @@ from hf_dropkey.classification_arguments import (
 )
 from hf_dropkey.data import DataArguments, load_image_data
 from hf_dropkey.faults import GuardedTrainer, check_devices
-from hf_dropkey.hub import check_target
-from hf_dropkey.hub_trainer import HubTrainer
+from hf_dropkey.hub_trainer import HubTrainer, check_training_arguments, output_folder
 from hf_dropkey.image_transform import AugmentationEpoch, collate_images
 from hf_dropkey.metrics import classification_metrics
 
@@ -65,22 +64,6 @@ ARGUMENT_GROUPS: Any = (
     RunArguments,
     TrainingArguments,
 )
-
-
-def check_training_arguments(training: TrainingArguments) -> None:
-    """Raises ValueError for a token among the arguments, a bad name on the hub, or if there is nothing to do.
-
-    Raises PermissionError if the run is to be pushed and there is no token.
-    """
-    if training.hub_token is not None:
-        raise ValueError(
-            "--hub_token would be saved in training_args.bin in clear; "
-            "log in with `hf auth login` or set the environment variable HF_TOKEN"
-        )
-    if not (training.do_train or training.do_eval):
-        raise ValueError("nothing to do; pass --do_train, --do_eval or both")
-    if training.push_to_hub:
-        check_target(training.hub_model_id or output_folder(training).absolute().name, revision=training.hub_revision)
 
 
 def train_and_save(trainer: Trainer, checkpoint: Path | None) -> None:
@@ -116,11 +99,6 @@ def write_card(trainer: HubTrainer, data: DataArguments, *, split: str, finetune
     elif (output_folder(trainer.args) / "config.json").is_file():
         # a run that only evaluates saves no model
         trainer.create_model_card(**card)
-
-
-def output_folder(training: TrainingArguments) -> Path:
-    """The folder of the run."""
-    return Path(str(training.output_dir))
 
 
 def main() -> None:

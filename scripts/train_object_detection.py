@@ -48,7 +48,7 @@ from hf_dropkey.detection import (
 from hf_dropkey.detection_data import DetectionData, DetectionDataArguments, DetectionSplit, load_detection_data
 from hf_dropkey.detection_metrics import CocoMetrics, check_coco_packages
 from hf_dropkey.detection_transform import BoxAugmentation, DetectionCollator, DetectionDataset
-from hf_dropkey.hub import check_target
+from hf_dropkey.hub_trainer import check_training_arguments, output_folder
 from hf_dropkey.image_transform import AugmentationEpoch
 from hf_dropkey.plots import detections
 
@@ -105,22 +105,6 @@ ARGUMENT_GROUPS: Any = (
     RunArguments,
     TrainingArguments,
 )
-
-
-def check_training_arguments(training: TrainingArguments) -> None:
-    """Raises ValueError for a token among the arguments, a bad name on the hub, or if there is nothing to do.
-
-    Raises PermissionError if the run is to be pushed and there is no token.
-    """
-    if training.hub_token is not None:
-        raise ValueError(
-            "--hub_token would be saved in training_args.bin in clear; "
-            "log in with `hf auth login` or set the environment variable HF_TOKEN"
-        )
-    if not (training.do_train or training.do_eval):
-        raise ValueError("nothing to do; pass --do_train, --do_eval or both")
-    if training.push_to_hub:
-        check_target(training.hub_model_id or output_folder(training).absolute().name, revision=training.hub_revision)
 
 
 def make_datasets(
@@ -202,11 +186,6 @@ def write_card(trainer: DetectionTrainer, *, dataset: str, finetuned_from: str |
     elif (output_folder(trainer.args) / "config.json").is_file():
         # a run that only evaluates saves no model
         trainer.create_model_card(**card)
-
-
-def output_folder(training: TrainingArguments) -> Path:
-    """The folder of the run."""
-    return Path(str(training.output_dir))
 
 
 def main() -> None:
