@@ -5,6 +5,7 @@ torch and Transformers; no model.
 """
 
 import csv
+import io
 import statistics
 import subprocess
 import time
@@ -121,7 +122,7 @@ def origin(device: torch.device, command: str) -> dict[str, str | int]:
 
 
 def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Appends rows to a CSV file, with a header if it is new.
+    """Appends rows to a CSV file, all or none of them whatever stops the process, with a header if it is new.
 
     Raises:
         ValueError: The file has other columns.
@@ -129,16 +130,17 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         return
     columns = list(rows[0])
-    if file.exists():
-        with file.open(encoding="utf-8", newline="") as old:
-            header = next(csv.reader(old), [])
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    old = file.read_text(encoding="utf-8") if file.exists() else ""
+    if old:
+        header = next(csv.reader(io.StringIO(old)))
         if header != columns:
             raise ValueError(f"{file} has the columns {header}, not {columns}; choose another file with --out")
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not file.exists()
-    with file.open("a", encoding="utf-8", newline="") as out:
-        writer = csv.DictWriter(out, columns, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+        writer.writeheader()
+    writer.writerows(rows)
+    fresh = file.with_name(f"{file.name}.new")
+    fresh.write_text(old + text.getvalue(), encoding="utf-8")
+    fresh.replace(file)

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainerCallback
 
+from .callbacks import DropKeyScheduleCallback
 from .families import FAMILIES
 from .image_transform import Augmentation
 
@@ -143,6 +144,34 @@ class DropKeyArguments:
     def given(self) -> dict[str, Any]:
         """The arguments that were given."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass
+class RampArguments:
+    """How DropKey changes over the steps of a training."""
+
+    _argument_group_name = "DropKey over time"
+
+    dropkey_warmup: float = field(
+        default=0.0,
+        metadata={"help": "Share of the steps, the first ones, over which the ratios grow from 0, [0, 1)."},
+    )
+    dropkey_alignment: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the steps, the last ones, without DropKey: the paper's alignment fine-tune, [0, 1)."
+        },
+    )
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What a `Trainer` needs for it: nothing if the ratios stay as they are.
+
+        Raises:
+            ValueError: A share is outside [0, 1), or both leave no step in between.
+        """
+        if not (self.dropkey_warmup or self.dropkey_alignment):
+            return []
+        return [DropKeyScheduleCallback(warmup=self.dropkey_warmup, alignment=self.dropkey_alignment)]
 
 
 @dataclass

@@ -63,6 +63,13 @@ class DataArguments:
             "help": "Share of each class kept for evaluation if there is no split for it. Always the same rows."
         },
     )
+    hold_out_validation: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep and evaluate on that share though there is a split for evaluation, so that settings can be "
+            "chosen without a look at it."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random choice of this many."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on a random choice of this many."})
     check_images: bool = field(
@@ -83,6 +90,10 @@ class DataArguments:
         given = [f"{name}={value!r}" for name, value in sources.items() if value]
         if len(given) > 1:
             raise ValueError(f"several data sources at once ({', '.join(given)}); keep one")
+        if self.hold_out_validation and self.eval_split_name:
+            raise ValueError(
+                f"eval_split_name={self.eval_split_name!r} and hold_out_validation name two splits to evaluate on; keep one"
+            )
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"train_val_split={self.train_val_split} is outside (0, 1); choose for example 0.15")
         for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
@@ -314,7 +325,8 @@ def choose_splits(
         ValueError: A split that is needed or asked for is not there, or one serves both ends.
     """
     train_name = arguments.train_split_name
-    evaluation_name = arguments.eval_split_name or next((name for name in EVALUATION_SPLITS if name in splits), None)
+    usual = None if arguments.hold_out_validation else next((n for n in EVALUATION_SPLITS if n in splits), None)
+    evaluation_name = arguments.eval_split_name or usual
     needed = [train_name] if training or evaluation_name is None else []
     for name in [*needed, *([evaluation_name] if evaluation_name else [])]:
         if name not in splits:

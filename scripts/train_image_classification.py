@@ -26,44 +26,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer
 
 from hf_dropkey.cards import shown_command
 from hf_dropkey.checkpoints import check_same_model, prepare_output_folder, run_settings, tell_changes
-from hf_dropkey.classification import (
-    check_loss,
-    image_size,
-    make_config,
-    make_image_processor,
-    make_model,
-    set_classes,
-    transform_rows,
-)
-from hf_dropkey.classification_arguments import (
-    AugmentationArguments,
-    DropKeyArguments,
-    ModelArguments,
-    RunArguments,
-    parse_arguments,
-)
+from hf_dropkey.classification import set_classes
+from hf_dropkey.classification_trainer import ClassificationJob
 from hf_dropkey.data import DataArguments, load_image_data
-from hf_dropkey.faults import GuardedTrainer, check_devices
+from hf_dropkey.faults import check_devices
 from hf_dropkey.hub_trainer import HubTrainer, check_training_arguments, output_folder
-from hf_dropkey.image_transform import AugmentationEpoch, collate_images
-from hf_dropkey.metrics import classification_metrics
 
 
 logger = logging.getLogger(__name__)
-
-ARGUMENT_GROUPS: Any = (
-    ModelArguments,
-    DropKeyArguments,
-    DataArguments,
-    AugmentationArguments,
-    RunArguments,
-    TrainingArguments,
-)
 
 
 def train_and_save(trainer: Trainer, checkpoint: Path | None) -> None:
@@ -104,68 +78,47 @@ def write_card(trainer: HubTrainer, data: DataArguments, *, split: str, finetune
 def main() -> None:
     """Runs the job."""
     check_devices(os.environ, sys.argv[1:])
-    model_args, dropkey_args, data_args, augmentation_args, run_args, training_args = parse_arguments(
-        ARGUMENT_GROUPS, sys.argv[1:]
-    )
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO if training_args.should_log else "WARN")
+    job = ClassificationJob.parse(sys.argv[1:])
+    training = job.training
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO if training.should_log else "WARN")
     # one line for every request to the hub; the second is of newer releases
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel("WARN")
 
     # everything that can be wrong is looked at first, from the cheapest on
-    check_training_arguments(training_args)
-    config = make_config(model_args, dropkey_args, digits=data_args.is_digits)
-    augmentation = augmentation_args.augmentation(image_size(config), digits=data_args.is_digits)
-    check_loss(config, label_smoothing=training_args.label_smoothing_factor)
-    processor = make_image_processor(config, model_args, digits=data_args.is_digits)
+    check_training_arguments(training)
+    job.check()
     checkpoint = None
-    if training_args.do_train:
+    if training.do_train:
         # one process renames and deletes, and the others find it done
-        with training_args.main_process_first(training_args.save_on_each_node, desc="preparing the output folder"):
+        with training.main_process_first(training.save_on_each_node, desc="preparing the output folder"):
             checkpoint = prepare_output_folder(
-                output_folder(training_args),
-                resume=training_args.resume_from_checkpoint,
-                overwrite=run_args.overwrite_output_dir,
+                output_folder(training),
+                resume=training.resume_from_checkpoint,
+                overwrite=job.run.overwrite_output_dir,
             )
-    with training_args.main_process_first(desc="loading the data"):
-        data = load_image_data(data_args, training=training_args.do_train)
-    set_classes(config, model_args, data.label_names)
+    with training.main_process_first(desc="loading the data"):
+        data = load_image_data(job.data, training=training.do_train)
+    set_classes(job.config, job.model, data.label_names)
     if checkpoint is not None:
-        check_same_model(config, checkpoint)
-        if training_args.should_log:
-            tell_changes(checkpoint, run_settings(training_args))
+        check_same_model(job.config, checkpoint)
+        if training.should_log:
+            tell_changes(checkpoint, run_settings(training))
 
-    set_seed(training_args.seed)
-    model = make_model(config, model_args)
-    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    transform = transform_rows(data, processor, config, augmentation, seed=seed)
-    # the transform reads columns that the model does not take
-    training_args.remove_unused_columns = False
-    # nothing to pin for, and every data loader would warn
-    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
-    trainer = GuardedTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
-        processing_class=processor,
-        data_collator=collate_images,
-        compute_metrics=classification_metrics,
-        callbacks=[AugmentationEpoch(transform)],
-        on_nonfinite_loss=run_args.on_nonfinite_loss,
-    )
+    trainer = job.trainer(data)
+    model: Any = trainer.model
     logger.info("%d classes, %d parameters", len(data.label_names), model.num_parameters())
     logger.info("evaluation on %s: %d images", data.evaluation_split, len(data.evaluation))
 
-    if training_args.do_train:
+    if training.do_train:
         train_and_save(trainer, checkpoint)
-    if training_args.do_eval:
+    if training.do_eval:
         evaluate_and_save(trainer)
-    source = model_args.model_name_or_path
+    source = job.model.model_name_or_path
     if source is not None and Path(source).is_dir():
         # the card is for others, whom the rest of a local path does not concern
         source = Path(source).resolve().name
-    write_card(trainer, data_args, split=data.evaluation_split, finetuned_from=source)
+    write_card(trainer, job.data, split=data.evaluation_split, finetuned_from=source)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""From what a training job for image classification was told to its `Trainer`, the same for whoever starts the job.
+
+`scripts/train_image_classification.py` trains one model so, and `experiments.py` many, so that a cell of a grid is the run
+that its command names. May import Transformers and this package.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from transformers import BaseImageProcessor, PreTrainedConfig, TrainingArguments, set_seed
+
+from .classification import check_loss, image_size, make_config, make_image_processor, make_model, transform_rows
+from .classification_arguments import (
+    AugmentationArguments,
+    DropKeyArguments,
+    ModelArguments,
+    RampArguments,
+    RunArguments,
+    parse_arguments,
+)
+from .data import DataArguments, ImageData
+from .faults import GuardedTrainer
+from .image_transform import Augmentation, AugmentationEpoch, collate_images
+from .metrics import classification_metrics
+
+
+ARGUMENT_GROUPS: Any = (
+    ModelArguments,
+    DropKeyArguments,
+    RampArguments,
+    DataArguments,
+    AugmentationArguments,
+    RunArguments,
+    TrainingArguments,
+)
+# the arguments of `Trainer` without which a run cannot be told from another one
+DECISIVE = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "optim",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "bf16",
+    "fp16",
+    "seed",
+    "data_seed",
+)
+
+
+@dataclass
+class ClassificationJob:
+    """All that a job was told, one group of arguments each, and what of it can be made before the data is read.
+
+    Attributes:
+        config: The configuration, without the classes.
+        augmentation: How training images vary.
+        processor: The image processor.
+    """
+
+    model: ModelArguments
+    dropkey: DropKeyArguments
+    ramp: RampArguments
+    data: DataArguments
+    augmentation_arguments: AugmentationArguments
+    run: RunArguments
+    training: TrainingArguments
+
+    @classmethod
+    def parse(cls, command: Sequence[str]) -> "ClassificationJob":
+        """Reads a recipe, if the first word names one, and arguments.
+
+        Raises:
+            ValueError: An argument or a field of the recipe is not known or not allowed.
+        """
+        return cls(*parse_arguments(ARGUMENT_GROUPS, command))
+
+    def check(self) -> None:
+        """Makes what needs no data, so that what is wrong with it is told before any is read.
+
+        Raises:
+            ValueError, FileNotFoundError: As `make_config`, `check_loss` and `make_image_processor`.
+        """
+        digits = self.data.is_digits
+        self.config: PreTrainedConfig = make_config(self.model, self.dropkey, digits=digits)
+        self.augmentation: Augmentation = self.augmentation_arguments.augmentation(
+            image_size(self.config), digits=digits
+        )
+        check_loss(self.config, label_smoothing=self.training.label_smoothing_factor)
+        self.processor: BaseImageProcessor = make_image_processor(self.config, self.model, digits=digits)
+        self.callbacks = self.ramp.callbacks()
+
+    def told(self) -> dict[str, Any]:
+        """What decides about the trained weights, by name: values as JSON holds them, paths by their last part."""
+        groups = (self.model, self.dropkey, self.ramp, self.data, self.augmentation_arguments)
+        values = {name: value for group in groups for name, value in asdict(group).items()}
+        values |= {name: getattr(self.training, name) for name in DECISIVE}
+        values = {name: str(getattr(value, "value", value)) for name, value in values.items()}
+        return values | {name: PurePath(values[name]).name for name in ("train_file", "validation_file")}
+
+    def trainer(self, data: ImageData) -> GuardedTrainer:
+        """The seeded model and its `Trainer`, for a checked job whose configuration has the classes of the data."""
+        set_seed(self.training.seed)
+        model = make_model(self.config, self.model)
+        seed = self.training.seed if self.training.data_seed is None else self.training.data_seed
+        transform = transform_rows(data, self.processor, self.config, self.augmentation, seed=seed)
+        # the transform reads columns that the model does not take
+        self.training.remove_unused_columns = False
+        # nothing to pin for, and every data loader would warn
+        self.training.dataloader_pin_memory &= torch.accelerator.is_available()
+        return GuardedTrainer(
+            model=model,
+            args=self.training,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            processing_class=self.processor,
+            data_collator=collate_images,
+            compute_metrics=classification_metrics,
+            callbacks=[AugmentationEpoch(transform), *self.callbacks],
+            on_nonfinite_loss=self.run.on_nonfinite_loss,
+        )

@@ -1,0 +1,177 @@
+"""Rows of experiments, and what they say: reading and checking them, intervals over seeds, differences, origins.
+
+A row is one number of one run with all that identifies it: the file is the only source of tables, figures and cards. May
+import NumPy, SciPy and `benchmark`; no model.
+"""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+
+Row = Mapping[str, str]
+Key = tuple[str, ...]
+
+# what was trained: two rows that agree in these and in the seed are of the same weights, but for a Monte-Carlo alignment
+CELL_COLUMNS = (
+    "experiment",
+    "task",
+    "model",
+    "regulariser",
+    "ratio",
+    "schedule",
+    "pattern",
+    "alignment",
+    "train_images",
+)
+# what was measured, on how many images, and where the row comes from
+VALUE_COLUMNS = ("seed", "epochs", "split", "images", "metric", "value", "unit")
+ORIGIN_COLUMNS = ("command", "git_sha", "transformers", "torch", "device", "threads")
+COLUMNS = (*CELL_COLUMNS, *VALUE_COLUMNS, *ORIGIN_COLUMNS)
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over `n` seeds with its 95 % confidence interval by Student's t; one seed has none.
+
+    Attributes:
+        mean: The mean.
+        low, high: The ends of the interval; the mean itself if there is one seed.
+        n: Number of seeds.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def half(self) -> float:
+        """Half the width of the interval, in the unit of the mean."""
+        return (self.high - self.low) / 2
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.half:.3f}" if self.n > 1 else f"{self.mean:.3f} (one seed, no interval)"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and interval of the values of several seeds.
+
+    Raises:
+        ValueError: There are no values, or one is not finite.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    if len(numbers) == 0 or not np.isfinite(numbers).all():
+        raise ValueError(f"an interval needs finite values of at least one seed, got {list(values)}")
+    mean = float(numbers.mean())
+    if len(numbers) == 1:
+        return Interval(mean, mean, mean, 1)
+    error = float(numbers.std(ddof=1)) / len(numbers) ** 0.5
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(numbers) - 1)) * error
+    return Interval(mean, mean - half, mean + half, len(numbers))
+
+
+def difference(values: Mapping[str, float], baseline: Mapping[str, float]) -> Interval:
+    """The mean difference to a baseline over the seeds that both have; a seed has the same start and order of images.
+
+    Raises:
+        ValueError: They have no seed in common.
+    """
+    seeds = sorted(values.keys() & baseline.keys())
+    if not seeds:
+        raise ValueError(
+            f"no seed in common: {sorted(values)} and {sorted(baseline)}; differences are taken seed by seed"
+        )
+    return interval([values[seed] - baseline[seed] for seed in seeds])
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a results file, checked.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A column is missing, a field of a row is empty, or a value is no number; with the line.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"there are no results in {file}; scripts/run_experiments.py writes them")
+    with file.open(encoding="utf-8", newline="") as lines:
+        reader = csv.DictReader(lines)
+        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{file} lacks the columns {', '.join(missing)}; a results file has {', '.join(COLUMNS)}")
+        rows = list(reader)
+    for line, row in enumerate(rows, start=2):
+        empty = [name for name in COLUMNS if not row[name]]
+        if empty or None in row:
+            what = f"no {', '.join(empty)}" if empty else "more fields than columns"
+            raise ValueError(
+                f"line {line} of {file} has {what}; complete the row, or delete it and run its cell again"
+            )
+        try:
+            float(row["value"])
+        except ValueError:
+            raise ValueError(
+                f"line {line} of {file} has the value {row['value']!r}, no number; mend it, or delete the row"
+            ) from None
+    return rows
+
+
+def choose(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows whose columns have the wanted values; a list, tuple or set allows each of its values.
+
+    Raises:
+        ValueError: A name is no column.
+    """
+    unknown = sorted(set(wanted) - set(COLUMNS))
+    if unknown:
+        raise ValueError(f"{unknown} are no columns; a results file has {', '.join(COLUMNS)}")
+    allowed = {
+        name: {str(one) for one in value} if isinstance(value, list | tuple | set) else {str(value)}
+        for name, value in wanted.items()
+    }
+    return [row for row in rows if all(row[name] in values for name, values in allowed.items())]
+
+
+def by_cell(rows: Iterable[Row], columns: Sequence[str], metric: str) -> dict[Key, dict[str, float]]:
+    """The values of a metric: for each cell, told by some columns, a value for each seed.
+
+    Raises:
+        ValueError: A cell has two values for one seed, so that the columns do not tell the cells apart, or a run was
+            recorded twice.
+    """
+    found: dict[Key, dict[str, float]] = {}
+    for row in rows:
+        if row["metric"] != metric:
+            continue
+        cell = found.setdefault(tuple(row[name] for name in columns), {})
+        if row["seed"] in cell:
+            named = ", ".join(f"{name} {row[name]}" for name in columns)
+            raise ValueError(
+                f"two values of {metric} for seed {row['seed']} of the cell with {named}; tell the cells apart by more "
+                "columns, or delete one of the rows"
+            )
+        cell[row["seed"]] = float(row["value"])
+    return found
+
+
+def warnings(rows: Sequence[Row]) -> list[str]:
+    """What a reader of a comparison of these rows has to know: several commits, changed trees, devices or versions."""
+    told = []
+    for name, meaning in (
+        ("git_sha", "rows of different commits may not be comparable"),
+        ("device", "bits differ between devices"),
+        ("torch", "bits differ between versions"),
+        ("transformers", "bits differ between versions"),
+    ):
+        values = sorted({row[name] for row in rows})
+        if len(values) > 1:
+            told.append(f"mixed {name}: {', '.join(values)}; {meaning}")
+    if any(row["git_sha"].endswith("-changed") for row in rows):
+        told.append("some rows were measured on code that no commit holds")
+    return told

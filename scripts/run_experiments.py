@@ -1,0 +1,138 @@
+"""Runs a grid of experiments: every cell that has no rows yet, several at a time, one row for each number.
+
+    python scripts/run_experiments.py scripts/grids/digits.json
+    python scripts/run_experiments.py scripts/grids/digits.json --test
+
+The first command trains all cells and measures them on a held-out part of the training images. The second one chooses
+the ratio of each kind of cell by these numbers, and measures the chosen cells on the test images, once. Both skip what is
+done: after an interruption the same command goes on. Weights stay in --output_dir; a cell whose folder is gone is
+trained again. Rows go to a CSV file that tables, figures and cards are made from; numbers of cells that lose stay in it.
+"""
+
+import contextlib
+import io
+import logging
+import multiprocessing
+import sys
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+from hf_dropkey.benchmark import append_rows, origin
+from hf_dropkey.cards import shown_command
+from hf_dropkey.experiments import Cell, Grid, chosen_cells, job_of, measure, missing_cells
+from hf_dropkey.results import COLUMNS, choose, read_rows, warnings
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class GridArguments:
+    """Which grid, and how."""
+
+    grid: Path = field(metadata={"help": "JSON file with the grid; the first argument."})
+    test: bool = field(default=False, metadata={"help": "Choose the ratios, and look at the test images once."})
+    results: Path = field(
+        default=ROOT / "model_cards" / "results.csv", metadata={"help": "CSV file that rows are appended to."}
+    )
+    output_dir: Path = field(default=Path("runs/experiments"), metadata={"help": "Folder for the weights."})
+    workers: int = field(default=1, metadata={"help": "Cells at a time, each in a process with one thread."})
+    seeds: int | None = field(default=None, metadata={"help": "Only the first so many seeds of the grid."})
+    train_file: str | None = field(default=None, metadata={"help": "Data in place of the recipe's."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, for the test images."})
+
+    def data(self) -> dict[str, str]:
+        """The arguments of the data that were given."""
+        given = {"train_file": self.train_file, "validation_file": self.validation_file}
+        return {name: value for name, value in given.items() if value}
+
+
+def start_worker() -> None:
+    """Makes a process quiet, and gives it one thread: the models are so small that more would wait for each other."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.INFO)
+
+
+def run_group(grid: Grid, cells: list[Cell], folder: Path, **arguments: Any) -> tuple[list[dict[str, str]], float]:
+    """The rows of cells that share weights, and the seconds they took; what the libraries print is dropped."""
+    start = time.monotonic()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        rows = measure(grid, cells, folder, root=ROOT, **arguments)
+    return rows, time.monotonic() - start
+
+
+def show(done: int, total: int, rows: list[dict[str, str]], seconds: float, elapsed: float) -> None:
+    """A line of progress."""
+    row = next(row for row in rows if row["metric"] == "accuracy")
+    cell = " ".join(row[name] for name in ("model", "regulariser", "ratio", "schedule", "pattern", "train_images"))
+    left = elapsed / done * (total - done) / 60
+    print(
+        f"[{done}/{total}] {cell} seed {row['seed']}: accuracy {float(row['value']):.3f}, {seconds:.0f} s; about "
+        f"{left:.0f} min left",
+        flush=True,
+    )
+
+
+def main() -> int:
+    """Runs the job; the number of cells that failed is its exit status."""
+    group: Any = GridArguments
+    command = sys.argv[1:]
+    if command and not command[0].startswith("--"):
+        command.insert(0, "--grid")
+    (arguments,) = HfArgumentParser(group).parse_args_into_dataclasses(command, look_for_args_file=False)
+    transformers.logging.set_verbosity_error()
+    grid = Grid.load(arguments.grid)
+    rows: list[dict[str, str]] = read_rows(arguments.results) if arguments.results.exists() else []
+    cells = chosen_cells(grid, rows) if arguments.test else list(grid.cells)
+    split = "test" if arguments.test else "validation"
+    missing = set(missing_cells(grid, rows, split))
+    if arguments.seeds is not None:
+        kept = sorted({cell.seed for cell in cells})[: arguments.seeds]
+        cells = [cell for cell in cells if cell.seed in kept]
+    groups = grid.groups([cell for cell in cells if cell in missing])
+    print(f"{grid.name}, {split}: {len(cells)} cells, {len(cells) - sum(map(len, groups))} of them done", flush=True)
+    if not groups:
+        return 0
+    folder = arguments.output_dir / grid.name
+    # a mistake in the grid or recipe is told before hours are spent
+    for first in {cell[0].kind(): cell[0] for cell in groups}.values():
+        job_of(grid, first.trained, folder / first.name, root=ROOT, data=arguments.data())
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = origin(device, shown_command(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]))
+    source["threads"] = 1
+    start, failed = time.monotonic(), 0
+    job = partial(run_group, grid, split=split, data=arguments.data())
+    # a fresh interpreter: a copy of this one would share the locks of torch's threads
+    with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+        running: dict[Future[Any], list[Cell]] = {
+            pool.submit(job, cells, folder / cells[0].name): cells for cells in groups
+        }
+        for number, future in enumerate(as_completed(running), start=1):
+            try:
+                found, seconds = future.result()
+            except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+                failed += 1
+                print(f"FAILED {running[future][0].name}: {type(error).__name__}: {error}", flush=True)
+                continue
+            ordered = [{name: {**row, **source}[name] for name in COLUMNS} for row in found]
+            append_rows(arguments.results, ordered)
+            show(number, len(groups), ordered, seconds, time.monotonic() - start)
+    for told in warnings(choose(read_rows(arguments.results), experiment=grid.name)):
+        print(f"note: {told}")
+    if failed:
+        print(f"{failed} of {len(groups)} trainings failed; the same command tries them again")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
