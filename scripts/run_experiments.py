@@ -13,7 +13,9 @@ import contextlib
 import io
 import logging
 import multiprocessing
+import os
 import sys
+import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -57,9 +59,18 @@ class GridArguments:
 
 def start_worker() -> None:
     """Makes a process quiet, and gives it one thread: the models are so small that more would wait for each other."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     logging.disable(logging.INFO)
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, however it ended; else it would train on for nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def run_group(grid: Grid, cells: list[Cell], folder: Path, **arguments: Any) -> tuple[list[dict[str, str]], float]:
