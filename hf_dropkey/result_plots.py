@@ -61,7 +61,12 @@ def curves(
             axis.plot(places, [one.mean for one in found], label=_label(name, found), ms=5, **look)
             if all(one.n > 1 for one in found):
                 axis.fill_between(
-                    places, [one.low for one in found], [one.high for one in found], color=look["color"], alpha=0.2, lw=0
+                    places,
+                    [one.low for one in found],
+                    [one.high for one in found],
+                    color=look["color"],
+                    alpha=0.2,
+                    lw=0,
                 )
         axis.set(title=place, xlabel=xlabel, ylabel=ylabel)
         axis.grid(visible=True, alpha=0.3)

@@ -112,7 +112,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(tmp_path: Path, run:
     write(tmp_path, models=models, cells=[{"regulariser": "none"}], seeds=[0])
     status, told = run()
     assert status == 1
-    assert "FAILED wild_none_0.0_all_seed0: FloatingPointError" in told and "1 of 2 trainings failed" in told
+    assert "FAILED wild_0.0_all_seed0: FloatingPointError" in told and "1 of 2 trainings failed" in told
     assert {row["model"] for row in read_rows(tmp_path / "rows.csv")} == {"tiny"}
 
 
