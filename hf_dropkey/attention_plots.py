@@ -4,12 +4,14 @@ Each figure can be read without its caption: titles, axis labels with units, leg
 colours are those of `plots`. May import Matplotlib, NumPy, Pillow and `plots`.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -19,8 +21,8 @@ from .plots import ATTENTION_MAP, RIGHT_COLOR, WRONG_COLOR
 
 
 PLAIN_COLOR, DROPKEY_COLOR, REFERENCE_COLOR = "#0072B2", "#D55E00", "#4D4D4D"
-# how much of a map covers its image
-COVER = 0.65
+# how much of a map covers its image, and how much contrast is left to the image, so that colours keep their meaning
+COVER, CONTRAST = 0.7, 0.6
 # two-sided 95 % of Student's t for 1, 2, ... degrees of freedom, then the normal value
 STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 
@@ -56,8 +58,8 @@ def entropy_and_distance(
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, 2)
     for axis, conditions, even, label in (
-        (panels[0], entropies, even_entropies, "entropy of attention over keys, nats"),
-        (panels[1], distances, even_distances, "mean distance to attended patches, patches"),
+        (panels[0], entropies, even_entropies, "entropy of attention over all tokens, nats"),
+        (panels[1], distances, even_distances, "mean distance from patch to patch, patches"),
     ):
         depth = np.arange(1, 1 + len(even))
         axis.plot(depth, even, color=REFERENCE_COLOR, ls=":", marker="_", label="even attention, for comparison")
@@ -68,13 +70,21 @@ def entropy_and_distance(
             for place, heads in zip(depth, layers, strict=True):
                 axis.plot(np.full(len(heads), place + shift), heads, marker, color=color, ms=4, alpha=0.45, mew=0)
             means = [np.mean(heads) for heads in layers]
-            axis.plot(depth + shift, means, color=color, marker=marker, mec="black", ms=6, label=f"{name}, mean of heads")
-        axis.set(xlabel="attention layer, in order of execution (small points: heads)", ylabel=label, ylim=(0, None))
+            axis.plot(
+                depth + shift, means, color=color, marker=marker, mec="black", ms=6, label=f"{name}, mean of heads"
+            )
+        axis.set(xlabel="attention layer, in order of execution (small points: heads)", ylabel=label)
+        axis.margins(y=0.08)
         _count_layers(axis, len(even))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    _head(figure, title)
     return figure
+
+
+def _head(figure: Figure, title: str) -> None:
+    """A title in lines that fit the figure."""
+    figure.suptitle(textwrap.fill(title, max(20, int(11 * figure.get_figwidth()))), fontsize=11)
 
 
 def _count_layers(axis: Axes, layers: int) -> None:
@@ -105,7 +115,9 @@ def maps_over_images(
     """
     lengths = {name: len(values) for name, values in maps.items()}
     if not images or not maps or set(lengths.values()) != {len(images)}:
-        raise ValueError(f"{len(images)} images and maps of {lengths}; give one map per image and column, and at least one")
+        raise ValueError(
+            f"{len(images)} images and maps of {lengths}; give one map per image and column, and at least one"
+        )
     relative = {name: _relative(values, name) for name, values in maps.items()}
     most = max(float(values.max()) for values in relative.values())
     # attention is peaked: on an even scale all but the largest values would look alike
@@ -118,27 +130,38 @@ def maps_over_images(
         frame = (0, image.width, image.height, 0)
         for column, name in enumerate(["image", *maps]):
             axis = axes[row, column]
-            axis.imshow(image.convert("RGB"), extent=frame)
-            if column:
+            if column == 0:
+                axis.imshow(image.convert("RGB"), extent=frame)
+            else:
+                axis.imshow(_paled(image), extent=frame)
                 axis.imshow(relative[name][row], cmap=ATTENTION_MAP, norm=scale, alpha=COVER, extent=frame)
             if row == 0:
                 axis.set_title(name, fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    _head(figure, title)
     ticks = [0, *(2.0**power for power in range(1 + int(np.log2(most))))]
-    colors = ScalarMappable(scale, ATTENTION_MAP)
-    # as pale as on the images
-    bar = figure.colorbar(
-        colors, ax=list(axes.flat), shrink=min(1.0, 3 / len(images)), aspect=25, ticks=ticks, format="{x:g}", alpha=COVER
-    )
+    # as on a grey image
+    shades = COVER * mpl.colormaps[ATTENTION_MAP](np.linspace(0, 1, 256))[:, :3] + (1 - COVER) * 0.5
+    colors = ScalarMappable(scale, ListedColormap(shades))
+    shrink = min(1.0, 3 / len(images))
+    bar = figure.colorbar(colors, ax=list(axes.flat), shrink=shrink, aspect=25, ticks=ticks, format="{x:g}")
     bar.set_label(f"attention of the {attends} on a patch\n(1: the same on every patch)", fontsize=9)
     return figure
+
+
+def _paled(image: Image.Image) -> NDArray[np.uint8]:
+    """The image in greys of little contrast around the middle, `[height, width, 3]`."""
+    grey = np.asarray(image.convert("L"), dtype=np.float64) / 255
+    paled = np.rint(255 * (0.5 + CONTRAST * (grey - 0.5))).astype(np.uint8)
+    return np.repeat(paled[:, :, None], 3, axis=2)
 
 
 def _relative(values: NDArray[np.floating], name: str) -> NDArray[np.floating]:
     """Maps in multiples of their mean."""
     means = values.mean(axis=(1, 2), keepdims=True)
     if not np.isfinite(values).all() or (means <= 0).any():
-        raise ValueError(f"the maps {name!r} hold values that are not finite, or an image without attention; leave them out")
+        raise ValueError(
+            f"the maps {name!r} hold values that are not finite, or an image without attention; leave them out"
+        )
     relative: NDArray[np.floating] = values / means
     return relative
 
@@ -169,31 +192,31 @@ def drop_fractions(
     if np.isnan([*ratios, *(value for values in fractions for value in values)]).any():
         raise ValueError("a ratio or a measured fraction is NaN; leave that attention out")
     depth = np.arange(1, 1 + len(names))
-    figure = Figure(figsize=(max(6.0, 0.55 * len(names) + 2.5), 4.4), layout="constrained")
-    axis = figure.subplots()
-    axis.plot(depth, ratios, color=PLAIN_COLOR, marker="_", ms=16, mew=2.5, ls=":", label="given by the schedule")
-    measured = [(place, np.asarray(values)) for place, values in zip(depth, fractions, strict=True) if len(values)]
+    figure = Figure(figsize=(max(7.0, 0.55 * len(names) + 2.5), 6.0), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    upper.plot(depth, ratios, color=PLAIN_COLOR, marker="_", ms=16, mew=2.5, ls=":", label="given by the schedule")
+    lower.axhline(0, color=PLAIN_COLOR, ls=":")
+    measured = [place for place in range(len(names)) if len(fractions[place])]
     if measured:
-        places, values = zip(*measured, strict=True)
-        axis.errorbar(
-            places,
-            [value.mean() for value in values],
-            yerr=[_half_width(value) for value in values],
-            color=DROPKEY_COLOR,
-            fmt="o",
-            ms=4,
-            capsize=4,
-            label=f"measured: mean and 95 % interval of {min(map(len, values))} passes",
-        )
-    missing = [place for place, values in zip(depth, fractions, strict=True) if not len(values)]
+        means = np.array([np.mean(fractions[place]) for place in measured])
+        widths = [_half_width(np.asarray(fractions[place])) for place in measured]
+        passes = min(len(fractions[place]) for place in measured)
+        style = {"color": DROPKEY_COLOR, "fmt": "o", "ms": 4, "capsize": 4}
+        label = f"measured: mean and 95 % interval of {passes} passes"
+        upper.errorbar(depth[measured], means, yerr=widths, label=label, **style)
+        lower.errorbar(depth[measured], means - np.asarray(ratios)[measured], yerr=widths, **style)
+    missing = [place for place in range(len(names)) if not len(fractions[place])]
     if missing:
-        axis.plot(missing, [0.0] * len(missing), "x", color=REFERENCE_COLOR, label="not measured", clip_on=False)
-    axis.set(ylabel="fraction of attention weights dropped in training", xlabel="attention, in order of execution")
-    axis.set_xticks(depth, names, rotation=90 if len(names) > 6 else 0, fontsize=8)
-    axis.set_ylim(0, max([0.01, *ratios, *(max(value) for _, value in measured)]) * 1.15)
-    axis.grid(visible=True, axis="y", alpha=0.3)
-    axis.legend(fontsize=9)
-    axis.set_title(title, fontsize=11)
+        upper.plot(depth[missing], np.asarray(ratios)[missing], "x", color=REFERENCE_COLOR, label="not measured")
+    upper.set(ylabel="fraction of attention weights\ndropped in training")
+    lower.set(
+        ylabel="measured minus given", xlabel="attention module, in order of execution", xlim=(0.5, len(names) + 0.5)
+    )
+    lower.set_xticks(depth, names, rotation=90 if len(names) > 6 else 0, fontsize=8)
+    for axis in (upper, lower):
+        axis.grid(visible=True, axis="y", alpha=0.3)
+    upper.legend(fontsize=9)
+    _head(figure, title)
     return figure
 
 
@@ -251,8 +274,13 @@ def uncertain_images(
     blocks = -(-len(shown) // columns)
     panel = 3.4 if kept is not None else 0.0
     figure = Figure(figsize=(max(1.35 * columns, 5.0), 1.85 * blocks + 0.7 + panel), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    _head(figure, title)
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.85 * blocks, panel]) if panel else (figure, None)
+    if len(shown) < count:
+        upper.supxlabel(
+            f"{len(shown)} of {count} images: the {most // 2} most uncertain, then the {most // 2} most certain",
+            fontsize=9,
+        )
     axes = upper.subplots(blocks, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -279,7 +307,9 @@ def _accuracy_panel(axis: Axes, fractions: NDArray[np.floating], accuracies: NDA
     grid = np.linspace(fractions[0], 1, 200)
     axis.plot(fractions, accuracies, color=PLAIN_COLOR, marker="o", ms=2.5, label="most uncertain rejected first")
     axis.axhline(overall, color=DROPKEY_COLOR, ls="--", label=f"rejected at random: {overall:.1%}")
-    axis.plot(grid, np.minimum(1, overall / grid), color=REFERENCE_COLOR, ls=":", label="best possible: wrong ones first")
+    axis.plot(
+        grid, np.minimum(1, overall / grid), color=REFERENCE_COLOR, ls=":", label="best possible: wrong ones first"
+    )
     low = min(overall, float(np.min(accuracies)))
     axis.set(xlabel="fraction of images kept", ylabel="accuracy on the images kept", xlim=(0, 1))
     axis.set_ylim(max(0.0, low - 0.1 * (1.02 - low)), 1 + 0.05 * (1.02 - low))
