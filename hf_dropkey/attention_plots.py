@@ -6,14 +6,14 @@ colours are those of `plots`. May import Matplotlib, NumPy, Pillow and `plots`.
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, PowerNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,11 +23,13 @@ from .plots import ATTENTION_MAP, RIGHT_COLOR, WRONG_COLOR
 PLAIN_COLOR, DROPKEY_COLOR, REFERENCE_COLOR = "#0072B2", "#D55E00", "#4D4D4D"
 # how much of a map covers its image, and how much contrast is left to the image, so that colours keep their meaning
 COVER, CONTRAST = 0.7, 0.6
+ORDER = "attention module, in order of execution"
 # two-sided 95 % of Student's t for 1, 2, ... degrees of freedom, then the normal value
 STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 
 
 def entropy_and_distance(
+    names: Sequence[str],
     entropies: Mapping[str, Sequence[NDArray[np.floating]]],
     distances: Mapping[str, Sequence[NDArray[np.floating]]],
     *,
@@ -38,9 +40,10 @@ def entropy_and_distance(
     """Entropy and mean distance of attention, a point for each head, a line through the means of the layers.
 
     Args:
+        names: For each layer, a short name.
         entropies: For at most two conditions, such as "plain attention" and "with DropKey": for each layer the entropies
             of its heads in nats, `[H]`.
-        distances: The same in patches; NaN where a layer has none.
+        distances: The same in patches of the layer's own grid; NaN where a layer has none.
         even_entropies: For each layer, the entropy of even attention, in nats.
         even_distances: For each layer, the distance of even attention, in patches.
         title: What the reader sees, with where it comes from.
@@ -49,7 +52,7 @@ def entropy_and_distance(
         ValueError: There are no layers, or lists of different lengths.
     """
     lengths = {len(layers) for panel in (entropies, distances) for layers in panel.values()}
-    lengths |= {len(even_entropies), len(even_distances)}
+    lengths |= {len(names), len(even_entropies), len(even_distances)}
     if len(lengths) != 1 or lengths == {0} or not 1 <= len(entropies) <= 2 or list(entropies) != list(distances):
         raise ValueError(
             f"lists of {sorted(lengths)} layers for {list(entropies)} and {list(distances)}; give the same one or two "
@@ -59,7 +62,7 @@ def entropy_and_distance(
     panels = figure.subplots(1, 2)
     for axis, conditions, even, label in (
         (panels[0], entropies, even_entropies, "entropy of attention over all tokens, nats"),
-        (panels[1], distances, even_distances, "mean distance from patch to patch, patches"),
+        (panels[1], distances, even_distances, "mean distance between patches, in patches"),
     ):
         depth = np.arange(1, 1 + len(even))
         axis.plot(depth, even, color=REFERENCE_COLOR, ls=":", marker="_", label="even attention, for comparison")
@@ -73,9 +76,9 @@ def entropy_and_distance(
             axis.plot(
                 depth + shift, means, color=color, marker=marker, mec="black", ms=6, label=f"{name}, mean of heads"
             )
-        axis.set(xlabel="attention layer, in order of execution (small points: heads)", ylabel=label)
+        axis.set(xlabel=f"{ORDER} (small points: heads)", ylabel=label)
         axis.margins(y=0.08)
-        _count_layers(axis, len(even))
+        _name_layers(axis, names)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
     _head(figure, title)
@@ -87,9 +90,9 @@ def _head(figure: Figure, title: str) -> None:
     figure.suptitle(textwrap.fill(title, max(20, int(11 * figure.get_figwidth()))), fontsize=11)
 
 
-def _count_layers(axis: Axes, layers: int) -> None:
-    axis.set_xlim(0.5, layers + 0.5)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+def _name_layers(axis: Axes, names: Sequence[str]) -> None:
+    axis.set_xlim(0.5, len(names) + 0.5)
+    axis.set_xticks(range(1, 1 + len(names)), names, rotation=90 if len(names) > 6 else 0, fontsize=8)
     axis.grid(visible=True, axis="y", alpha=0.3)
 
 
@@ -102,7 +105,8 @@ def maps_over_images(
 ) -> Figure:
     """Each image as a row: as it is, then under each map, patch by patch.
 
-    All maps share one scale, in multiples of even attention, with the steps of a square root.
+    All maps share one scale, the factor to even attention, in logarithmic steps: even attention has the middle colour,
+    the largest factor the lightest one, and its inverse and all below the darkest one.
 
     Args:
         images: B images of any size, as the model saw them.
@@ -119,9 +123,9 @@ def maps_over_images(
             f"{len(images)} images and maps of {lengths}; give one map per image and column, and at least one"
         )
     relative = {name: _relative(values, name) for name, values in maps.items()}
-    most = max(float(values.max()) for values in relative.values())
-    # attention is peaked: on an even scale all but the largest values would look alike
-    scale = PowerNorm(0.5, 0, most)
+    # where all is nearly even, it should look so
+    most = max(2.0, *(float(values.max()) for values in relative.values()))
+    scale = LogNorm(1 / most, most)
     figure = Figure(figsize=(1.45 * (1 + len(maps)) + 1.4, 1.5 * len(images) + 0.9), layout="constrained")
     axes = figure.subplots(len(images), 1 + len(maps), squeeze=False)
     for axis in axes.flat:
@@ -134,16 +138,21 @@ def maps_over_images(
                 axis.imshow(image.convert("RGB"), extent=frame)
             else:
                 axis.imshow(_paled(image), extent=frame)
-                axis.imshow(relative[name][row], cmap=ATTENTION_MAP, norm=scale, alpha=COVER, extent=frame)
+                axis.imshow(
+                    relative[name][row].clip(1 / most), cmap=ATTENTION_MAP, norm=scale, alpha=COVER, extent=frame
+                )
             if row == 0:
                 axis.set_title(name, fontsize=9)
     _head(figure, title)
-    ticks = [0, *(2.0**power for power in range(1 + int(np.log2(most))))]
+    powers = np.arange(-int(np.log2(most)), 1 + int(np.log2(most)))
+    ticks = 2.0 ** powers[powers % max(1, len(powers) // 8) == 0]
     # as on a grey image
     shades = COVER * mpl.colormaps[ATTENTION_MAP](np.linspace(0, 1, 256))[:, :3] + (1 - COVER) * 0.5
     colors = ScalarMappable(scale, ListedColormap(shades))
     shrink = min(1.0, 3 / len(images))
-    bar = figure.colorbar(colors, ax=list(axes.flat), shrink=shrink, aspect=25, ticks=ticks, format="{x:g}")
+    bar = figure.colorbar(colors, ax=list(axes.flat), shrink=shrink, aspect=25, extend="min")
+    bar.set_ticks(list(ticks), labels=[f"{tick:g}" if tick >= 1 else f"1/{1 / tick:g}" for tick in ticks])
+    bar.minorticks_off()
     bar.set_label(f"attention of the {attends} on a patch\n(1: the same on every patch)", fontsize=9)
     return figure
 
@@ -209,12 +218,9 @@ def drop_fractions(
     if missing:
         upper.plot(depth[missing], np.asarray(ratios)[missing], "x", color=REFERENCE_COLOR, label="not measured")
     upper.set(ylabel="fraction of attention weights\ndropped in training")
-    lower.set(
-        ylabel="measured minus given", xlabel="attention module, in order of execution", xlim=(0.5, len(names) + 0.5)
-    )
-    lower.set_xticks(depth, names, rotation=90 if len(names) > 6 else 0, fontsize=8)
+    lower.set(ylabel="measured minus given", xlabel=ORDER)
     for axis in (upper, lower):
-        axis.grid(visible=True, axis="y", alpha=0.3)
+        _name_layers(axis, names)
     upper.legend(fontsize=9)
     _head(figure, title)
     return figure
@@ -275,7 +281,11 @@ def uncertain_images(
     panel = 3.4 if kept is not None else 0.0
     figure = Figure(figsize=(max(1.35 * columns, 5.0), 1.85 * blocks + 0.7 + panel), layout="constrained")
     _head(figure, title)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1.85 * blocks, panel]) if panel else (figure, None)
+    upper: SubFigure | Figure = figure
+    if kept is not None:
+        parts: Any = figure.subfigures(2, 1, height_ratios=[1.85 * blocks, panel])
+        upper = parts[0]
+        _accuracy_panel(parts[1].subplots(), *kept)
     if len(shown) < count:
         upper.supxlabel(
             f"{len(shown)} of {count} images: the {most // 2} most uncertain, then the {most // 2} most certain",
@@ -294,8 +304,6 @@ def uncertain_images(
             fontsize=8,
             fontweight="normal" if right else "bold",
         )
-    if lower is not None and kept is not None:
-        _accuracy_panel(lower.subplots(), *kept)
     return figure
 
 

@@ -19,7 +19,7 @@ not be drawn or read, with the reason.
 import csv
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -251,6 +251,7 @@ def draw_statistics(arguments: DrawingArguments, model: Any, pictures: Pictures,
                         notebook.number(f"attention {metric}", float(value), unit, len(numbers), **place)
     layouts = [layer.layout for layer in records[0].layers]
     figure = entropy_and_distance(
+        short_names([layer.name for layer in records[0].layers]),
         entropies,
         distances,
         even_entropies=[even_entropy(layout) for layout in layouts],
@@ -287,28 +288,27 @@ def draw_maps(arguments: DrawingArguments, model: Any, pictures: Pictures, noteb
     chosen = [depth for depth, layer in enumerate(records[0].layers) if source == "mean" or layer.layout.prefix]
     chosen = [chosen[place] for place in np.linspace(0, len(chosen) - 1, min(MAPS_SHOWN, len(chosen))).astype(int)]
     grid = records[0].layers[-1].layout.grid
-
-    def all_images(of: Callable[[AttentionRecord], torch.Tensor]) -> np.ndarray:
-        return torch.cat([of(record) for record in records]).cpu().numpy()
-
-    maps = {
-        f"layer {depth + 1}": all_images(
-            lambda record, depth=depth: attention_map(record.layers[depth], source).mean(1)
-        )
-        for depth in chosen
-    }
-    maps["rollout"] = all_images(lambda record: rollout_map(record.on_last_grid, source))
-    heads = all_images(lambda record: attention_map(record.layers[-1], source))
+    names = short_names([layer.name for layer in records[0].layers])
+    maps = {}
+    for depth in chosen:
+        layers = [record.layers[depth] for record in records]
+        maps[names[depth]] = stacked(attention_map(layer, source).mean(1) for layer in layers)
+    maps["rollout"] = stacked(rollout_map(record.on_last_grid, source) for record in records)
+    heads = stacked(attention_map(record.layers[-1], source) for record in records)
     shown = np.linspace(0, heads.shape[1] - 1, min(HEADS_SHOWN, heads.shape[1])).astype(int)
     images = [pictures.seen(number) for number in numbers]
     name, patches = model_name(arguments), f"{grid[0]} x {grid[1]} patches"
-    title = f"{name}: attention of the {attends} on {patches}, mean of heads; and rollout through the layers"
+    joined = f"{len(records[0].on_last_grid)} of {len(records[0].layers)} layers"
+    title = f"{name}: attention of the {attends} on {patches}, mean of heads; and rollout through {joined}"
     notebook.figure(maps_over_images(images, maps, title=title, attends=attends), "attention_maps")
     by_head = {f"head {head + 1}": heads[:, head] for head in shown}
-    title = (
-        f"{name}: {len(shown)} of {heads.shape[1]} heads of the last layer, attention of the {attends} on {patches}"
-    )
+    title = f"{name}: {len(shown)} of {heads.shape[1]} heads of {names[-1]}, attention of the {attends} on {patches}"
     notebook.figure(maps_over_images(images, by_head, title=title, attends=attends), "attention_heads")
+
+
+def stacked(parts: Iterable[torch.Tensor]) -> np.ndarray:
+    """The maps of several batches as one array."""
+    return torch.cat(list(parts)).cpu().numpy()
 
 
 def draw_drops(arguments: DrawingArguments, model: Any, pictures: Pictures, notebook: Notebook) -> None:
