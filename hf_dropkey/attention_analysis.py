@@ -33,7 +33,8 @@ class LayerDrop:
 
     Attributes:
         name: Dotted name of the module.
-        ratio: The drop ratio it is given, [0, 1).
+        ratio: The drop ratio it is given, [0, 1). The patterns "block" and "cross" drop this share of the patches, and so
+            a little less of all tokens.
         fractions: For each pass, the share of weights between real tokens that were exactly 0; empty if not measured.
         scores: Number of weights behind each fraction.
         reason: Why there is no measurement, None if there is one.

@@ -263,7 +263,7 @@ def uncertain_images(
         most: Images shown, at least 2.
 
     Raises:
-        ValueError: No images, different lengths, or a NaN.
+        ValueError: No images, different lengths, a NaN, or `most` below 2.
     """
     count = len(images)
     lengths = [len(uncertainty), len(confidence), len(predicted), *([] if truth is None else [len(truth)])]
@@ -272,6 +272,8 @@ def uncertain_images(
             f"{count} images, and {lengths} uncertainties, confidences, predictions and true classes; give one of each per "
             "image, and at least one image"
         )
+    if most < 2:
+        raise ValueError(f"`most` must be at least 2, one image for each end, got {most}")
     if np.isnan(uncertainty).any() or np.isnan(confidence).any():
         raise ValueError("an uncertainty or a confidence is NaN; leave that image out")
     order = np.argsort(-np.asarray(uncertainty), kind="stable")

@@ -101,6 +101,8 @@ class DrawingArguments:
 class Pictures:
     """Images by number, with their names and, where they are known, classes; and as the model sees them."""
 
+    split: str | None = None
+
     def __init__(self, rows: Any, names: Sequence[str], classes: Sequence[str] | None, processor: Any, channels: int):
         self.rows, self.names, self.classes = rows, names, classes
         self.processor, self.mode = processor, IMAGE_MODES[channels]
@@ -215,7 +217,9 @@ def load_pictures(arguments: DrawingArguments, data: DataArguments, model: Any, 
             f"the model does not have the classes of {data.name}, such as {found.label_names[0]}"
         )
     numbers = [f"row {row}" for row in found.evaluation["row"]]
-    return Pictures(found.evaluation, numbers, classes, processor, channels)
+    pictures = Pictures(found.evaluation, numbers, classes, processor, channels)
+    pictures.split = found.evaluation_split
+    return pictures
 
 
 def classifier(model: Any) -> bool:
@@ -284,8 +288,12 @@ def draw_maps(arguments: DrawingArguments, model: Any, pictures: Pictures, noteb
         notebook.missing["maps of a class token"] = (
             "the model has none; the maps show what all patches attend to on average"
         )
-    # what a layer lacks: a class token before it joins, patches that attend after it does
-    chosen = [depth for depth, layer in enumerate(records[0].layers) if source == "mean" or layer.layout.prefix]
+    chosen = []
+    for depth, layer in enumerate(records[0].layers):
+        if source == "mean" or layer.layout.prefix:
+            chosen.append(depth)
+        else:
+            notebook.missing[f"map of {layer.name}"] = "no class token attends there"
     chosen = [chosen[place] for place in np.linspace(0, len(chosen) - 1, min(MAPS_SHOWN, len(chosen))).astype(int)]
     grid = records[0].layers[-1].layout.grid
     names = short_names([layer.name for layer in records[0].layers])
@@ -325,11 +333,14 @@ def draw_drops(arguments: DrawingArguments, model: Any, pictures: Pictures, note
         notebook.number("fraction dropped", float(np.mean(layer.fractions)), "fraction", len(layer.fractions), **where)
         spread = float(np.std(layer.fractions, ddof=1))
         notebook.number("fraction dropped, deviation of passes", spread, "fraction", len(layer.fractions), **where)
+    pattern = next(module.dropkey_pattern for _, module in dropkey_modules(model))
+    note = " (the ratio is of patches; a class token is never dropped)" if pattern in ("block", "cross") else ""
+    title = f"what DropKey drops, pattern {pattern}{note}, on {len(numbers)} images in training mode"
     figure = drop_fractions(
         short_names([layer.name for layer in layers]),
         [layer.ratio for layer in layers],
         [layer.fractions for layer in layers],
-        title=f"{model_name(arguments)}: what DropKey drops, measured on {len(numbers)} images in training mode",
+        title=f"{model_name(arguments)}: {title}",
     )
     notebook.figure(figure, "drops")
 
@@ -456,6 +467,7 @@ def main() -> None:
             "class": type(model).__name__,
             "images": len(pictures),
             "data": "files" if arguments.images is not None else data.name,
+            "split": pictures.split,
             "seed": arguments.seed,
             "samples": arguments.samples,
             "passes": arguments.passes,
