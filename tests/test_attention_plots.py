@@ -30,6 +30,10 @@ def saved(figure: Figure) -> None:
     assert np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("L")).std() > 0
 
 
+def heights(line: Any) -> list[float]:
+    return [float(value) for value in line.get_ydata()]
+
+
 def legend(figure: Figure) -> list[str]:
     holders = [figure, *figure.subfigs, *figure.axes]
     found = [box for holder in holders for box in [*getattr(holder, "legends", []), getattr(holder, "legend_", None)]]
@@ -69,7 +73,7 @@ def test_statistics_show_every_head_and_the_mean() -> None:
     colors = [lines[f"{name}, mean of heads"].get_color() for name in ENTROPIES]
     assert colors == [PLAIN_COLOR, DROPKEY_COLOR]
     heads = sorted(
-        value for line in entropy.lines if str(line.get_label()).startswith("_") for value in line.get_ydata()
+        height for line in entropy.lines if str(line.get_label()).startswith("_") for height in heights(line)
     )
     assert heads == [0.5, 1.0, 1.0, 1.5, 2.0, 2.0, 3.0, 4.0]
     assert set(legend(figure)) == set(lines) - {label for label in lines if label.startswith("_")}

@@ -21,7 +21,7 @@ from hf_dropkey.families import FAMILIES, image_processor
 pytestmark = pytest.mark.usefixtures("auto_image_processor")
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "draw_attention.py"
 DIGITS = {"id2label": {n: str(n) for n in range(10)}, "label2id": {str(n): n for n in range(10)}}
-FEW = ("--max_eval_samples", "12", "--check_images", "False", "--samples", "3", "--passes", "2", "--images_shown", "2")
+FEW = ("--max_eval_samples", "12", "--check_images", "False", "--samples", "3", "--passes", "2", "--images_shown", "1")
 FIGURES = {"statistics.png", "attention_maps.png", "attention_heads.png", "drops.png", "uncertainty.png"}
 
 
@@ -96,8 +96,8 @@ def test_a_model_of_the_package_is_drawn_whole(monkeypatch: pytest.MonkeyPatch, 
 def test_a_stock_model_gets_the_dropkey_back_that_it_remembers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = draw(monkeypatch, stock(tmp_path / "model", 0.3), tmp_path / "seen", *FEW)
-    assert summary["class"] == "Dinov2ForImageClassification" and set(summary["files"]) >= FIGURES
+    summary = draw(monkeypatch, stock(tmp_path / "model", 0.3), tmp_path / "seen", *FEW, "--figures", "drops")
+    assert summary["class"] == "Dinov2ForImageClassification" and summary["files"] == ["drops.png", "numbers.csv"]
     given = [
         float(row["value"]) for row in rows(tmp_path / "seen" / "numbers.csv") if row["metric"] == "drop ratio given"
     ]
@@ -115,16 +115,15 @@ def test_without_dropkey_the_rest_is_drawn_and_the_user_told(
     assert "missing: figure drops: the model drops no keys; pass --dropkey_ratio" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--figures drops: the model drops no keys; pass --dropkey_ratio"):
         draw(monkeypatch, model, tmp_path / "seen", *FEW, "--figures", "drops")
-    summary = draw(monkeypatch, model, tmp_path / "seen", *FEW, "--figures", "drops", "--dropkey_ratio", "0.2")
-    assert summary["files"] == ["drops.png", "numbers.csv"]
 
 
 @pytest.mark.parametrize("family", ["volo", "t2t_vit", "ceit"])
 def test_the_other_families_are_drawn_and_their_other_attentions_listed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str
 ) -> None:
-    summary = draw(monkeypatch, native(tmp_path / "model", family), tmp_path / "seen", *FEW)
-    assert set(summary["files"]) >= FIGURES
+    asked = ("--figures", "maps", "statistics") if family == "volo" else ("--figures", "drops", "statistics")
+    summary = draw(monkeypatch, native(tmp_path / "model", family), tmp_path / "seen", *FEW, *asked)
+    assert {"statistics.png", "numbers.csv"} < set(summary["files"])
     listed = " ".join(f"{what}: {reason}" for what, reason in summary["missing"].items())
     told = {
         "volo": (
@@ -143,8 +142,10 @@ def test_image_files_are_drawn_without_classes(monkeypatch: pytest.MonkeyPatch, 
         files.append(str(tmp_path / f"{number}.png"))
         Image.fromarray(np.random.default_rng(number).integers(0, 256, size, dtype=np.uint8)).save(files[-1])
     model = native(tmp_path / "model")
-    summary = draw(monkeypatch, model, tmp_path / "seen", "--samples", "3", "--passes", "2", "--images", *files)
-    assert set(summary["files"]) >= FIGURES and summary["data"] == "files"
+    summary = draw(
+        monkeypatch, model, tmp_path / "seen", "--samples", "3", "--figures", "uncertainty", "--images", *files
+    )
+    assert summary["files"] == ["uncertainty.png", "images.csv"] and summary["data"] == "files"
     assert summary["missing"] == {"true classes": "image files have none; use a data source, such as --validation_dir"}
     found = rows(tmp_path / "seen" / "images.csv")
     assert {row["image"] for row in found} == {"0.png", "1.png", "2.png"} and "right" not in found[0]
@@ -172,6 +173,31 @@ def test_windows_leave_the_drops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "attends within 4 windows" in summary["missing"]["figure maps"]
     with pytest.raises(ValueError, match="--figures maps: SwinModel has no attention over the tokens"):
         draw(monkeypatch, model, tmp_path / "seen", *FEW, "--figures", "maps")
+
+
+def test_the_code_that_comes_with_a_checkpoint_is_drawn_like_the_packages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = native(tmp_path / "model")
+    kinds = {}
+    for trust in ("False", "True"):
+        output = tmp_path / trust
+        draw(monkeypatch, model, output, *FEW, "--figures", "drops", "--trust_remote_code", trust)
+        kinds[trust] = (output / "numbers.csv").read_text()
+    assert kinds["True"] == kinds["False"]
+
+
+def test_images_are_shown_as_the_model_sees_them_in_their_own_colors(tmp_path: Path) -> None:
+    script = runpy.run_path(str(SCRIPT))
+    colors = Image.new("RGB", (40, 20), (200, 100, 50))
+    for family, side in (("vit", 8), ("volo", 64)):
+        processor = image_processor(family, "nano", side)
+        shown = script["Pictures"]([{"image": colors}], ["a"], None, processor, 3).seen(0)
+        assert shown.size == (side, side)
+        assert np.abs(np.asarray(shown, dtype=int) - [200, 100, 50]).max() <= 1
+    grey = image_processor("vit", "nano", 8, num_channels=1)
+    shown = script["Pictures"]([{"image": colors}], ["a"], None, grey, 1).seen(0)
+    assert shown.mode == "L" and abs(int(np.asarray(shown)[0, 0]) - int(np.asarray(colors.convert("L"))[0, 0])) <= 1
 
 
 @pytest.fixture(scope="module")
