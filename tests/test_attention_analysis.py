@@ -1,11 +1,13 @@
 """The numbers of attention against plain loops written from their definitions, and measured drops against the ratio."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from stock_architectures import ARCHITECTURES, build, pixels, quiet, tiny_vit
+from transformers import dynamic_module_utils
 
 from hf_dropkey.attention_analysis import (
     accuracy_when_kept,
@@ -173,6 +175,16 @@ def test_the_measured_drop_is_the_ratio(make: Any, pattern: str, share: float) -
     assert [layer.ratio for layer in drop_schedule(model)] == [0.5, 0.25, 0.0]
 
 
+def test_small_weights_are_not_taken_for_dropped_ones() -> None:
+    model = patched()
+    with torch.no_grad():
+        for layer in model.vit.layers:
+            layer.attention.q_proj.weight.mul_(20)
+    weights = record_attention(model, pixels(batch=8)).layers[2].weights
+    assert (weights < 1e-3).float().mean() > 0.1 and (weights > 0).all()
+    assert set(assert_measured(model, pixels(batch=8))[2].fractions) == {0.0}
+
+
 def test_the_pattern_token_drops_its_exact_count() -> None:
     found = measured_drops(patched("token"), pixels(), passes=3)
     # Python rounds halves to even: 8 of 17, 4 of 17
@@ -216,6 +228,20 @@ def test_measuring_leaves_the_model_and_the_generator_as_they_were(make: Any) ->
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert measured_drops(model, inputs, passes=2, seed=5) == first
     assert measured_drops(model, inputs, passes=2, seed=6) != first
+
+
+def test_a_checkpoints_own_code_is_measured_like_the_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    native().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    cls: Any = dynamic_module_utils.get_class_from_dynamic_module(
+        "modeling_dropkey_vit.DropKeyViTForImageClassification", str(tmp_path / "model")
+    )
+    remote = cls.from_pretrained(tmp_path / "model")
+    assert type(remote).__module__.startswith("transformers_modules.")
+    assert measured_drops(remote, pixels()) == measured_drops(native(), pixels())
+    for ours, theirs in zip(*(record_attention(model, pixels()).layers for model in (native(), remote)), strict=True):
+        assert torch.equal(ours.weights, theirs.weights)
 
 
 def test_what_is_switched_off_measures_as_nothing() -> None:

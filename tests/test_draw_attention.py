@@ -175,18 +175,6 @@ def test_windows_leave_the_drops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         draw(monkeypatch, model, tmp_path / "seen", *FEW, "--figures", "maps")
 
 
-def test_the_code_that_comes_with_a_checkpoint_is_drawn_like_the_packages(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    model = native(tmp_path / "model")
-    kinds = {}
-    for trust in ("False", "True"):
-        output = tmp_path / trust
-        draw(monkeypatch, model, output, *FEW, "--figures", "drops", "--trust_remote_code", trust)
-        kinds[trust] = (output / "numbers.csv").read_text()
-    assert kinds["True"] == kinds["False"]
-
-
 def test_images_are_shown_as_the_model_sees_them_in_their_own_colors(tmp_path: Path) -> None:
     script = runpy.run_path(str(SCRIPT))
     colors = Image.new("RGB", (40, 20), (200, 100, 50))
