@@ -267,7 +267,8 @@ def accuracy_when_kept(uncertainty: torch.Tensor, right: torch.Tensor) -> tuple[
             f"{int(uncertainty.isnan().sum())} of {len(uncertainty)} uncertainties are NaN; leave them out."
         )
     ordered, order = uncertainty.sort(stable=True)
-    kept = torch.arange(1, len(order) + 1, dtype=torch.float64)
+    kept = torch.arange(1, len(order) + 1, dtype=torch.float64, device=order.device)
     accuracy = right[order].double().cumsum(0) / kept
-    last_of_equals = torch.cat((ordered[1:] != ordered[:-1], torch.tensor([True])))
+    last_of_equals = torch.ones_like(order, dtype=torch.bool)
+    last_of_equals[:-1] = ordered[1:] != ordered[:-1]
     return (kept / len(order))[last_of_equals], accuracy[last_of_equals]

@@ -299,14 +299,19 @@ def uncertain_images(
     for axis, number in zip(axes.flat, shown, strict=False):
         axis.imshow(images[number].convert("RGB"))
         right = truth is None or predicted[number] == truth[number]
-        verdict = "" if truth is None else "\nright" if right else f"\nwrong, is {truth[number]}"
+        verdict = "" if truth is None else "\nright" if right else f"\nwrong, is {_shortened(truth[number], 12)}"
         axis.set_title(
-            f"{uncertainty[number]:.3f} nats\n{predicted[number]} ({confidence[number]:.0%}){verdict}",
+            f"{uncertainty[number]:.3f} nats\n{_shortened(predicted[number], 14)} ({confidence[number]:.0%}){verdict}",
             color="black" if truth is None else RIGHT_COLOR if right else WRONG_COLOR,
             fontsize=8,
             fontweight="normal" if right else "bold",
         )
     return figure
+
+
+def _shortened(name: str, most: int) -> str:
+    """A name that does not run into the next image's."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _accuracy_panel(axis: Axes, fractions: NDArray[np.floating], accuracies: NDArray[np.floating]) -> None:

@@ -240,6 +240,13 @@ def test_of_many_images_both_ends_are_shown_and_the_reader_is_told() -> None:
     assert len([axis for axis in uncertain(most=3).axes if axis.images]) == 2
 
 
+def test_long_names_do_not_run_into_each_other() -> None:
+    names = ["greater spotted woodpecker", "dog", "cat", "emu"]
+    titles = [axis.get_title() for axis in uncertain(predicted=names, truth=names[::-1]).axes if axis.images]
+    assert titles[2] == "0.100 nats\ngreater spott… (90%)\nwrong, is emu"
+    assert titles[1] == "0.200 nats\nemu (60%)\nwrong, is greater spo…"
+
+
 def test_without_true_classes_nothing_is_called_right() -> None:
     titles = [axis.get_title() for axis in uncertain(truth=None).axes if axis.images]
     assert titles[0] == "0.300 nats\ndog (50%)"
