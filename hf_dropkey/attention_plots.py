@@ -58,7 +58,8 @@ def entropy_and_distance(
             f"lists of {sorted(lengths)} layers for {list(entropies)} and {list(distances)}; give the same one or two "
             "conditions in both, with one entry per layer, and at least one layer"
         )
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    # names of many layers stand upright
+    figure = Figure(figsize=(10, 4.2 if len(names) <= 6 else 5.2), layout="constrained")
     panels = figure.subplots(1, 2)
     for axis, conditions, even, label in (
         (panels[0], entropies, even_entropies, "entropy of attention over all tokens, nats"),
