@@ -8,8 +8,9 @@ import random
 import resource
 import shutil
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from safetensors.numpy import load_file
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
+from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification, faults
 from hf_dropkey.checkpoints import sort_by_wholeness
 from hf_dropkey.faults import (
     SKIPS_IN_A_ROW,
@@ -175,6 +176,55 @@ def test_a_dead_worker_is_named_and_the_checkpoint_kept(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, Images(kill_at=3), dataloader_num_workers=1)
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.* (Killed|exited unexpectedly)") as caught:
         trainer.train()
+    assert "whole checkpoint" in caught.value.__notes__[0]
+
+
+@contextlib.contextmanager
+def doomed_worker() -> Iterator[Callable[[], None]]:
+    """Gives what kills a data loader's worker; the signal of its death then raises wherever this process is."""
+    loader: Any = iter(torch.utils.data.DataLoader(Images(), num_workers=1))
+    try:
+        yield loader._workers[0].kill
+    finally:
+        loader._shutdown_workers()
+
+
+def test_a_worker_that_dies_during_a_save_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    with doomed_worker() as kill, pytest.raises(RuntimeError, match="DataLoader worker"), named_save(tmp_path):
+        kill()
+        time.sleep(60)
+
+
+def test_a_save_of_torch_that_fails_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="could not be written"), named_save(tmp_path):
+        torch.save({}, tmp_path / "gone" / "optimizer.pt")
+
+
+def test_a_worker_that_dies_while_another_error_is_handled_is_named_with_where_to_go_on(monkeypatch, tmp_path) -> None:
+    def interrupted(output_dir: Path) -> Any:
+        if not interruptions:
+            interruptions.append(output_dir)
+            kill()
+            time.sleep(60)
+        return sort_by_wholeness(output_dir)
+
+    interruptions: list[Path] = []
+
+    with doomed_worker() as kill:
+        monkeypatch.setattr(faults, "sort_by_wholeness", interrupted)
+        with pytest.raises(RuntimeError, match="DataLoader worker") as caught, note_where_to_resume(tmp_path):
+            raise KeyError("first")
+    assert "whole checkpoint" in caught.value.__notes__[0]
+
+
+def test_a_connection_that_breaks_because_a_worker_dies_is_put_down_to_the_worker(tmp_path: Path) -> None:
+    with doomed_worker() as kill:
+        # the connection breaks some time before the process is gone
+        death = threading.Timer(0.3, kill)
+        death.start()
+        with pytest.raises(RuntimeError, match="DataLoader worker") as caught, note_where_to_resume(tmp_path):
+            raise ConnectionResetError(104, "Connection reset by peer")
+        death.join()
     assert "whole checkpoint" in caught.value.__notes__[0]
 
 
