@@ -190,9 +190,13 @@ def doomed_worker() -> Iterator[Callable[[], None]]:
 
 
 def test_a_worker_that_dies_during_a_save_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
-    with doomed_worker() as kill, pytest.raises(RuntimeError, match="DataLoader worker"), named_save(tmp_path):
-        kill()
-        time.sleep(60)
+    def save() -> None:
+        with named_save(tmp_path):
+            kill()
+            time.sleep(60)
+
+    with doomed_worker() as kill, pytest.raises(RuntimeError, match="DataLoader worker"):
+        save()
 
 
 def test_a_save_of_torch_that_fails_is_named(tmp_path: Path) -> None:
