@@ -20,7 +20,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from .image_checks import drop_bad_images, name_some
+from .image_checks import drop_bad_images, name_some, with_named_images
 
 
 DIGITS = "digits"
@@ -379,6 +379,7 @@ def prepare_split(
             f"{name_some(f'{label} ({count} times)' for label, count in strange.items())}; "
             "repair them, or choose with --label_column_name and --eval_split_name"
         )
-    if not arguments.check_images:
-        return split
-    return drop_bad_images(split, name, skip=arguments.skip_bad_images, processes=arguments.preprocessing_num_workers)
+    if arguments.check_images:
+        processes = arguments.preprocessing_num_workers
+        split = drop_bad_images(split, name, skip=arguments.skip_bad_images, processes=processes)
+    return with_named_images(split)

@@ -26,7 +26,7 @@ from PIL import Image
 from transformers.utils.logging import tqdm
 
 from .data import CHOICE_SEED, EVALUATION_SPLITS
-from .image_checks import image_problem, name_some
+from .image_checks import image_problem, name_some, read_checked_image
 
 
 logger = logging.getLogger(__name__)
@@ -131,8 +131,13 @@ class DetectionSplit:
         return len(self.images)
 
     def open(self, row: int) -> Image.Image:
-        """The image of a row, in RGB, turned as its file says."""
-        return datasets.Image().decode_example(self.cell(self.images[row])).convert("RGB")
+        """The image of a row, in RGB, turned as its file says.
+
+        Raises:
+            ValueError: It cannot be used; names it.
+        """
+        image = self.images[row]
+        return read_checked_image(self.cell(image), image.get("row", image["id"])).convert("RGB")
 
     def select(self, rows: Iterable[int]) -> "DetectionSplit":
         """Some of the images, with their boxes."""

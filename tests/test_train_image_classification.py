@@ -214,6 +214,12 @@ def test_an_image_folder_with_a_bad_file_runs_only_if_asked(monkeypatch, tmp_pat
     with pytest.raises(ValueError, match=r"1 of 16 images in the train split cannot be used: .*0\.jpg \(empty file\)"):
         here(monkeypatch, tmp_path, "--do_train", "--max_steps", "1", "--use_cpu", *arguments)
     assert not (tmp_path / "run").exists()
+    unchecked = ("--output_dir", "unchecked", "--check_images", "False", "--num_channels", "1")
+    with pytest.raises(
+        ValueError, match=r"an image cannot be used: .*0\.jpg \(empty file\)\. Repair or remove it"
+    ) as told:
+        here(monkeypatch, tmp_path, "--do_train", "--num_train_epochs", "1", "--use_cpu", *arguments, *unchecked)
+    assert "no whole checkpoint" in told.value.__notes__[0]
     one_channel = ("--num_channels", "1", "--skip_bad_images")
     here(monkeypatch, tmp_path, "--do_train", "--max_steps", "1", "--use_cpu", *arguments, *one_channel)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
