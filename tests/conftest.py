@@ -1,6 +1,9 @@
-"""What every test gets: no network, fixed seeds, one thread; and the data sets beside the repository, where there are."""
+"""What every test gets: no network, fixed seeds, one thread, caches of its process's own; and the data sets beside the
+repository, where there are.
+"""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,11 @@ import pytest
 
 # before any test module imports torch or transformers, and for the processes that tests start
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+# code of checkpoints and prepared data sets, which processes side by side would write over each other's
+CACHE = tempfile.TemporaryDirectory(prefix="hf_dropkey_tests_")
+os.environ["HF_HOME"] = CACHE.name
+for _name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_DATASETS_CACHE"):
+    os.environ.pop(_name, None)
 # models this tiny only lose by threads, on a busy machine a factor of six
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # without a GPU, Triton's interpreter runs the fused kernels; Triton decides when it is first imported

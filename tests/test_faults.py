@@ -228,7 +228,7 @@ def test_a_connection_that_breaks_because_a_worker_dies_is_put_down_to_the_worke
         death.start()
         with pytest.raises(RuntimeError, match="DataLoader worker") as caught, note_where_to_resume(tmp_path):
             raise ConnectionResetError(104, "Connection reset by peer")
-        death.join()
+        death.join(60)
     assert "whole checkpoint" in caught.value.__notes__[0]
 
 
@@ -314,7 +314,7 @@ def test_sharding_that_accelerate_would_leave_out_is_told(name: str) -> None:
 
 def kill_in_the_middle(process: Any, output: Path, *, chance: random.Random, saving: bool) -> bool:
     """Kills a run at a random moment, or inside a save; whether it was still running."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + forked.SECONDS
     before = set(output.glob("checkpoint-*"))
     while process.is_alive() and time.monotonic() < deadline:
         new = [folder for folder in output.glob("checkpoint-*") if folder not in before]

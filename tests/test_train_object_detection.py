@@ -75,7 +75,7 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs the script in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(TRAIN), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -154,7 +154,7 @@ assert len(found) == 6 and {one["label"] for one in found} <= {"red", "blue"}, f
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", code, str(trained), str(shapes / "images" / "train" / "0.png")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=trained, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=trained, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     model = AutoModelForObjectDetection.from_pretrained(trained)
     assert type(model) is DetrForObjectDetection
