@@ -133,14 +133,19 @@ class ImageData:
         Raises:
             ValueError: The data has classes that are not among `names`.
         """
-        unknown = [name for name in self.label_names if name not in names]
-        if unknown:
-            raise ValueError(
-                f"the data has {len(unknown)} classes that the model does not know: {name_some(unknown)}; "
-                f"the model knows {name_some(names)}. Use data with the model's classes"
-            )
+        check_known(self.label_names, names)
         ids = {value: names.index(self.label_names[old]) for value, old in self.label_ids.items()}
         return replace(self, label_names=list(names), label_ids=ids)
+
+
+def check_known(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises ValueError if the data has class names that a model does not know."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"the data has {len(unknown)} classes that the model does not know: {name_some(unknown)}; "
+            f"the model knows {name_some(known)}. Use data with the model's classes"
+        )
 
 
 def load_image_data(arguments: DataArguments, *, training: bool) -> ImageData:

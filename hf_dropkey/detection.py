@@ -341,7 +341,7 @@ def fit_classes(data: DetectionData, config: Any, arguments: DetectionModelArgum
             return data.with_label_names([config.id2label[number] for number in range(config.num_labels)])
         except ValueError as error:
             raise ValueError(
-                f"{error}. Start with new class scores with --ignore_mismatched_sizes, or choose another model"
+                f"{error}, start with new class scores with --ignore_mismatched_sizes, or choose another model"
             ) from error
     config.id2label = dict(enumerate(data.label_names))
     config.label2id = {name: number for number, name in enumerate(data.label_names)}

@@ -25,7 +25,7 @@ from datasets import ClassLabel, Features
 from PIL import Image
 from transformers.utils.logging import tqdm
 
-from .data import CHOICE_SEED, EVALUATION_SPLITS
+from .data import CHOICE_SEED, EVALUATION_SPLITS, check_known
 from .image_checks import image_problem, name_some, read_checked_image
 
 
@@ -171,12 +171,7 @@ class DetectionData:
         Raises:
             ValueError: The data has classes that are not among `names`.
         """
-        unknown = [name for name in self.label_names if name not in names]
-        if unknown:
-            raise ValueError(
-                f"the data has {len(unknown)} classes that the model does not know: {name_some(unknown)}; "
-                f"the model knows {name_some(names)}"
-            )
+        check_known(self.label_names, names)
         ids = dict(zip(self.label_names, self.category_ids, strict=True))
         # a name may stand twice, as N/A does in models trained on COCO
         return replace(self, label_names=list(names), category_ids=[ids.get(name) for name in names])

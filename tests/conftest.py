@@ -4,10 +4,15 @@ repository, where there are.
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+
+if TYPE_CHECKING:
+    from hub_server import HubServer
 
 # before any test module imports torch or transformers, and for the processes that tests start
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
@@ -31,6 +36,15 @@ def fixed_seeds() -> None:
     from transformers import set_seed
 
     set_seed(0)
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator["HubServer"]:
+    """A server that speaks the Hub's API."""
+    from hub_server import serving
+
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

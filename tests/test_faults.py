@@ -17,9 +17,11 @@ from typing import Any
 import forked
 import numpy as np
 import pytest
+import small_runs
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from safetensors.numpy import load_file
+from small_runs import TINY
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification, faults
@@ -36,26 +38,14 @@ from hf_dropkey.faults import (
 
 
 SCRIPTS = ("train_image_classification.py", "train_image_classification_accelerate.py")
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 RECIPE = {
-    **TINY,
-    "image_size": 8,
-    "patch_size": 2,
-    "dropkey_ratio": 0.4,
-    "hidden_dropout_prob": 0.1,
-    "do_train": True,
-    "do_eval": True,
-    "max_train_samples": 96,
+    **small_runs.RECIPE,
     # no multiple of the batch, so that the last one is filled up
     "max_eval_samples": 41,
     "check_images": False,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 8,
-    "learning_rate": 0.005,
     "logging_steps": 1,
-    "save_strategy": "steps",
-    "use_cpu": True,
-    "report_to": "none",
     "disable_tqdm": True,
 }
 FSDP = {
@@ -204,7 +194,9 @@ def test_a_save_of_torch_that_fails_is_named(tmp_path: Path) -> None:
         torch.save({}, tmp_path / "gone" / "optimizer.pt")
 
 
-def test_a_worker_that_dies_while_another_error_is_handled_is_named_with_where_to_go_on(monkeypatch, tmp_path) -> None:
+def test_a_worker_that_dies_while_another_error_is_handled_is_named_with_where_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def interrupted(output_dir: Path) -> Any:
         if not interruptions:
             interruptions.append(output_dir)

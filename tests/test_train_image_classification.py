@@ -15,9 +15,11 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import small_runs
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
+from small_runs import TINY
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -31,26 +33,14 @@ from hf_dropkey import DropKeyViTForImageClassification, export_plain
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "scripts" / "train_image_classification.py"
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 # 96 images in batches of 16: six steps an epoch, a checkpoint in the middle of the second
 RECIPE = {
-    **TINY,
-    "image_size": 8,
-    "patch_size": 2,
-    "dropkey_ratio": 0.4,
-    "hidden_dropout_prob": 0.1,
-    "do_train": True,
-    "do_eval": True,
-    "max_train_samples": 96,
+    **small_runs.RECIPE,
     "max_eval_samples": 40,
     "num_train_epochs": 2,
     "per_device_train_batch_size": 16,
-    "learning_rate": 0.005,
     "logging_steps": 3,
-    "save_strategy": "steps",
     "save_steps": 4,
-    "use_cpu": True,
-    "report_to": "none",
 }
 
 
@@ -58,7 +48,7 @@ def run(script: str, *arguments: str, folder: Path, check: bool = True) -> subpr
     """Runs a script in a process of its own."""
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=1500)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
