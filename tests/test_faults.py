@@ -321,7 +321,7 @@ def kill_in_the_middle(process: Any, output: Path, *, chance: random.Random, sav
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "kills"), [(SCRIPTS[0], 20), (SCRIPTS[1], 5)])
+@pytest.mark.parametrize(("script", "kills"), [(SCRIPTS[0], 12), (SCRIPTS[1], 5)])
 def test_killed_runs_end_in_the_same_bits_as_the_uninterrupted_one(tmp_path: Path, script: str, kills: int) -> None:
     recipe = write_recipe(tmp_path, max_steps=100 + 10 * kills, save_steps=2, save_total_limit=2, learning_rate=0.001)
     whole, output, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
