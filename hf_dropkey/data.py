@@ -20,7 +20,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from .image_checks import drop_bad_images, name_some
+from .image_checks import drop_bad_images, name_some, with_named_images
 
 
 DIGITS = "digits"
@@ -144,14 +144,19 @@ class ImageData:
         Raises:
             ValueError: The data has classes that are not among `names`.
         """
-        unknown = [name for name in self.label_names if name not in names]
-        if unknown:
-            raise ValueError(
-                f"the data has {len(unknown)} classes that the model does not know: {name_some(unknown)}; "
-                f"the model knows {name_some(names)}. Use data with the model's classes"
-            )
+        check_known(self.label_names, names)
         ids = {value: names.index(self.label_names[old]) for value, old in self.label_ids.items()}
         return replace(self, label_names=list(names), label_ids=ids)
+
+
+def check_known(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises ValueError if the data has class names that a model does not know."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"the data has {len(unknown)} classes that the model does not know: {name_some(unknown)}; "
+            f"the model knows {name_some(known)}. Use data with the model's classes"
+        )
 
 
 def load_image_data(arguments: DataArguments, *, training: bool) -> ImageData:
@@ -391,6 +396,7 @@ def prepare_split(
             f"{name_some(f'{label} ({count} times)' for label, count in strange.items())}; "
             "repair them, or choose with --label_column_name and --eval_split_name"
         )
-    if not arguments.check_images:
-        return split
-    return drop_bad_images(split, name, skip=arguments.skip_bad_images, processes=arguments.preprocessing_num_workers)
+    if arguments.check_images:
+        processes = arguments.preprocessing_num_workers
+        split = drop_bad_images(split, name, skip=arguments.skip_bad_images, processes=processes)
+    return with_named_images(split)

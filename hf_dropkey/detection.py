@@ -1,6 +1,6 @@
 """Detection models to train: which, from where, with what image processor, DropKey on them, and their `Trainer`.
 
-May import `checkpoints`, `detection_data`, `detection_metrics`, `patching`, `report`, torch and Transformers.
+May import `checkpoints`, `detection_data`, `detection_metrics`, `faults`, `patching`, `report`, torch and Transformers.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ from transformers import (
 from .checkpoints import check_model_folder
 from .detection_data import DetectionData
 from .detection_metrics import post_process
-from .hub_trainer import HubTrainer
+from .faults import GuardedTrainer
 from .patching import apply_dropkey
 from .report import DropKeyReport
 
@@ -341,7 +341,7 @@ def fit_classes(data: DetectionData, config: Any, arguments: DetectionModelArgum
             return data.with_label_names([config.id2label[number] for number in range(config.num_labels)])
         except ValueError as error:
             raise ValueError(
-                f"{error}. Start with new class scores with --ignore_mismatched_sizes, or choose another model"
+                f"{error}, start with new class scores with --ignore_mismatched_sizes, or choose another model"
             ) from error
     config.id2label = dict(enumerate(data.label_names))
     config.label2id = {name: number for number, name in enumerate(data.label_names)}
@@ -395,8 +395,8 @@ def freeze_first_stage(model: PreTrainedModel) -> None:
             parameter.requires_grad_(any(stage in name for stage in LEARNING_STAGES))
 
 
-class DetectionTrainer(HubTrainer):
-    """`HubTrainer` whose predictions are detections `[N, K, 6]` (`post_process`) and whose labels are rows `[N]` of the split.
+class DetectionTrainer(GuardedTrainer):
+    """`GuardedTrainer` whose predictions are detections `[N, K, 6]` (`post_process`) and whose labels are rows `[N]` of the split.
 
     Raw outputs would be larger, and of a different size in every batch. `processing_class` must be the image processor
     of the model's family.

@@ -25,8 +25,8 @@ from datasets import ClassLabel, Features
 from PIL import Image
 from transformers.utils.logging import tqdm
 
-from .data import CHOICE_SEED, EVALUATION_SPLITS
-from .image_checks import image_problem, name_some
+from .data import CHOICE_SEED, EVALUATION_SPLITS, check_known
+from .image_checks import image_problem, name_some, read_checked_image
 
 
 logger = logging.getLogger(__name__)
@@ -131,8 +131,13 @@ class DetectionSplit:
         return len(self.images)
 
     def open(self, row: int) -> Image.Image:
-        """The image of a row, in RGB, turned as its file says."""
-        return datasets.Image().decode_example(self.cell(self.images[row])).convert("RGB")
+        """The image of a row, in RGB, turned as its file says.
+
+        Raises:
+            ValueError: It cannot be used; names it.
+        """
+        image = self.images[row]
+        return read_checked_image(self.cell(image), image.get("row", image["id"])).convert("RGB")
 
     def select(self, rows: Iterable[int]) -> "DetectionSplit":
         """Some of the images, with their boxes."""
@@ -166,12 +171,7 @@ class DetectionData:
         Raises:
             ValueError: The data has classes that are not among `names`.
         """
-        unknown = [name for name in self.label_names if name not in names]
-        if unknown:
-            raise ValueError(
-                f"the data has {len(unknown)} classes that the model does not know: {name_some(unknown)}; "
-                f"the model knows {name_some(names)}"
-            )
+        check_known(self.label_names, names)
         ids = dict(zip(self.label_names, self.category_ids, strict=True))
         # a name may stand twice, as N/A does in models trained on COCO
         return replace(self, label_names=list(names), category_ids=[ids.get(name) for name in names])

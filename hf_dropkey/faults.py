@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from .hub_trainer import HubTrainer
 logger = logging.getLogger(__name__)
 
 SKIPS_IN_A_ROW = 10
+# from the moment that a process lets go of its connections to the signal of its death
+SECONDS_TO_DIE = 2.0
 
 
 class LossGuard:
@@ -75,19 +78,34 @@ class LossGuard:
 
 @contextlib.contextmanager
 def note_where_to_resume(output_dir: Path) -> Iterator[None]:
-    """Adds to whatever stops the training how to go on; the traceback ends with it."""
+    """Adds to whatever stops the training how to go on; the traceback ends with it.
+
+    The signal of a data loader's worker that dies raises RuntimeError wherever the main thread is, also here.
+    """
     try:
         yield
     except BaseException as error:
-        whole = sort_by_wholeness(output_dir)[0]
-        if whole:
-            error.add_note(
-                f"The last whole checkpoint is {whole[-1]}. To go on from there, repair what the error names and start "
-                "the same command with --resume_from_checkpoint auto."
-            )
-        else:
-            error.add_note(f"There is no whole checkpoint in {output_dir}, the next start begins anew.")
+        try:
+            if isinstance(error, (ConnectionError, EOFError)):
+                # what a dying worker held breaks before the signal comes, which names the worker
+                time.sleep(SECONDS_TO_DIE)
+            note = where_to_resume(output_dir)
+        except RuntimeError as death:
+            death.add_note(where_to_resume(output_dir))
+            raise
+        error.add_note(note)
         raise
+
+
+def where_to_resume(output_dir: Path) -> str:
+    """How to go on after a run that was stopped."""
+    whole = sort_by_wholeness(output_dir)[0]
+    if not whole:
+        return f"There is no whole checkpoint in {output_dir}, the next start begins anew."
+    return (
+        f"The last whole checkpoint is {whole[-1]}. To go on from there, repair what the error names and start "
+        "the same command with --resume_from_checkpoint auto."
+    )
 
 
 @contextlib.contextmanager
@@ -101,11 +119,22 @@ def named_save(folder: Path) -> Iterator[None]:
         yield
     # safetensors, torch and Python each raise their own
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and raised_in(error) != torch.serialization.__file__:
+            # a worker that died, a device that failed: they raise in the middle of a save too
+            raise
         free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free
         raise OSError(
             f"{folder} could not be written ({str(error).splitlines()[0]}); its disk has {free / 2**20:.0f} MiB left, "
             "quotas aside. Make room, for example with --save_total_limit 2"
         ) from error
+
+
+def raised_in(error: BaseException) -> str:
+    """The source file whose line raised an error, or called the compiled code that did."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place.tb_frame.f_code.co_filename if place is not None else ""
 
 
 def check_devices(environment: Mapping[str, str], command: Sequence[str]) -> None:

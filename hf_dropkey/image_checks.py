@@ -50,22 +50,68 @@ def drop_bad_images(split: Dataset, name: str, *, skip: bool = False, processes:
 
 def image_problem(cell: dict[str, Any] | None, row: int) -> str | None:
     """Why the undecoded image in `cell` cannot be used, with its file or row number; None if it can."""
+    try:
+        read_image(cell, row)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def read_image(cell: dict[str, Any] | None, row: int) -> Image.Image:
+    """The image in an undecoded cell, turned as its file says.
+
+    Raises:
+        ValueError: It cannot be used; the file or row number, and why.
+    """
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
-        return f"row {row} (no image)"
+        raise ValueError(f"row {row} (no image)")
     path, content = cell["path"], cell["bytes"]
     where = path if content is None else f"row {row}"
     if content == b"" or (content is None and os.path.isfile(path) and os.path.getsize(path) == 0):
-        return f"{where} (empty file)"
+        raise ValueError(f"{where} (empty file)")
     try:
-        mode = datasets.Image().decode_example(cell).mode
-    except UnidentifiedImageError:
-        return f"{where} (not an image file)"
+        image: Image.Image = datasets.Image().decode_example(cell)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{where} (not an image file)") from error
     # what Pillow's readers raise for damaged files, each for some format
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        return f"{where} ({error})"
-    if mode in DEEP_MODES:
-        return f"{where} (mode {mode}, more than 8 bits per channel; convert it to 8 bits)"
-    return None
+        raise ValueError(f"{where} ({error})") from error
+    if image.mode in DEEP_MODES:
+        raise ValueError(f"{where} (mode {image.mode}, more than 8 bits per channel; convert it to 8 bits)")
+    return image
+
+
+def read_checked_image(cell: dict[str, Any] | None, row: int) -> Image.Image:
+    """As `read_image`, in the middle of a run: the error says what to do next."""
+    try:
+        return read_image(cell, row)
+    except ValueError as error:
+        raise ValueError(
+            f"an image cannot be used: {error}. Repair or remove it; --check_images True finds all such images before "
+            "anything else, and --skip_bad_images leaves them out"
+        ) from error
+
+
+def read_images(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Rows whose `image` is not decoded, with images there; what is one already stays, and so do other columns.
+
+    Raises:
+        ValueError: As `read_checked_image`.
+    """
+    if "image" not in batch:
+        return batch
+    # a column that is asked for alone comes from its first row on
+    rows = batch.get("row") or range(len(batch["image"]))
+    images = [
+        cell if isinstance(cell, Image.Image) else read_checked_image(cell, row)
+        for cell, row in zip(batch["image"], rows, strict=True)
+    ]
+    return {**batch, "image": images}
+
+
+def with_named_images(split: Dataset) -> Dataset:
+    """The split, whose images are read by `read_images`, which unlike the library's own reading names a bad one."""
+    return split.cast_column("image", datasets.Image(decode=False)).with_transform(read_images)
 
 
 def name_some(names: Iterable[str]) -> str:

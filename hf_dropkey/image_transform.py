@@ -2,7 +2,7 @@
 
 All of it runs in the data loader, each time an image is asked for. Every draw is a function of (seed, epoch, row), so
 a resumed run sees the images that the uninterrupted one would have seen, whatever the number of loader processes.
-May import NumPy, Pillow, torch and Transformers; no model.
+May import `image_checks`, NumPy, Pillow, torch and Transformers; no model.
 """
 
 import math
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from transformers import BaseImageProcessor, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .image_checks import read_images
 
 
 # the aspect ratios that "random resized crop" has used since Szegedy et al., 2015
@@ -140,8 +142,12 @@ class ImageTransform:
         self.epoch.share_memory_()
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
-        """One batch of rows."""
-        images = [image.convert(self.mode) for image in batch["image"]]
+        """One batch of rows, with images or undecoded ones.
+
+        Raises:
+            ValueError: An image cannot be used; names it.
+        """
+        images = [image.convert(self.mode) for image in read_images(batch)["image"]]
         steps: dict[str, Any] = {}
         if self.augmentation is not None:
             # it makes images of the final size, of which a centre crop would cut off the border

@@ -1,4 +1,4 @@
-# Sourced by the commands beside it, from the repository's root: makes a virtual environment.
+# Sourced by the commands beside it, from the repository's root: makes a virtual environment, runs tests in it.
 
 # the first Python that is new enough; PYTHON=/path/to/python chooses another
 find_python() {
@@ -38,4 +38,13 @@ make_environment() {
     echo "Installing $requirement with $constraints; the first time takes some minutes"
     "$folder/bin/python" -m pip install --disable-pip-version-check -e "$requirement" -c "$constraints"
     echo "$installed"$'\n'"$inputs $requirement" >"$folder/.installed"
+}
+
+# run_tests FOLDER ARGUMENTS: pytest in FOLDER's environment, the test files spread over the processor's cores. Most
+# tests are the work of one thread; ARGUMENTS may have the last word, such as -n 0 for a debugger. A process that ends
+# in the middle of a test ends the run: pytest-xdist (3.8) would start another, and then wait for ever.
+run_tests() {
+    local folder=$1
+    "$folder/bin/python" -m pytest -n logical --maxprocesses 4 --max-worker-restart 0 --dist loadfile \
+        "${@:2}"
 }

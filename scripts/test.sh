@@ -5,4 +5,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
 make_environment .venv ".[test]" constraints.txt
-exec .venv/bin/python -m pytest -m "not slow" "$@"
+run_tests .venv -m "not slow" "$@"

@@ -22,6 +22,7 @@ are saved in training_args.bin, which --push_to_hub publishes.
 """
 
 import logging
+import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,9 +32,8 @@ import torch
 from torch.utils.data import Subset
 from transformers import BaseImageProcessor, TrainingArguments, set_seed
 
-from hf_dropkey.callbacks import DropKeySeedCallback
 from hf_dropkey.cards import shown_command
-from hf_dropkey.checkpoints import check_same_model, prepare_output_folder
+from hf_dropkey.checkpoints import check_same_model, prepare_output_folder, run_settings, tell_changes
 from hf_dropkey.classification_arguments import RunArguments, parse_arguments
 from hf_dropkey.detection import (
     MASKED_TYPES,
@@ -48,6 +48,7 @@ from hf_dropkey.detection import (
 from hf_dropkey.detection_data import DetectionData, DetectionDataArguments, DetectionSplit, load_detection_data
 from hf_dropkey.detection_metrics import CocoMetrics, check_coco_packages
 from hf_dropkey.detection_transform import BoxAugmentation, DetectionCollator, DetectionDataset
+from hf_dropkey.faults import check_devices
 from hf_dropkey.hub_trainer import check_training_arguments, output_folder
 from hf_dropkey.image_transform import AugmentationEpoch
 from hf_dropkey.plots import detections
@@ -190,6 +191,7 @@ def write_card(trainer: DetectionTrainer, *, dataset: str, finetuned_from: str |
 
 def main() -> None:
     """Runs the job."""
+    check_devices(os.environ, sys.argv[1:])
     model_args, dropkey_args, data_args, augmentation_args, detection_args, run_args, training_args = parse_arguments(
         ARGUMENT_GROUPS, sys.argv[1:]
     )
@@ -205,7 +207,8 @@ def main() -> None:
     processor = make_processor(config, model_args)
     checkpoint = None
     if training_args.do_train:
-        with training_args.main_process_first(desc="preparing the output folder"):
+        # one process renames and deletes, and the others find it done
+        with training_args.main_process_first(training_args.save_on_each_node, desc="preparing the output folder"):
             checkpoint = prepare_output_folder(
                 output_folder(training_args),
                 resume=training_args.resume_from_checkpoint,
@@ -221,6 +224,8 @@ def main() -> None:
     dropkey_args.apply(model)
     if checkpoint is not None:
         check_same_model(model.config, checkpoint)
+        if training_args.should_log:
+            tell_changes(checkpoint, run_settings(training_args))
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     train, evaluation = make_datasets(data, processor, augmentation, seed=seed)
     # the batches hold what the model takes
@@ -238,7 +243,8 @@ def main() -> None:
         processing_class=processor,
         data_collator=DetectionCollator(with_mask=config.model_type in MASKED_TYPES),
         compute_metrics=data.evaluation and CocoMetrics(data.evaluation, data.category_ids),
-        callbacks=[*([AugmentationEpoch(epochs)] if train is not None else []), DropKeySeedCallback()],
+        callbacks=[AugmentationEpoch(epochs)] if train is not None else [],
+        on_nonfinite_loss=run_args.on_nonfinite_loss,
         backbone_learning_rate=detection_args.backbone_learning_rate,
     )
     logger.info("%d classes, %d parameters", len(data.label_names), model.num_parameters())

@@ -1,13 +1,26 @@
-"""What every test gets: no network, fixed seeds, one thread; and the data sets beside the repository, where there are."""
+"""What every test gets: no network, fixed seeds, one thread, caches of its process's own; and the data sets beside the
+repository, where there are.
+"""
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 
+if TYPE_CHECKING:
+    from hub_server import HubServer
+
 # before any test module imports torch or transformers, and for the processes that tests start
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+# code of checkpoints and prepared data sets, which processes side by side would write over each other's
+CACHE = tempfile.TemporaryDirectory(prefix="hf_dropkey_tests_")
+os.environ["HF_HOME"] = CACHE.name
+for _name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_DATASETS_CACHE"):
+    os.environ.pop(_name, None)
 # models this tiny only lose by threads, on a busy machine a factor of six
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # without a GPU, Triton's interpreter runs the fused kernels; Triton decides when it is first imported
@@ -23,6 +36,15 @@ def fixed_seeds() -> None:
     from transformers import set_seed
 
     set_seed(0)
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator["HubServer"]:
+    """A server that speaks the Hub's API."""
+    from hub_server import serving
+
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import SHAPE
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
@@ -23,14 +24,6 @@ from hf_dropkey.checkpoints import (
 )
 
 
-SHAPE = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "image_size": 8,
-    "patch_size": 4,
-}
 ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 

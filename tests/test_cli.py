@@ -7,25 +7,18 @@ from pathlib import Path
 import pytest
 from hub_server import TOKEN, serving
 from huggingface_hub import ModelCard
+from small_runs import SHAPE
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
 from hf_dropkey.cli import main
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPE = {
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "image_size": 8,
-    "patch_size": 4,
-}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    config = DropKeyViTConfig(**SHAPE, dropkey_ratio=0.3, dropkey_schedule="decreasing")
+    config = DropKeyViTConfig(**{**SHAPE, "num_hidden_layers": 3}, dropkey_ratio=0.3, dropkey_schedule="decreasing")
     DropKeyViTForImageClassification(config).save_pretrained(tmp_path / "saved")
     return str(tmp_path / "saved")
 

@@ -159,7 +159,7 @@ def test_converted_folders_load_by_remote_code_in_a_fresh_process(tmp_path: Path
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     environment.pop("HF_MODULES_CACHE", None)
     command = [sys.executable, "-c", LOAD_ALL_BY_REMOTE_CODE, *folders]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -169,12 +169,12 @@ def test_the_command_line_converts_and_explains(tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "scripts" / "convert_checkpoint.py"), "--family", family]
     command += ["--checkpoint", str(path), "--out", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    refused = subprocess.run(command, capture_output=True, text=True, env=environment)
+    refused = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert refused.returncode == 1
     assert "The nearest match by shapes is\n--family volo" in refused.stderr
     assert "Traceback" not in refused.stderr
     command += ["--config", str(tmp_path / "config")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Written to" in done.stdout
 

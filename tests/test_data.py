@@ -233,6 +233,22 @@ def test_bad_files_in_a_folder_stop_the_run_or_are_skipped(tmp_path):
     assert len(load(train_dir=str(folder), check_images=False).train) == 16
 
 
+def test_an_image_that_goes_bad_after_the_check_or_without_one_is_named_where_it_is_read(tmp_path):
+    folder = folder_of(tmp_path / "train", a=4, b=4)
+    data = load(train_dir=str(folder), train_val_split=0.25)
+    (folder / "a" / "001.png").write_bytes(png(1)[:40])
+    told = r"001\.png \(.*\)\. Repair or remove it; --check_images True .*--skip_bad_images leaves them out"
+    with pytest.raises(ValueError, match=told):
+        data.train[:]
+    file = tmp_path / "some.parquet"
+    cells = [{"bytes": png(number)[: 40 if number == 1 else None], "path": None} for number in range(4)]
+    Dataset.from_dict({"image": cells, "label": ["a", "b"] * 2}).to_parquet(file)
+    rows = load(train_file=str(file), validation_file=str(file), check_images=False).train
+    assert shade_of(rows[2]["image"]) == 2
+    with pytest.raises(ValueError, match=r"an image cannot be used: row 1 \("):
+        rows[1]
+
+
 def test_a_repaired_file_is_good_again(tmp_path):
     (tmp_path / "0.png").write_bytes(b"")
     (tmp_path / "train.csv").write_text("image,label\n0.png,a\n0.png,b\n")

@@ -178,6 +178,14 @@ def test_images_that_are_missing_damaged_or_of_another_size_are_named_or_left_ou
         load(files, skip_bad_images=True)
 
 
+def test_an_image_that_was_not_checked_is_named_where_it_is_read(files):
+    (files / "images" / "6.png").write_bytes((files / "images" / "6.png").read_bytes()[:100])
+    split = load(files, check_images=False).train
+    assert split.open(0).size == (40, 30)
+    with pytest.raises(ValueError, match=r"6\.png \(.*\)\. Repair or remove it; --check_images True"):
+        split.open(1)
+
+
 def test_an_image_is_turned_as_its_file_says(files):
     exif = Image.Exif()
     exif[0x0112] = 6

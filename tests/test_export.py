@@ -117,7 +117,7 @@ def test_a_folder_of_a_dropkey_vit_runs_in_a_pipeline(tmp_path: Path) -> None:
     expected = {model.config.id2label[label]: scores[label].item() for label in range(3)}
     torch.save(expected, tmp_path / "expected.pt")
     arguments = [str(tmp_path / name) for name in ("plain", "image.png", "expected.pt")]
-    subprocess.run([sys.executable, "-c", PIPELINE, *arguments], check=True)
+    subprocess.run([sys.executable, "-c", PIPELINE, *arguments], check=True, timeout=300)
 
 
 def test_a_folder_of_a_patched_model(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def tracked_files() -> list[str]:
     """The files in git, relative to the root."""
     if not (ROOT / ".git").exists():
         pytest.skip("this is no git checkout, so there is no list of tracked files to compare with")
-    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     return done.stdout.splitlines()
 
 
@@ -200,7 +200,7 @@ def test_no_file_names_a_machine() -> None:
     # a path on somebody's disk, or where packages come from
     pattern = r"(^|[^A-Za-z0-9_.*)}])/(home|root|Users|work|opt|mnt)/[A-Za-z0-9]|pypi[.]org|pythonhosted[.]org"
     tracked_files()
-    done = subprocess.run(["git", "grep", "-nIE", pattern], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["git", "grep", "-nIE", pattern], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode in (0, 1), done.stderr
     assert not done.stdout
 
@@ -233,6 +233,32 @@ def test_the_tested_versions_lie_in_the_ranges(floor: bool) -> None:
     for found in map(Requirement, PROJECT["dependencies"] + optional):
         if found.name != PROJECT["name"]:
             assert found.specifier.contains(versions[found.name.lower().replace("-", "_")]), found
+
+
+def endless_calls(source: str) -> list[int]:
+    """The lines of calls that may wait for ever for a process, a thread or a queue."""
+    waiting = {"run", "call", "check_call", "check_output", "communicate", "join", "wait"}
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in waiting):
+            continue
+        of_subprocess = isinstance(node.func.value, ast.Name) and node.func.value.id == "subprocess"
+        # other functions called run are anybody's, and ", ".join has an argument
+        waits = of_subprocess or (node.func.attr in ("communicate", "join", "wait") and not node.args)
+        if waits and not any(keyword.arg == "timeout" for keyword in node.keywords):
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.name)
+def test_nothing_waits_for_ever(path: Path) -> None:
+    assert not endless_calls(path.read_text())
+
+
+def test_a_call_that_may_wait_for_ever_is_found() -> None:
+    source = "subprocess.run(a)\nprocess.join()\nprocess.communicate()\n"
+    assert endless_calls(source) == [1, 2, 3]
+    assert not endless_calls("subprocess.run(a, timeout=1)\nprocess.join(1)\n', '.join(a)\nmodel.run()")
 
 
 def test_ci_can_be_started() -> None:

@@ -4,13 +4,13 @@ One process does all pushes and prints what it saw; the tests look at that and a
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import TOKEN, HubServer, serving
+from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
+from small_runs import SHAPE
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
@@ -18,15 +18,6 @@ from hf_dropkey.families import FAMILIES
 from hf_dropkey.hub import check_target, files_to_push, hand_written, push_folder
 
 
-SHAPE = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "image_size": 8,
-    "patch_size": 4,
-    "num_labels": 3,
-}
 MODELING = DropKeyViTConfig().modeling_file()
 CODE = {Path(file).name for file in (MODELING, *get_relative_import_files(MODELING))}
 HAND_WRITTEN = """---
@@ -124,16 +115,10 @@ print(json.dumps(seen))
 
 
 @pytest.fixture(scope="module")
-def hub() -> Iterator[HubServer]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def seen(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each push returned or raised."""
     folder = tmp_path_factory.mktemp("pushes")
-    done = hub.run(PUSHES, folder, json.dumps(SHAPE), HAND_WRITTEN)
+    done = hub.run(PUSHES, folder, json.dumps({**SHAPE, "num_labels": 3}), HAND_WRITTEN)
     return json.loads(done.stdout.splitlines()[-1]) | {"told": done.stderr, "folder": str(folder)}
 
 

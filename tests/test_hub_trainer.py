@@ -1,13 +1,13 @@
 """`HubTrainer` follows every `hub_strategy` against a server that speaks the Hub's API; one process does all runs."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hub_server import ROOT, TOKEN, HubServer, serving
 from huggingface_hub import ModelCard
+from small_runs import SHAPE
 from transformers import Trainer, TrainingArguments
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
@@ -15,15 +15,6 @@ from hf_dropkey.cards import RunFacts, hand_written
 from hf_dropkey.hub_trainer import HubTrainer
 
 
-SHAPE = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "image_size": 8,
-    "patch_size": 4,
-    "num_labels": 3,
-}
 NEEDED = {"config.json", "model.safetensors", "modeling_dropkey_vit.py", "dropkey.py", "README.md"}
 RUNS = """
 import json, sys, torch, urllib.request
@@ -88,15 +79,9 @@ print(json.dumps(seen))
 
 
 @pytest.fixture(scope="module")
-def hub() -> Iterator[HubServer]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def seen(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("runs")
-    done = hub.run(RUNS, folder, json.dumps(SHAPE), TOKEN)
+    done = hub.run(RUNS, folder, json.dumps({**SHAPE, "num_labels": 3}), TOKEN)
     return json.loads(done.stdout.splitlines()[-1]) | {"told": done.stderr, "folder": folder}
 
 

@@ -1,5 +1,7 @@
 """Augmentation is a function of (seed, epoch, row) and stays in its bounds; without it the processor decides alone."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -191,6 +193,20 @@ def test_processes_of_a_data_loader_see_the_epoch_and_give_the_same_images():
             assert torch.equal(expected["labels"], batch["labels"])
         seen.append(batches[0][1]["pixel_values"])
     assert not torch.equal(*seen)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named(workers):
+    file = io.BytesIO()
+    picture().save(file, format="PNG")
+    cells = [{"bytes": file.getvalue()[:end], "path": None} for end in (None, 60)]
+    rows = Dataset.from_dict({"image": cells, "label": ["a", "b"], "row": [4, 7]})
+    rows.set_transform(transform_of(None))
+    whole, cut = DataLoader(rows.select([0])), DataLoader(rows, num_workers=workers, collate_fn=collate_images)
+    whole_pixels = next(iter(whole))["pixel_values"][0]
+    assert torch.equal(whole_pixels, transform_of(None)(rows_of(2))["pixel_values"][0])
+    with pytest.raises(ValueError, match=r"an image cannot be used: row 7 \(.*Repair or remove it"):
+        list(cut)
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "RGBA"), (3, "L"), (3, "P"), (1, "1")])

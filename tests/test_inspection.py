@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import small_runs
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_dropkey import (
@@ -20,14 +21,7 @@ from hf_dropkey import (
 from hf_dropkey.inspection import attention_report, empty_model, inspect_folder
 
 
-SHAPE = {
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "image_size": 8,
-    "patch_size": 4,
-}
+SHAPE = {**small_runs.SHAPE, "num_hidden_layers": 3}
 FAMILIES = {
     "vit": (DropKeyViTForImageClassification, DropKeyViTConfig(**SHAPE, dropkey_ratio=0.3)),
     "t2t_vit": (DropKeyT2TViTForImageClassification, DropKeyT2TViTConfig.from_size("t2t_vit_7", dropkey_ratio=0.3)),

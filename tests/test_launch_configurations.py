@@ -70,7 +70,7 @@ def test_a_configuration_for_devices_that_are_not_there_is_told_before_work_star
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / "several_gpus.yaml")]
     command += ["--num_processes", "2", str(ROOT / "scripts" / script), "--do_train", "--output_dir", "run"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
     assert done.returncode != 0
     assert "2 processes were started here for one device each, and there are 0" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -299,7 +299,7 @@ def test_a_patched_models_checkpoint_opens_without_this_package(tmp_path: Path) 
     model.set_attn_implementation("sdpa")
     expected = {"pixels": pixels()["pixel_values"], "logits": model.eval()(**pixels()).logits.detach()}
     torch.save(expected, tmp_path / "expected.pt")
-    subprocess.run([sys.executable, "-c", LOAD_PLAIN, str(tmp_path)], check=True)
+    subprocess.run([sys.executable, "-c", LOAD_PLAIN, str(tmp_path)], check=True, timeout=300)
 
 
 # --- adapters and processes -------------------------------------------------------------------------------------------

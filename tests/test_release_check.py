@@ -7,20 +7,11 @@ from pathlib import Path
 
 import pytest
 from hub_server import File, HubServer, Repository, serving
+from small_runs import SHAPE
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
 from hf_dropkey.cards import write_card
 from hf_dropkey.release_check import check_release
-
-
-SHAPE = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "image_size": 8,
-    "patch_size": 4,
-}
 
 
 class Evil:

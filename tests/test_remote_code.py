@@ -88,7 +88,7 @@ def fresh(code: str, *arguments: Path, cache: Path, package: bool = False, **env
         text=True,
         env=own,
         cwd=arguments[0].parent if arguments else None,
-        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -213,7 +213,7 @@ def test_spawned_workers_get_remote_models(folder: Path, tmp_path: Path) -> None
                 process = context.Process(target=work, args=(model, queue))
                 process.start()
                 name, logits = queue.get(timeout=120)
-                process.join()
+                process.join(60)
                 assert logits == model(images).logits.tolist(), name
             """
         )

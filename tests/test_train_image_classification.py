@@ -15,9 +15,11 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import small_runs
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
+from small_runs import TINY
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -31,26 +33,14 @@ from hf_dropkey import DropKeyViTForImageClassification, export_plain
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "scripts" / "train_image_classification.py"
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 # 96 images in batches of 16: six steps an epoch, a checkpoint in the middle of the second
 RECIPE = {
-    **TINY,
-    "image_size": 8,
-    "patch_size": 2,
-    "dropkey_ratio": 0.4,
-    "hidden_dropout_prob": 0.1,
-    "do_train": True,
-    "do_eval": True,
-    "max_train_samples": 96,
+    **small_runs.RECIPE,
     "max_eval_samples": 40,
     "num_train_epochs": 2,
     "per_device_train_batch_size": 16,
-    "learning_rate": 0.005,
     "logging_steps": 3,
-    "save_strategy": "steps",
     "save_steps": 4,
-    "use_cpu": True,
-    "report_to": "none",
 }
 
 
@@ -58,7 +48,7 @@ def run(script: str, *arguments: str, folder: Path, check: bool = True) -> subpr
     """Runs a script in a process of its own."""
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=1500)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -149,7 +139,7 @@ print(found[0]["label"])
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     arguments = ["--model_name_or_path", "handed_over", "--trust_remote_code", "True", "--images", "a.png"]
     arguments += ["--output_file", "out.json", "--attention_file", "out.npz"]
@@ -214,6 +204,12 @@ def test_an_image_folder_with_a_bad_file_runs_only_if_asked(monkeypatch, tmp_pat
     with pytest.raises(ValueError, match=r"1 of 16 images in the train split cannot be used: .*0\.jpg \(empty file\)"):
         here(monkeypatch, tmp_path, "--do_train", "--max_steps", "1", "--use_cpu", *arguments)
     assert not (tmp_path / "run").exists()
+    unchecked = ("--output_dir", "unchecked", "--check_images", "False", "--num_channels", "1")
+    with pytest.raises(
+        ValueError, match=r"an image cannot be used: .*0\.jpg \(empty file\)\. Repair or remove it"
+    ) as told:
+        here(monkeypatch, tmp_path, "--do_train", "--num_train_epochs", "1", "--use_cpu", *arguments, *unchecked)
+    assert "no whole checkpoint" in told.value.__notes__[0]
     one_channel = ("--num_channels", "1", "--skip_bad_images")
     here(monkeypatch, tmp_path, "--do_train", "--max_steps", "1", "--use_cpu", *arguments, *one_channel)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -385,7 +381,7 @@ def test_other_families_train_resume_and_load_elsewhere(monkeypatch, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
     command = [sys.executable, "-c", LOAD_FAMILIES, *(f"{family}_given" for family in families)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for family in families:
         model = AutoModelForImageClassification.from_pretrained(tmp_path / family / "run").eval()
@@ -397,10 +393,15 @@ def test_other_families_train_resume_and_load_elsewhere(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_quickstart_reaches_its_accuracy_and_draws(tmp_path):
-    done = run("quickstart.py", "out", folder=tmp_path)
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    """Of the quickstart that CI has run, in a folder with what it printed in `log`, or else of one of its own."""
+    output = Path(os.environ.get("QUICKSTART", tmp_path / "out"))
+    if output.parent == tmp_path:
+        (tmp_path / "log").write_text(run("quickstart.py", "out", folder=tmp_path).stdout)
+    found, told = json.loads((output / "results.json").read_text()), (output.parent / "log").read_text()
     assert set(found) == {"DropKey", "no dropout"}
     assert all(result["eval_accuracy"] >= 0.95 for result in found.values())
     assert found["DropKey"]["parameters"] == found["no dropout"]["parameters"]
-    assert "package loaded: False" in done.stdout and "top-5 accuracy" in done.stdout
-    assert Image.open(tmp_path / "out" / "predictions.png").width > 1000
+    assert "package loaded: False" in told and "top-5 accuracy" in told
+    assert Image.open(output / "predictions.png").width > 1000
+    for name in ("config.json", "model.safetensors", "modeling_dropkey_vit.py", "preprocessor_config.json"):
+        assert (output / "dropkey" / name).stat().st_size > 0

@@ -10,6 +10,7 @@ from typing import Any
 import forked
 import numpy as np
 import pytest
+import small_runs
 from safetensors.numpy import load_file
 from transformers import AutoModelForImageClassification
 
@@ -18,33 +19,19 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAINER, LOOP = "train_image_classification.py", "train_image_classification_accelerate.py"
 # 96 images in batches of 2 x 8: six steps an epoch, a checkpoint in the middle of the second and one at the end of it
 RECIPE = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 8,
-    "patch_size": 2,
-    "dropkey_ratio": 0.4,
-    "hidden_dropout_prob": 0.1,
-    "do_train": True,
-    "do_eval": True,
-    "max_train_samples": 96,
+    **small_runs.RECIPE,
     "max_eval_samples": 41,
     "check_images": False,
     "num_train_epochs": 3,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 2,
-    "learning_rate": 0.005,
     "weight_decay": 0.05,
     "warmup_steps": 0.1,
     "lr_scheduler_type": "cosine",
     "logging_steps": 2,
     "eval_strategy": "steps",
     "eval_steps": 6,
-    "save_strategy": "steps",
     "save_steps": 4,
-    "use_cpu": True,
-    "report_to": "none",
     "disable_tqdm": True,
 }
 

@@ -4,6 +4,7 @@ Runs that train in full are processes of their own. Bad input is tried in this p
 """
 
 import json
+import math
 import os
 import runpy
 import shutil
@@ -20,7 +21,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForObjectDetection, DetrForObjectDetection
 
 from hf_dropkey import apply_dropkey
-from hf_dropkey.detection import MODEL_TYPES
+from hf_dropkey.detection import MODEL_TYPES, DetectionTrainer
 from hf_dropkey.detection_metrics import COCO_METRICS
 from hf_dropkey.plots import detections
 
@@ -74,7 +75,7 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs the script in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(TRAIN), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -153,7 +154,7 @@ assert len(found) == 6 and {one["label"] for one in found} <= {"red", "blue"}, f
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", code, str(trained), str(shapes / "images" / "train" / "0.png")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=trained, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=trained, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     model = AutoModelForObjectDetection.from_pretrained(trained)
     assert type(model) is DetrForObjectDetection
@@ -203,6 +204,31 @@ def test_every_family_learns(model_type, shapes, tmp_path, monkeypatch):
     found = losses(tmp_path / "run")
     assert len(found) == 40 and np.mean(found[-8:]) < 0.9 * np.mean(found[:8])
     assert (tmp_path / "run" / "predictions.png").is_file()
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(policy, shapes, tmp_path, monkeypatch, caplog):
+    def third_is_nan(trainer: DetectionTrainer, *args: Any, **kwargs: Any) -> Any:
+        found = loss_of(trainer, *args, **kwargs)
+        return found * math.nan if trainer.model.training and trainer.state.global_step == 2 else found
+
+    loss_of = DetectionTrainer.compute_loss
+    monkeypatch.setattr(DetectionTrainer, "compute_loss", third_is_nan)
+    steps = ("--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1", "--draw_images", "0")
+    arguments = [*RUN, *TINY, *steps, "--model_type", "detr", *data(shapes), "--output_dir", "run"]
+    arguments.remove("--do_eval")
+    arguments += ["--on_nonfinite_loss", policy]
+    if policy == "stop":
+        with pytest.raises(FloatingPointError, match="the loss of step 3 is nan") as caught:
+            here(monkeypatch, tmp_path, *arguments)
+        assert "last whole checkpoint is run/checkpoint-2." in caught.value.__notes__[0]
+        return
+    here(monkeypatch, tmp_path, *arguments)
+    assert "The step is skipped, 1 so far" in caplog.text
+    second, third, fourth = (load_file(tmp_path / f"run/checkpoint-{step}/model.safetensors") for step in (2, 3, 4))
+    assert all(np.array_equal(second[name], third[name]) for name in second)
+    assert any(not np.array_equal(third[name], fourth[name]) for name in third)
+    assert all(np.isfinite(array).all() for array in fourth.values())
 
 
 def test_the_figure_has_each_box_where_it_was_given():

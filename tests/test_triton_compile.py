@@ -75,7 +75,7 @@ def compile_kernel(name: str, architecture: int, width: int, keys: int, padded: 
     cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
     cubin.write_bytes(binary.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True, timeout=60).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage)
     assert found is not None, usage
     registers, stack, local = map(int, found.groups())
@@ -114,7 +114,7 @@ def test_no_kernel_spills_registers(architecture: int, width: int, tmp_path: Pat
         capture_output=True,
         text=True,
         env=environment,
-        check=False,
+        timeout=600,
     )
     assert process.returncode == 0, process.stderr
     results = [json.loads(line) for line in process.stdout.splitlines()]

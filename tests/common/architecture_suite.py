@@ -351,7 +351,7 @@ class ArchitectureSuite:
         environment.pop("HF_MODULES_CACHE", None)
         done = subprocess.run(
             [sys.executable, "-c", LOAD_BY_REMOTE_CODE, str(tmp_path / "model"), str(tmp_path / "expected.pt")],
-            capture_output=True, text=True, env=environment, cwd=tmp_path,
+            capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
 

@@ -26,7 +26,8 @@ import hf_dropkey.faults  # noqa: F401
 
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 60.0
+# a run takes some seconds, and many times that on a busy machine
+SECONDS = 300.0
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["forked"])
 
@@ -114,5 +115,5 @@ def run_together(script: str, *arguments: str, log: Path, count: int = 2, **envi
 def kill(process: BaseProcess) -> bool:
     """Kills a process as `kill -9` does; whether it was still there."""
     process.kill()
-    process.join()
+    process.join(SECONDS)
     return process.exitcode == -signal.SIGKILL

@@ -133,7 +133,7 @@ class HubServer:
         if package:
             own["PYTHONPATH"] = str(ROOT)
         command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
-        done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, check=False, timeout=300)
+        done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, timeout=300)
         assert not check or done.returncode == 0, done.stderr[-4000:]
         return done
 
@@ -152,7 +152,7 @@ def serving() -> Iterator[HubServer]:
     finally:
         server.shutdown()
         server.server_close()
-        thread.join()
+        thread.join(60)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -60,7 +60,7 @@ def fetch_sdist(version: str, cache_dir: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache_dir) as download_dir:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "transformers"]
         command += [f"transformers=={version}", "--dest", download_dir]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         downloaded = Path(download_dir) / archive.name
         if done.returncode != 0 or not downloaded.exists():
             raise LibraryTestsError(

@@ -52,6 +52,8 @@ def run_suite(package_parent: Path, pytest_args: list[str]) -> OutcomeRecorder:
     config = package_parent / "pytest.ini"
     config.write_text("[pytest]\n")
     options = ["-q", "-c", str(config), f"--rootdir={package_parent}", "-p", "no:cacheprovider", "--noconftest"]
+    # a class at a time on each core
+    options += ["-n", "logical", "--maxprocesses", "4", "--max-worker-restart", "0", "--dist", "loadscope"]
     options += [
         "-W",
         "ignore::pytest.PytestUnknownMarkWarning",
