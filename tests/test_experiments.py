@@ -103,13 +103,19 @@ def test_a_cell_says_what_the_train_script_is_told() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"cells": [{"regulariser": "dropout"}]}, "unknown cell: regulariser 'dropout'.*'attention dropout', 'dropkey'"),
+        (
+            {"cells": [{"regulariser": "dropout"}]},
+            "unknown cell: regulariser 'dropout'.*'attention dropout', 'dropkey'",
+        ),
         ({"cells": [{"regulariser": "none", "ratio": 0.1}]}, "ratio 0.1 with regulariser 'none'; it is 0 for 'none'"),
         ({"cells": [{"regulariser": "dropkey", "ratio": 1.0}]}, r"ratio 1.0 .* in \(0, 1\) for the others"),
         ({"cells": [{"regulariser": "dropkey", "ratio": 0.1, "pattern": "row"}]}, "pattern 'row'.*'score', 'key'"),
         ({"cells": [{"regulariser": "none", "schedule": "constant"}]}, "schedule 'constant' with regulariser 'none'"),
         ({"cells": [{"regulariser": "none", "train_images": 0}]}, "train_images 0; give a number from 1 on, or 'all'"),
-        ({"cells": [{"regulariser": "none", "colour": 1}]}, r"fields \['colour'\] in .*; allowed are alignment, model"),
+        (
+            {"cells": [{"regulariser": "none", "colour": 1}]},
+            r"fields \['colour'\] in .*; allowed are alignment, model",
+        ),
         ({"cells": [{"regulariser": "none", "model": "huge"}]}, r"models \['huge'\]; the grid has tiny"),
         ({"cells": []}, "lists no cell"),
         ({"task": None, "more": 1}, "unknown fields more"),
@@ -215,7 +221,9 @@ def test_ratios_are_chosen_by_the_held_out_images(make_grid: Any) -> None:
 def test_an_unfinished_grid_chooses_nothing(make_grid: Any) -> None:
     grid = make_grid()
     rows = drawn_rows(grid, {0.0: 3.0, 0.1: 2.0, 0.5: 1.0})
-    with pytest.raises(ValueError, match="1 of 10 cells are not finished, such as tiny_dropkey_0.5_.*without --test first"):
+    with pytest.raises(
+        ValueError, match="1 of 10 cells are not finished, such as tiny_dropkey_0.5_.*without --test first"
+    ):
         chosen_cells(grid, rows[:-1])
 
 
@@ -223,7 +231,9 @@ def test_a_second_choice_after_a_look_at_the_test_is_refused(make_grid: Any) -> 
     grid = make_grid()
     held_out = drawn_rows(grid, {0.0: 3.0, 0.1: 2.0, 0.5: 1.0})
     looked = [row for row in drawn_rows(grid, {0.0: 3.0, 0.1: 2.0, 0.5: 1.0}, "test") if row["ratio"] in ("0", "0.1")]
-    with pytest.raises(ValueError, match="test images were looked at with cells that are not chosen now.*another name"):
+    with pytest.raises(
+        ValueError, match="test images were looked at with cells that are not chosen now.*another name"
+    ):
         chosen_cells(grid, held_out + looked)
 
 
