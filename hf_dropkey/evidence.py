@@ -205,7 +205,7 @@ def ratio_figure(rows: Sequence[Row], metric: str) -> Figure:
     return curves(
         {task: ratio_curves(found, metric) for task, found in held_out.items()},
         levels={task: {"none": none_level(found, metric)} for task, found in held_out.items()},
-        xlabel="largest drop ratio of a layer (attention dropout: of every layer)",
+        xlabel="drop ratio (DropKey: of the first layer)",
         ylabel=f"{word}, held-out images",
         title=f"{word[0].upper()}{word[1:]} of small vision transformers by regulariser and ratio; bands: 95 % intervals",
     )
@@ -266,20 +266,59 @@ def difference_figure(rows: Sequence[Row], metric: str, ratio: str) -> Figure:
 
 # --- documents -------------------------------------------------------------------------------------------------------
 
-
-def summary(rows: Sequence[Row]) -> str:
-    """The README's part: the three regularisers on the test images of each task."""
-    parts = []
-    for task in tasks(rows):
-        if choose(rows, split="test", task=task):
-            parts.append(f"**{task}**, {images_of(rows, task)}:\n\n{by_regulariser(rows, task)}")
-    return "\n\n".join(parts)
+BEGIN, END = "<!-- evidence begin -->", "<!-- evidence end -->"
 
 
 def images_of(rows: Sequence[Row], task: str) -> str:
     """How many images were tested."""
     counts = sorted({row["images"] for row in choose(rows, split="test", task=task)})
     return f"{' or '.join(counts)} test images"
+
+
+def verdict(rows: Sequence[Row], task: str, *, train_images: str = "all") -> str:
+    """In words: DropKey and attention dropout against neither, on the test images."""
+    tested = choose(rows, split="test", task=task)
+    words = []
+    for name in ("DropKey", "attention dropout"):
+        parts = []
+        for metric in ("accuracy", "nll"):
+            base = seeds_of(tested, metric, **{**REGULARISERS["none"], "train_images": train_images})
+            found = difference(seeds_of(tested, metric, **{**REGULARISERS[name], "train_images": train_images}), base)
+            parts.append(f"{METRICS[metric][0].split(',')[0]} {judged(found, metric)}")
+        words.append(f"{name}: {'; '.join(parts)}")
+    return ". ".join(words) + "."
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The README's part: a line for each task and regulariser on the test images, all and few training images."""
+    head = ["test images", "", "seeds", "accuracy", "NLL, nats", "ECE", "accuracy minus none", "NLL minus none"]
+    lines = []
+    for task in tasks(rows):
+        tested = choose(rows, split="test", task=task)
+        for images in sorted({row["train_images"] for row in tested}, reverse=True):
+            cells = {name: {**wanted, "train_images": images} for name, wanted in REGULARISERS.items()}
+            for number, (name, wanted) in enumerate(named_ratios(tested, cells).items()):
+                values = {metric: seeds_of(tested, metric, **wanted) for metric in ("accuracy", "nll", "ece")}
+                place = task if images == "all" else f"{task}, {images} training images"
+                line = ["" if number else place, name, str(len(values["nll"]))]
+                line += [shown(interval(list(found.values()))) for found in values.values()]
+                for metric in ("accuracy", "nll"):
+                    base = seeds_of(tested, metric, **cells["none"])
+                    line.append(judged(difference(values[metric], base), metric) if number else "")
+                lines.append(line)
+    return markdown(head, lines)
+
+
+def with_summary(document: str, rows: Sequence[Row]) -> str:
+    """A document with its part between the two markers made anew.
+
+    Raises:
+        ValueError: It has not one of each marker.
+    """
+    if document.count(BEGIN) != 1 or document.count(END) != 1:
+        raise ValueError(f"the document needs one line {BEGIN} and one line {END}, between which the table goes")
+    before, rest = document.split(BEGIN)
+    return f"{before}{BEGIN}\n{summary(rows)}\n{END}{rest.split(END)[1]}"
 
 
 def report(rows: Sequence[Row]) -> str:
@@ -289,13 +328,12 @@ def report(rows: Sequence[Row]) -> str:
     for task in tasks(rows):
         parts.append(f"## {task}")
         if choose(found, split="test", task=task):
-            parts += ["### None, attention dropout, DropKey: test images", by_regulariser(found, task)]
+            title = f"### None, attention dropout, DropKey: {images_of(found, task)}"
+            parts += [title, verdict(found, task), by_regulariser(found, task)]
             small = sorted({row["train_images"] for row in choose(found, task=task)} - {"all"}, key=int)
             for images in small:
-                parts += [
-                    f"### The same with {images} training images",
-                    by_regulariser(found, task, train_images=images),
-                ]
+                parts += [f"### The same with {images} training images", verdict(found, task, train_images=images)]
+                parts += [by_regulariser(found, task, train_images=images)]
             parts += ["### Alignments: test images", by_alignment(found, task)]
             parts += ["### Hidden patches: test images", by_occlusion(found, task)]
         for metric in ("accuracy", "nll", "ece"):
@@ -303,8 +341,6 @@ def report(rows: Sequence[Row]) -> str:
         for column in ("schedule", "pattern"):
             if len({row[column] for row in choose(found, task=task, regulariser="dropkey")}) > 1:
                 parts += [f"### By {column}: held-out images", at_equal_ratios(found, task, column)]
-    notes = (
-        "\n".join(f"- {note}" for note in warnings(found))
-        or "- none: one commit, one device, one version of each package"
-    )
+    notes = "\n".join(f"- {note}" for note in warnings(found))
+    notes = notes or "- one commit, one device, one version of each package"
     return "\n\n".join([*parts, "## Notes on the rows", notes]) + "\n"

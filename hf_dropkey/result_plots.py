@@ -4,7 +4,9 @@ Everything is handed in as intervals, so that a figure shows what `results.inter
 `plots`. May import Matplotlib, NumPy, `plots` and `results`.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -110,7 +112,7 @@ def differences(panels: Mapping[str, Mapping[str, Interval]], *, xlabel: str, ti
         axis.grid(visible=True, axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), [f"{name} ({ONE_SEED})" if name in single else name for name in names])
     axes[0].invert_yaxis()
-    figure.suptitle(title, fontsize=10)
+    _write_title(figure, title)
     return figure
 
 
@@ -163,5 +165,12 @@ def _finish(figure: Figure, title: str) -> None:
         assert isinstance(axis, Axes)
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             shown.setdefault(label, handle)
-    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=min(4, len(shown)), fontsize=8)  # type: ignore[arg-type]
-    figure.suptitle(title, fontsize=10)
+    handles: Any = list(shown.values())
+    columns = max(1, int(figure.get_figwidth() // 2.4))
+    figure.legend(handles, list(shown), loc="outside lower center", ncols=min(columns, len(shown)), fontsize=8)
+    _write_title(figure, title)
+
+
+def _write_title(figure: Figure, title: str) -> None:
+    """The title, in as many lines as the figure's width asks for."""
+    figure.suptitle(textwrap.fill(title, int(13 * figure.get_figwidth())), fontsize=10)

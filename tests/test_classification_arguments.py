@@ -9,6 +9,7 @@ from hf_dropkey.classification_arguments import (
     AugmentationArguments,
     DropKeyArguments,
     ModelArguments,
+    RampArguments,
     parse_arguments,
 )
 
@@ -70,3 +71,11 @@ def test_recipes_say_what_to_expect(recipe: Path) -> None:
     about = json.loads(recipe.read_text())["about"]
     assert f"scripts/recipes/{recipe.name}" in about
     assert "accuracy" in about and "CPU" in about
+
+
+def test_ratios_change_over_the_steps_as_asked_for() -> None:
+    assert RampArguments().callbacks() == []
+    (callback,) = RampArguments(dropkey_warmup=0.2, dropkey_alignment=0.1).callbacks()
+    assert [callback.factor(step, 100) for step in (0, 10, 20, 89, 90, 99)] == [0.0, 0.5, 1.0, 1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="`alignment` is a fraction of the training"):
+        RampArguments(dropkey_alignment=1.5).callbacks()

@@ -95,6 +95,13 @@ def test_without_a_split_to_evaluate_on_a_share_of_each_class_is_kept(tmp_path):
     assert again.train is None and again.evaluation["row"][:] == data.evaluation["row"][:]
 
 
+def test_a_held_out_part_leaves_the_split_for_evaluation_alone():
+    held_out, usual = load(hold_out_validation=True, train_val_split=0.2), load()
+    assert (held_out.evaluation_split, usual.evaluation_split) == ("0.2 of train", "test")
+    kept, trained = set(held_out.evaluation["row"]), set(held_out.train["row"])
+    assert not kept & trained and kept | trained == set(usual.train["row"])
+
+
 def test_shares_are_spread_over_the_rows_of_each_class():
     assert stratified_share([0] * 10 + [1] * 4 + [2], share=0.5).tolist() == [1, 3, 5, 7, 9, 11, 13]
     assert stratified_share(["a", "b"] * 2, share=0.1).tolist() == []
@@ -281,6 +288,7 @@ def test_sources_that_are_not_there_are_told(arguments, kind, told, monkeypatch,
     [
         ({"dataset_name": "digits", "train_dir": "x"}, "several data sources at once"),
         ({"train_val_split": 1.0}, r"train_val_split=1.0 is outside \(0, 1\)"),
+        ({"hold_out_validation": True, "eval_split_name": "test"}, "name two splits to evaluate on; keep one"),
         ({"max_train_samples": 0}, "max_train_samples=0 is below 1"),
         ({"preprocessing_num_workers": -1}, "preprocessing_num_workers=-1 is below 1"),
     ],

@@ -39,7 +39,7 @@ def example(**changes: Any) -> Figure:
 
 def test_curves_show_means_bands_and_levels() -> None:
     figure = example()
-    digits, flowers = figure.axes
+    digits, _flowers = figure.axes
     lines = {str(line.get_label()): line for line in digits.lines}
     assert list(lines) == ["none (5 seeds)", "DropKey (2 seeds)", "attention dropout (one seed, no interval)"]
     assert list(lines["DropKey (2 seeds)"].get_xdata()) == [0.1, 0.5]

@@ -11,7 +11,7 @@ from hf_dropkey.results import COLUMNS, by_cell, choose, difference, interval, r
 
 
 def row(**changes: str) -> dict[str, str]:
-    usual = {name: "x" for name in COLUMNS} | {"metric": "accuracy", "seed": "0", "value": "0.5", "git_sha": "abc"}
+    usual = dict.fromkeys(COLUMNS, "x") | {"metric": "accuracy", "seed": "0", "value": "0.5", "git_sha": "abc"}
     return {**usual, **changes}
 
 

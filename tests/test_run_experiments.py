@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.test_experiments import GRID, RECIPE
 
 from hf_dropkey.results import read_rows
+from tests.test_experiments import GRID, RECIPE
 
 
 ROOT = Path(__file__).resolve().parents[1]

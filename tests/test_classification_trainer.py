@@ -1,0 +1,70 @@
+"""A job trains what it was told, and says what decided about its weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+
+from hf_dropkey.classification import set_classes
+from hf_dropkey.classification_trainer import ClassificationJob
+from hf_dropkey.data import load_image_data
+from tests.test_experiments import RECIPE
+
+
+class Ratios(TrainerCallback):
+    """Keeps the first layer's ratio in each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append(kwargs["model"].vit.layers[0].attention.dropkey_ratio)
+
+
+@pytest.fixture
+def parse(tmp_path: Path) -> Any:
+    def call(*words: str, **changes: Any) -> ClassificationJob:
+        (tmp_path / "recipe.json").write_text(json.dumps(RECIPE | changes))
+        job = ClassificationJob.parse([str(tmp_path / "recipe.json"), "--output_dir", str(tmp_path / "run"), *words])
+        job.check()
+        return job
+
+    return call
+
+
+def test_the_last_steps_are_trained_without_dropkey(parse: Any, tmp_path: Path) -> None:
+    job = parse("--dropkey_ratio", "0.4", "--dropkey_alignment", "0.5")
+    data = load_image_data(job.data, training=True)
+    set_classes(job.config, job.model, data.label_names)
+    trainer, ratios = job.trainer(data), Ratios()
+    trainer.add_callback(ratios)
+    trainer.train()
+    assert ratios.seen == [0.4, 0.4, 0.0, 0.0]
+    # what is saved keeps the settings
+    trainer.save_model()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dropkey_ratio"] == 0.4
+
+
+def test_what_decided_about_the_weights_is_told(parse: Any) -> None:
+    told = parse().told()
+    assert parse().told() == told and json.loads(json.dumps(told)) == told
+    for words in (
+        ["--seed", "1"],
+        ["--dropkey_alignment", "0.1"],
+        ["--max_train_samples", "8"],
+        ["--crop_scale", "0.5"],
+    ):
+        other = parse(*words).told()
+        assert [name for name in told if told[name] != other[name]] == [words[0].removeprefix("--")]
+    # where the files are does not matter
+    file = "some-data/train.parquet"
+    assert parse("--train_file", file, "--train_split_name", "train").told()["train_file"] == "train.parquet"
+
+
+def test_a_mistake_is_told_before_data_is_read(parse: Any) -> None:
+    with pytest.raises(ValueError, match="image_size=9 is not a multiple of patch_size=2"):
+        parse("--image_size", "9")
+    with pytest.raises(ValueError, match="`warmup` is a fraction"):
+        parse("--dropkey_warmup", "2")
