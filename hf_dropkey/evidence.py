@@ -292,21 +292,31 @@ def verdict(rows: Sequence[Row], task: str, *, train_images: str = "all") -> str
 def summary(rows: Sequence[Row]) -> str:
     """The README's part: a line for each task and regulariser on the test images, all and few training images."""
     head = ["test images", "", "seeds", "accuracy", "NLL, nats", "ECE", "accuracy minus none", "NLL minus none"]
-    lines = []
+    lines, sure, unsure = [], [], []
     for task in tasks(rows):
         tested = choose(rows, split="test", task=task)
         for images in sorted({row["train_images"] for row in tested}, reverse=True):
+            place = task if images == "all" else f"{task} with {images} training images"
             cells = {name: {**wanted, "train_images": images} for name, wanted in REGULARISERS.items()}
             for number, (name, wanted) in enumerate(named_ratios(tested, cells).items()):
                 values = {metric: seeds_of(tested, metric, **wanted) for metric in ("accuracy", "nll", "ece")}
-                place = task if images == "all" else f"{task}, {images} training images"
                 line = ["" if number else place, name, str(len(values["nll"]))]
                 line += [shown(interval(list(found.values()))) for found in values.values()]
                 for metric in ("accuracy", "nll"):
                     base = seeds_of(tested, metric, **cells["none"])
                     line.append(judged(difference(values[metric], base), metric) if number else "")
                 lines.append(line)
-    return markdown(head, lines)
+            # the last line is DropKey's
+            judgements = {"accuracy": lines[-1][6].partition(", ")[2], "NLL": lines[-1][7].partition(", ")[2]}
+            told = ", ".join(f"{metric} {word}" for metric, word in judgements.items() if word)
+            (sure if told else unsure).append(f"{place} ({told})" if told else place)
+    return f"{markdown(head, lines)}\n\n{_in_words(sure, unsure)}"
+
+
+def _in_words(sure: Sequence[str], unsure: Sequence[str]) -> str:
+    """Where DropKey differs from no regulariser by more than the interval, and where it does not."""
+    text = f"DropKey differs from no regulariser by more than the interval on {'; '.join(sure) or 'none of these'}."
+    return f"{text} It does not on {'; '.join(unsure)}." if unsure and sure else text
 
 
 def with_summary(document: str, rows: Sequence[Row]) -> str:

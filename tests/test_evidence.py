@@ -101,6 +101,10 @@ def test_words_and_summary_follow_the_rows(rows: list[dict[str, str]]) -> None:
     assert verdict(rows, "digits").startswith("DropKey: accuracy +0.020 ± 0.000, better; NLL -0.020 ± 0.000, better.")
     table = summary(rows)
     assert "| digits | none | 3 |" in table and "|  | DropKey 0.1 | 3 |" in table and "other" not in table
+    assert table.endswith("by more than the interval on digits (accuracy better, NLL better).")
+    same = [found for found in rows if found["regulariser"] != "dropkey" or found["split"] == "validation"]
+    same += cell(0.80, **DROPKEY, ratio="0.1", split="test")
+    assert summary(same).endswith("by more than the interval on none of these.")
     document = with_summary(f"# x\n{BEGIN}\nold\n{END}\nlast\n", rows)
     assert document == f"# x\n{BEGIN}\n{table}\n{END}\nlast\n" and with_summary(document, rows) == document
     with pytest.raises(ValueError, match="needs one line <!-- evidence begin -->"):
