@@ -96,7 +96,7 @@ def test_a_killed_grid_leaves_no_process_and_no_half_cell(tmp_path: Path) -> Non
         workers = children(process.pid)
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.wait(timeout=60)
         process.stdout.close()
     for _ in range(300):
         if not any(map(alive, workers)):
