@@ -30,6 +30,9 @@ METRIC_NAMES = {
     "nll": "negative log-likelihood (nats)",
     "ece": "expected calibration error, 15 bins",
     "loss": "loss",
+    "accuracy_at_occlusion_0.25": "accuracy, 25 % of patches hidden",
+    "accuracy_at_occlusion_0.5": "accuracy, 50 % of patches hidden",
+    "accuracy_at_occlusion_0.75": "accuracy, 75 % of patches hidden",
 }
 # end of a class name: the Hub's name of the task, the Auto class
 TASKS = {
@@ -73,6 +76,8 @@ class RunFacts:
         hyperparameters: Settings of the run by name.
         versions: Version of each package by name.
         tags: More tags.
+        results: Text of the results, where more than this one run was measured.
+        limits: More that a reader has to know.
     """
 
     dataset: str | None = None
@@ -87,6 +92,8 @@ class RunFacts:
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
+    results: str | None = None
+    limits: list[str] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Writes the file."""
@@ -365,6 +372,8 @@ def _training(folder: Path, facts: RunFacts) -> str:
 
 
 def _results(folder: Path, facts: RunFacts) -> str:
+    if facts.results:
+        return f"## Results\n\n{facts.results}"
     metrics = measured(folder)
     if not metrics:
         return "## Results\n\nNothing was measured on these weights."
@@ -376,12 +385,13 @@ def _results(folder: Path, facts: RunFacts) -> str:
 
 def _limits(folder: Path, facts: RunFacts, config: dict[str, Any]) -> str:
     lines = ["DropKey changes training only: what it is worth is what the results say, compared with a run without."]
-    if measured(folder):
+    if measured(folder) and not facts.results:
         lines.append("The results are of a single run; another seed gives other numbers.")
     if config.get("id2label"):
         lines.append("It chooses among the classes above whatever the image shows.")
     if facts.dataset:
         lines.append(f"It was tried on {facts.dataset} only, and inherits what is wrong with that data.")
+    lines += facts.limits
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
 

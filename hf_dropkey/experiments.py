@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from .cards import shown_command
 from .checkpoints import prepare_output_folder, sort_by_wholeness
 from .classification import set_classes
 from .classification_trainer import ClassificationJob
@@ -245,11 +246,22 @@ def chosen_cells(grid: Grid, rows: Sequence[Row]) -> list[Cell]:
 
 def job_of(grid: Grid, cell: Cell, folder: Path, *, root: Path, data: Mapping[str, str]) -> ClassificationJob:
     """The checked job that trains a cell into a folder; `data` are arguments of the data in place of the recipe's."""
-    given = {**grid.models[cell.model], **data, "output_dir": str(folder), "hold_out_validation": "True"}
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    job = ClassificationJob.parse([str(root / grid.recipe), *words, *cell.arguments()])
+    job = ClassificationJob.parse([str(root / grid.recipe), *words_of(grid, cell, folder, data=data)])
     job.check()
     return job
+
+
+def command_of(grid: Grid, cell: Cell, folder: Path) -> str:
+    """The command line, from the project's folder, that trains the weights of a cell into a folder."""
+    words = words_of(grid, cell.trained, folder, data={})
+    return shown_command(["python", "scripts/train_image_classification.py", grid.recipe, *words])
+
+
+def words_of(grid: Grid, cell: Cell, folder: Path, *, data: Mapping[str, str]) -> list[str]:
+    """What `scripts/train_image_classification.py` is told after the recipe."""
+    given = {**grid.models[cell.model], **data, "hold_out_validation": "True"}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return [*words, *cell.arguments(), "--output_dir", str(folder)]
 
 
 def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
