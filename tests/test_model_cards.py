@@ -1,5 +1,10 @@
 """Every number in the results of a model card comes from the rows, and so does its metadata."""
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +12,9 @@ from huggingface_hub import ModelCard
 
 from hf_dropkey.cards import SECTION
 from hf_dropkey.evidence_cards import CardEntry, results_text, values_of
-from hf_dropkey.experiments import Grid
+from hf_dropkey.experiments import Cell, Grid, command_of, job_of, train_cell, words_of
 from hf_dropkey.results import read_rows
+from tests.test_experiments import RECIPE
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +33,8 @@ def card_errors(entry: CardEntry, text: str) -> list[str]:
         errors.append("results")
     if {one.metric_type: one.metric_value for one in results} != values_of(grid, rows, cell):
         errors.append("metadata")
+    if command_of(grid, cell, Path("runs") / entry.name) not in text:
+        errors.append("command")
     return errors
 
 
@@ -41,3 +49,49 @@ def test_a_changed_number_is_found() -> None:
     head, _, body = text.partition("## Results")
     assert card_errors(ENTRIES[0], f"{head}## Results{body.replace('0.', '0.9', 1)}") == ["results"]
     assert card_errors(ENTRIES[0], text.replace("value: 0.", "value: 0.9", 1)) == ["metadata"]
+    assert card_errors(ENTRIES[0], text.replace("--seed 0", "--seed 1")) == ["command"]
+
+
+def test_at_least_three_checkpoints_have_cards() -> None:
+    assert len(ENTRIES) >= 3 and len({entry.grid for entry in ENTRIES}) >= 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ([{"colour": 1}], "a card's colour is missing or unknown"),
+        ([{"seed": None}, {}], "lists a card twice"),
+    ],
+)
+def test_a_list_of_cards_that_is_none_is_told(tmp_path: Path, changes: list[dict], told: str) -> None:
+    usual = {"name": "x", "grid": "g.json", "cell": {"model": "vit", "regulariser": "none"}, "seed": 0}
+    file = tmp_path / "checkpoints.json"
+    file.write_text(json.dumps([usual | change for change in changes]))
+    with pytest.raises(ValueError, match=told):
+        CardEntry.load(file)
+
+
+def test_a_card_of_a_cell_without_test_rows_is_told() -> None:
+    entry = replace(ENTRIES[0], cell={**ENTRIES[0].cell, "train_images": 7})
+    with pytest.raises(ValueError, match="needs test rows of one ratio, found none; run scripts/run_experiments.py"):
+        entry.chosen(Grid.load(ROOT / entry.grid), read_rows(ROOT / "model_cards" / "results.csv"))
+
+
+@pytest.mark.slow
+def test_the_stated_command_trains_the_weights_of_the_grid(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(RECIPE))
+    grid = replace(
+        Grid.load(ROOT / ENTRIES[0].grid), recipe=str(tmp_path / "recipe.json"), models={"tiny": {"max_steps": 6}}
+    )
+    cell = Cell(model="tiny", regulariser="dropkey", ratio=0.3, schedule="decreasing", pattern="score", seed=3)
+    mine, stated = tmp_path / "mine", tmp_path / "stated"
+    train_cell(job_of(grid, cell, mine, root=ROOT, data={}), mine)
+    words = words_of(grid, cell, stated, data={})
+    # what the card shows is these words, with shorter paths
+    assert " ".join(words[:-2]) in command_of(grid, cell, stated)
+    script = str(ROOT / "scripts" / "train_image_classification.py")
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, script, grid.recipe, *words], check=True, env=environment, cwd=tmp_path, timeout=300
+    )
+    assert (mine / "model.safetensors").read_bytes() == (stated / "model.safetensors").read_bytes()
