@@ -292,7 +292,9 @@ def verdict(rows: Sequence[Row], task: str, *, train_images: str = "all") -> str
 def summary(rows: Sequence[Row]) -> str:
     """The README's part: a line for each task and regulariser on the test images, all and few training images."""
     head = ["test images", "", "seeds", "accuracy", "NLL, nats", "ECE", "accuracy minus none", "NLL minus none"]
-    lines, sure, unsure = [], [], []
+    lines: list[list[str]] = []
+    sure: list[str] = []
+    unsure: list[str] = []
     for task in tasks(rows):
         tested = choose(rows, split="test", task=task)
         for images in sorted({row["train_images"] for row in tested}, reverse=True):
