@@ -150,21 +150,27 @@ def results_text(grid: Grid, rows: Sequence[Row], cell: Cell) -> str:
 
 
 def verdict(rows: Sequence[Row], cells: Mapping[str, Mapping[str, str]]) -> str:
-    """What the rows say about DropKey, the last cell, against no regulariser."""
-    name, ours = list(cells.items())[-1]
-    said, number = [], 0
-    for metric, word in WORDS.items():
-        found = difference(seeds_of(rows, metric, **ours), seeds_of(rows, metric, **cells[BASELINE]))
-        number = found.n
-        shown_difference, _, judgement = judged(found, metric).partition(", ")
-        if found.n > 1:
-            judgement = f"{judgement} than" if judgement else "not distinguishable from"
-        else:
-            judgement = "measured once, too little to tell it from"
-        said.append(f"{judgement} {BASELINE} in {word} ({shown_difference})")
+    """What the rows say about DropKey, the last cell, against each of the others; plainly if it is nowhere better."""
+    *others, (name, ours) = cells.items()
+    parts, pairs, is_better = [], set(), False
+    for other, base in others:
+        said = []
+        for metric, word in WORDS.items():
+            found = difference(seeds_of(rows, metric, **ours), seeds_of(rows, metric, **base))
+            shown_difference, _, judgement = judged(found, metric).partition(", ")
+            pairs.add(found.n)
+            is_better |= judgement == "better"
+            if found.n > 1:
+                judgement = f"{judgement} than" if judgement else "not distinguishable from"
+            else:
+                judgement = "measured once, too little to tell it from"
+            said.append(f"{judgement} {other} in {word} ({shown_difference})")
+        parts.append(", and ".join(said))
+    number = " or ".join(map(str, sorted(pairs)))
+    plainly = "" if is_better else f" No advantage of {name} is shown."
     return (
-        f"**{name} is {', and '.join(said)}** on these images: mean difference of {number} pairs of runs with the same "
-        "seed, with its 95 % interval."
+        f"**{name} is {'; it is '.join(parts)}** on these images: mean differences of {number} pairs of runs with the "
+        f"same seed, with their 95 % intervals.{plainly}"
     )
 
 
