@@ -33,7 +33,12 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a list of cards, a grid, the weights of one seed and their rows."""
     folder = tmp_path_factory.mktemp("evidence")
     (folder / "recipe.json").write_text(json.dumps(RECIPE))
-    small = {"about": "tests", "task": "digits", "recipe": str(folder / "recipe.json"), "models": {"tiny": {}}}
+    small: dict[str, Any] = {
+        "about": "tests",
+        "task": "digits",
+        "recipe": str(folder / "recipe.json"),
+        "models": {"tiny": {}},
+    }
     small |= {"seeds": [0], "select_by": "nll", "occlusion_patch": 2, "cells": CELLS}
     (folder / "small.json").write_text(json.dumps(small))
     grid = Grid.load(folder / "small.json")
@@ -41,8 +46,8 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights = folder / "weights" / "small" / cell.name
         rows = measure(grid, [cell], weights, split="test", root=ROOT, data={})
         append_rows(folder / "rows.csv", [{name: {**row, **ORIGIN}[name] for name in COLUMNS} for row in rows])
-    cell = {name: value for name, value in asdict(grid.cells[-1]).items() if name not in ("ratio", "seed")}
-    card = {"name": "tiny-card", "grid": str(folder / "small.json"), "cell": cell, "seed": 0, "limits": ["Tiny."]}
+    fields = {name: value for name, value in asdict(grid.cells[-1]).items() if name not in ("ratio", "seed")}
+    card = {"name": "tiny-card", "grid": str(folder / "small.json"), "cell": fields, "seed": 0, "limits": ["Tiny."]}
     (folder / "checkpoints.json").write_text(json.dumps([card]))
     (folder / "cards").mkdir()
     return folder
