@@ -264,6 +264,27 @@ def difference_figure(rows: Sequence[Row], metric: str, ratio: str) -> Figure:
     )
 
 
+def size_figure(rows: Sequence[Row], metric: str) -> Figure:
+    """Test images: both regularisers at their chosen ratio minus none, for each number of training images."""
+    panels: dict[str, dict[str, Interval]] = {}
+    for task in tasks(rows):
+        tested = choose(rows, split="test", task=task)
+        sizes = sorted({row["train_images"] for row in tested}, key=lambda size: (size == "all", size))
+        # names are the same in all panels, whose small sizes differ a little
+        names = {size: "all images" if size == "all" else "few images" for size in sizes}
+        for name in ("DropKey", "attention dropout"):
+            for size in sizes:
+                values = seeds_of(tested, metric, **{**REGULARISERS[name], "train_images": size})
+                base = seeds_of(tested, metric, **{**REGULARISERS["none"], "train_images": size})
+                few = "".join(f", few: {found}" for found in sizes if found != "all")
+                panels.setdefault(f"{task}{few}", {})[f"{name}, {names[size]}"] = difference(values, base)
+    return differences(
+        panels,
+        xlabel=f"{METRICS[metric][0]}: minus no regulariser",
+        title="Test images, few and all training images, mean over seeds and 95 % interval; filled: it leaves out 0",
+    )
+
+
 # --- documents -------------------------------------------------------------------------------------------------------
 
 BEGIN, END = "<!-- evidence begin -->", "<!-- evidence end -->"

@@ -1,4 +1,4 @@
-"""Makes the evidence anew from the rows: the tables of model_cards/evidence.md, the README's table, three figures.
+"""Makes the evidence anew from the rows: the tables of model_cards/evidence.md, the README's table, figures.
 
     python scripts/report_results.py
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_dropkey.evidence import difference_figure, occlusion_figure, ratio_figure, report, with_summary
+from hf_dropkey.evidence import difference_figure, occlusion_figure, ratio_figure, report, size_figure, with_summary
 from hf_dropkey.results import read_rows
 
 
@@ -38,6 +38,11 @@ images (the table has the gap), so that a regulariser has little to do there.
 
 What was not done: anything on a GPU, models of more than some hundred thousand weights, CIFAR-100, more than 2,000 images of
 CIFAR-10, T2T-ViT or VOLO in the grids, a search of learning rates for each regulariser.
+
+![Held-out accuracy against the drop ratio](figures/ratios.png)
+![Difference in accuracy to no regulariser for each schedule, pattern and alignment](figures/variants.png)
+![Difference in accuracy to no regulariser with few and with all training images](figures/data_size.png)
+![Test accuracy when patches of the image are hidden](figures/occlusion.png)
 """
 
 
@@ -62,6 +67,7 @@ def main() -> None:
         "ratios": ratio_figure(rows, "accuracy"),
         "variants": difference_figure(rows, "accuracy", "0.1"),
         "occlusion": occlusion_figure(rows),
+        "data_size": size_figure(rows, "accuracy"),
     }
     (arguments.out / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items():

@@ -16,6 +16,7 @@ from hf_dropkey.evidence import (
     occlusion_figure,
     ratio_figure,
     report,
+    size_figure,
     summary,
     verdict,
     with_summary,
@@ -136,6 +137,23 @@ def test_figures_show_the_rows(rows: list[dict[str, str]]) -> None:
             "schedule constant": 0.01,
             "Monte-Carlo inference": -0.1,
             "attention dropout": -0.05,
+        }
+    )
+
+
+def test_data_sizes_are_compared_with_their_own_baseline(rows: list[dict[str, str]]) -> None:
+    few = {"split": "test", "train_images": "7"}
+    rows += cell(0.40, regulariser="none", **few) + cell(0.45, **DROPKEY, ratio="0.3", **few)
+    rows += cell(0.30, regulariser="attention dropout", ratio="0.3", **few)
+    (axis,) = size_figure(rows, "accuracy").axes
+    points = {bar.get_label(): float(bar.lines[0].get_xdata()[0]) for bar in axis.containers}
+    assert axis.get_title() == "digits, few: 7"
+    assert points == pytest.approx(
+        {
+            "DropKey, few images": 0.05,
+            "DropKey, all images": 0.02,
+            "attention dropout, few images": -0.10,
+            "attention dropout, all images": -0.05,
         }
     )
 
