@@ -1,7 +1,7 @@
 """Figures of what attention does, from data that is handed in: nothing here loads a model or computes attention.
 
 Each figure can be read without its caption: titles, axis labels with units, legends, and markers beside colours. The
-colours are those of `plots`. May import Matplotlib, NumPy, Pillow and `plots`.
+colours are those of `plots`. May import Matplotlib, NumPy, Pillow, `plots` and `results`.
 """
 
 import textwrap
@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .plots import ATTENTION_MAP, RIGHT_COLOR, WRONG_COLOR
+from .results import interval
 
 
 PLAIN_COLOR, DROPKEY_COLOR, REFERENCE_COLOR = "#0072B2", "#D55E00", "#4D4D4D"
 # how much of a map covers its image, and how much contrast is left to the image, so that colours keep their meaning
 COVER, CONTRAST = 0.7, 0.6
 ORDER = "attention module, in order of execution"
-# two-sided 95 % of Student's t for 1, 2, ... degrees of freedom, then the normal value
-STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 
 
 def entropy_and_distance(
@@ -229,11 +228,7 @@ def drop_fractions(
 
 def _half_width(values: NDArray[np.floating]) -> float:
     """Half the 95 % interval of a mean; 0 for a single value, of which none is known."""
-    freedom = len(values) - 1
-    if freedom < 1:
-        return 0.0
-    quantile = STUDENT_T[freedom - 1] if freedom <= len(STUDENT_T) else 1.96
-    return float(quantile * values.std(ddof=1) / len(values) ** 0.5)
+    return interval(values.tolist()).half
 
 
 def uncertain_images(

@@ -6,6 +6,7 @@ torch and Transformers; no model.
 
 import csv
 import io
+import os
 import statistics
 import subprocess
 import time
@@ -122,7 +123,9 @@ def origin(device: torch.device, command: str) -> dict[str, str | int]:
 
 
 def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Appends rows to a CSV file, all or none of them whatever stops the process, with a header if it is new.
+    """Appends rows to a CSV file in one write, so that several processes can and a killed one leaves no half row.
+
+    A new file gets a header.
 
     Raises:
         ValueError: The file has other columns.
@@ -132,15 +135,18 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     columns = list(rows[0])
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
-    old = file.read_text(encoding="utf-8") if file.exists() else ""
-    if old:
-        header = next(csv.reader(io.StringIO(old)))
+    if file.exists() and file.stat().st_size:
+        with file.open(encoding="utf-8", newline="") as old:
+            header = next(csv.reader(old), [])
         if header != columns:
             raise ValueError(f"{file} has the columns {header}, not {columns}; choose another file with --out")
+        # somebody's editor may have left the last line open
+        with file.open("rb") as old_bytes:
+            old_bytes.seek(-1, os.SEEK_END)
+            text.write("" if old_bytes.read() == b"\n" else "\n")
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
         writer.writeheader()
     writer.writerows(rows)
-    fresh = file.with_name(f"{file.name}.new")
-    fresh.write_text(old + text.getvalue(), encoding="utf-8")
-    fresh.replace(file)
+    with file.open("ab", buffering=0) as out:
+        out.write(text.getvalue().encode())

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from .cards import shown_command
 from .checkpoints import prepare_output_folder, sort_by_wholeness
-from .classification import set_classes
+from .classification import image_size, set_classes
 from .classification_trainer import ClassificationJob
 from .data import DataArguments, ImageData, load_image_data
 from .image_transform import ImageTransform, collate_images
@@ -40,7 +40,8 @@ ALL_IMAGES = "all"
 FINE_TUNE_SHARE = 0.1
 MASKS = 20
 DONE = "experiment.json"
-# a smaller value of these is better
+# what every cell has a row of, and of these a smaller value is better
+SELECTABLE = ("accuracy", "nll", "ece")
 LOWER_IS_BETTER = ("nll", "ece")
 UNITS = {"nll": "nats", "train_nll": "nats", "train_seconds": "s", "parameters": "count"}
 
@@ -170,6 +171,10 @@ class Grid:
                 f"the grid {file} {'lacks' if missing else 'has unknown fields'} {', '.join(missing or wrong)}; a grid "
                 f"has {', '.join(sorted(wanted))}"
             )
+        if found["select_by"] not in SELECTABLE:
+            raise ValueError(
+                f"the grid {file} selects by {found['select_by']!r}; every cell has {', '.join(SELECTABLE)}"
+            )
         cells = list(cls._cells(found))
         if not cells:
             raise ValueError(f"the grid {file} lists no cell")
@@ -248,6 +253,12 @@ def job_of(grid: Grid, cell: Cell, folder: Path, *, root: Path, data: Mapping[st
     """The checked job that trains a cell into a folder; `data` are arguments of the data in place of the recipe's."""
     job = ClassificationJob.parse([str(root / grid.recipe), *words_of(grid, cell, folder, data=data)])
     job.check()
+    sides = image_size(job.config)
+    if grid.occlusion_patch < 1 or any(side % grid.occlusion_patch for side in sides):
+        raise ValueError(
+            f"the grid {grid.name} hides patches of {grid.occlusion_patch} pixels, which do not fill images of "
+            f"{sides[0]} x {sides[1]}; choose a divisor as occlusion_patch"
+        )
     return job
 
 
@@ -318,6 +329,21 @@ def cached_test_data(**arguments: Any) -> ImageData:
     return load_image_data(DataArguments(**arguments), training=False)
 
 
+def data_to_test(data: DataArguments) -> ImageData:
+    """The images to look at once.
+
+    Raises:
+        ValueError: The data has no split for it, so that its place would be taken by images that ratios are chosen on.
+    """
+    found = cached_test_data(**asdict(replace(data, hold_out_validation=False, max_train_samples=None)))
+    if found.evaluation_split.endswith(f" of {data.train_split_name}"):
+        raise ValueError(
+            f"the data has no split for the test, only {data.train_split_name!r}, whose held-out part chooses the ratios; "
+            "give one with --validation_file"
+        )
+    return found
+
+
 def tensors(rows: Dataset, job: ClassificationJob, data: ImageData) -> tuple[torch.Tensor, torch.Tensor]:
     """All images of some rows as the model takes them, `[B, channels, H, W]`, and their labels `[B]`."""
     transform = ImageTransform(job.processor, label_ids=data.label_ids, num_channels=job.config.num_channels)
@@ -348,7 +374,7 @@ def measure(
     found = cached_data(**asdict(job.data))
     evaluated = found
     if split == "test":
-        evaluated = cached_test_data(**asdict(replace(job.data, hold_out_validation=False, max_train_samples=None)))
+        evaluated = data_to_test(job.data).with_label_names(found.label_names)
     pixel_values, labels = tensors(evaluated.evaluation, job, evaluated)
     pixel_values = pixel_values.to(job.training.device)
     rows = []

@@ -81,6 +81,14 @@ def run_group(grid: Grid, cells: list[Cell], folder: Path, **arguments: Any) -> 
     return rows, time.monotonic() - start
 
 
+def check_columns(results: Path) -> None:
+    """Raises ValueError for a file that rows cannot be appended to, before any are made."""
+    with results.open(encoding="utf-8") as lines:
+        header = lines.readline().strip()
+    if header != ",".join(COLUMNS):
+        raise ValueError(f"{results} has the columns {header}, not {','.join(COLUMNS)}; choose another --results")
+
+
 def show(done: int, total: int, rows: list[dict[str, str]], seconds: float, elapsed: float) -> None:
     """A line of progress."""
     row = next(row for row in rows if row["metric"] == "accuracy")
@@ -113,6 +121,8 @@ def main() -> int:
     print(f"{grid.name}, {split}: {len(cells)} cells, {len(cells) - sum(map(len, groups))} of them done", flush=True)
     if not groups:
         return 0
+    if arguments.results.exists():
+        check_columns(arguments.results)
     folder = arguments.output_dir / grid.name
     # a mistake in the grid or recipe is told before hours are spent
     for first in {cell[0].kind(): cell[0] for cell in groups}.values():
@@ -128,16 +138,23 @@ def main() -> int:
         running: dict[Future[Any], list[Cell]] = {
             pool.submit(job, cells, folder / cells[0].name): cells for cells in groups
         }
-        for number, future in enumerate(as_completed(running), start=1):
-            try:
-                found, seconds = future.result()
-            except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-                failed += 1
-                print(f"FAILED {running[future][0].name}: {type(error).__name__}: {error}", flush=True)
-                continue
-            ordered = [{name: {**row, **source}[name] for name in COLUMNS} for row in found]
-            append_rows(arguments.results, ordered)
-            show(number, len(groups), ordered, seconds, time.monotonic() - start)
+        try:
+            for number, future in enumerate(as_completed(running), start=1):
+                try:
+                    found, seconds = future.result()
+                except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+                    failed += 1
+                    print(f"FAILED {running[future][0].name}: {type(error).__name__}: {error}", flush=True)
+                    continue
+                ordered = [{name: {**row, **source}[name] for name in COLUMNS} for row in found]
+                append_rows(arguments.results, ordered)
+                show(number, len(groups), ordered, seconds, time.monotonic() - start)
+        except BaseException:
+            # nobody would record what the workers went on with
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     for told in warnings(choose(read_rows(arguments.results), experiment=grid.name)):
         print(f"note: {told}")
     if failed:

@@ -168,7 +168,7 @@ def test_drops_show_what_was_given_and_what_was_measured() -> None:
     assert list(means.get_ydata()) == pytest.approx([0.31, 0.1])
     # Student's t for one degree of freedom
     low, high = bars.get_segments()[0][:, 1]
-    assert (high - low) / 2 == pytest.approx(12.71 * np.std([0.28, 0.34], ddof=1) / 2**0.5)
+    assert (high - low) / 2 == pytest.approx(12.71 * np.std([0.28, 0.34], ddof=1) / 2**0.5, rel=1e-3)
     assert list(lower.containers[0].lines[0].get_ydata()) == pytest.approx([0.01, 0])
     assert "measured: mean and 95 % interval of 2 passes" in legend(figure)
     assert [label.get_text() for label in lower.get_xticklabels()] == ["a.0", "a.1", "b"]

@@ -7,10 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
 from safetensors.torch import load_file
 
 from hf_dropkey.benchmark import append_rows
-from hf_dropkey.experiments import DONE, Cell, Grid, chosen_cells, job_of, measure, missing_cells, train_cell
+from hf_dropkey.data import DataArguments, png_bytes
+from hf_dropkey.experiments import (
+    DONE,
+    Cell,
+    Grid,
+    chosen_cells,
+    data_to_test,
+    job_of,
+    measure,
+    missing_cells,
+    train_cell,
+)
 from hf_dropkey.results import COLUMNS, choose, read_rows
 
 
@@ -118,6 +131,7 @@ def test_a_cell_says_what_the_train_script_is_told() -> None:
         ),
         ({"cells": [{"regulariser": "none", "model": "huge"}]}, r"models \['huge'\]; the grid has tiny"),
         ({"cells": []}, "lists no cell"),
+        ({"select_by": "f1"}, "selects by 'f1'; every cell has accuracy, nll, ece"),
         ({"task": None, "more": 1}, "unknown fields more"),
     ],
 )
@@ -174,6 +188,25 @@ def test_held_out_test_and_training_images_are_different_ones(make_grid: Any, tm
     rows, kept = set(held_out.train["row"]), set(held_out.evaluation["row"])
     assert not rows & kept and len(rows | kept) == 1438 and held_out.evaluation_split == "0.15 of train"
     assert test.evaluation_split == "test" and len(test.evaluation) == 359
+
+
+def test_patches_that_do_not_fill_the_images_are_told_before_training(make_grid: Any, tmp_path: Path) -> None:
+    grid = make_grid(occlusion_patch=3)
+    with pytest.raises(ValueError, match="hides patches of 3 pixels, which do not fill images of 8 x 8"):
+        job_of(grid, grid.cells[0], tmp_path / "run", root=tmp_path, data={})
+
+
+def test_held_out_images_never_stand_in_for_the_test(make_grid: Any, tmp_path: Path) -> None:
+    images = [{"bytes": png_bytes(Image.new("RGB", (8, 8), (40 * label, 0, 0))), "path": None} for label in range(4)]
+    Dataset.from_dict({"image": images * 8, "label": list(range(4)) * 8}).to_parquet(tmp_path / "train.parquet")
+    # plain numbers as labels, and the first class has no test image
+    Dataset.from_dict({"image": images[1:], "label": [1, 2, 3]}).to_parquet(tmp_path / "test.parquet")
+    data = DataArguments(train_file=str(tmp_path / "train.parquet"), hold_out_validation=True)
+    with pytest.raises(ValueError, match="the data has no split for the test, only 'train'"):
+        data_to_test(data)
+    whole = replace(data, validation_file=str(tmp_path / "test.parquet"))
+    found = data_to_test(whole).with_label_names(["0", "1", "2", "3"])
+    assert [found.label_ids[label] for label in found.evaluation["label"]] == [1, 2, 3]
 
 
 def test_weights_of_another_recipe_are_not_taken_for_these(make_grid: Any, tmp_path: Path) -> None:
