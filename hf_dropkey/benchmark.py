@@ -107,8 +107,10 @@ def origin(device: torch.device, command: str) -> dict[str, str | int]:
     """Where a row comes from: command, commit, versions, device, threads."""
     git = ["git", "-C", str(Path(__file__).parent)]
     found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    # what earlier rows did to the file they went to changes no code
+    places = ["--", ":(top)", ":(top,exclude)model_cards"]
     changed = subprocess.run(
-        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False
+        [*git, "status", "--porcelain", "-uno", *places], capture_output=True, text=True, check=False
     ).stdout.strip()
     sha = found.stdout.strip() or "unknown"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
