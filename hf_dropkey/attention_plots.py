@@ -208,7 +208,7 @@ def drop_fractions(
     measured = [place for place in range(len(names)) if len(fractions[place])]
     if measured:
         means = np.array([np.mean(fractions[place]) for place in measured])
-        widths = [_half_width(np.asarray(fractions[place])) for place in measured]
+        widths = [interval(fractions[place]).half for place in measured]
         passes = min(len(fractions[place]) for place in measured)
         style = {"color": DROPKEY_COLOR, "fmt": "o", "ms": 4, "capsize": 4}
         label = f"measured: mean and 95 % interval of {passes} passes"
@@ -224,11 +224,6 @@ def drop_fractions(
     upper.legend(fontsize=9)
     _head(figure, title)
     return figure
-
-
-def _half_width(values: NDArray[np.floating]) -> float:
-    """Half the 95 % interval of a mean; 0 for a single value, of which none is known."""
-    return interval(values.tolist()).half
 
 
 def uncertain_images(

@@ -138,10 +138,7 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     if file.exists() and file.stat().st_size:
-        with file.open(encoding="utf-8", newline="") as old:
-            header = next(csv.reader(old), [])
-        if header != columns:
-            raise ValueError(f"{file} has the columns {header}, not {columns}; choose another file with --out")
+        check_columns(file, columns)
         # somebody's editor may have left the last line open
         with file.open("rb") as old_bytes:
             old_bytes.seek(-1, os.SEEK_END)
@@ -152,3 +149,11 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writerows(rows)
     with file.open("ab", buffering=0) as out:
         out.write(text.getvalue().encode())
+
+
+def check_columns(file: Path, columns: Sequence[str]) -> None:
+    """Raises ValueError for a CSV file with other columns than rows to append would have."""
+    with file.open(encoding="utf-8", newline="") as old:
+        header = next(csv.reader(old), [])
+    if header != list(columns):
+        raise ValueError(f"{file} has the columns {header}, not {list(columns)}; choose another file with --out")

@@ -81,7 +81,7 @@ def comparison(
         cell = [
             name,
             str(len(values[metrics[0]])),
-            *(shown(interval(list(values[one].values()))) if values[one] else "" for one in metrics),
+            *(str(interval(list(values[one].values()))) if values[one] else "" for one in metrics),
         ]
         for metric in metrics:
             if METRICS[metric][1] is None:
@@ -92,11 +92,6 @@ def comparison(
             )
         lines.append(cell)
     return markdown(head, lines)
-
-
-def shown(found: Interval) -> str:
-    """A mean with half its interval."""
-    return str(found)
 
 
 def judged(found: Interval, metric: str) -> str:
@@ -134,9 +129,9 @@ def by_ratio(rows: Sequence[Row], task: str, metric: str) -> str:
     held_out = choose(rows, split="validation", task=task)
     curve = ratio_curves(held_out, metric)
     ratios = sorted({ratio for found in curve.values() for ratio in found})
-    lines = [["none", *[shown(none_level(held_out, metric))] * bool(ratios), *[""] * (len(ratios) - 1)]]
+    lines = [["none", *[str(none_level(held_out, metric))] * bool(ratios), *[""] * (len(ratios) - 1)]]
     lines += [
-        [name, *(shown(found[ratio]) if ratio in found else "" for ratio in ratios)] for name, found in curve.items()
+        [name, *(str(found[ratio]) if ratio in found else "" for ratio in ratios)] for name, found in curve.items()
     ]
     return markdown([METRICS[metric][0], *(f"ratio {ratio:g}" for ratio in ratios)], lines)
 
@@ -174,7 +169,7 @@ def by_occlusion(rows: Sequence[Row], task: str) -> str:
     tested = choose(rows, split="test", task=task)
     cells = named_ratios(tested, REGULARISERS)
     lines = [
-        [name, *(shown(interval(list(seeds_of(tested, metric, **wanted).values()))) for metric in OCCLUDED.values())]
+        [name, *(str(interval(list(seeds_of(tested, metric, **wanted).values()))) for metric in OCCLUDED.values())]
         for name, wanted in cells.items()
         if seeds_of(tested, "accuracy", **wanted)
     ]
@@ -324,7 +319,7 @@ def summary(rows: Sequence[Row]) -> str:
             for number, (name, wanted) in enumerate(named_ratios(tested, cells).items()):
                 values = {metric: seeds_of(tested, metric, **wanted) for metric in ("accuracy", "nll", "ece")}
                 line = ["" if number else place, name, str(len(values["nll"]))]
-                line += [shown(interval(list(found.values()))) for found in values.values()]
+                line += [str(interval(list(found.values()))) for found in values.values()]
                 for metric in ("accuracy", "nll"):
                     base = seeds_of(tested, metric, **cells["none"])
                     line.append(judged(difference(values[metric], base), metric) if number else "")

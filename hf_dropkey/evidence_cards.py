@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .cards import METRIC_NAMES, RunFacts
-from .evidence import OCCLUDED, REGULARISERS, comparison, images_of, judged, markdown, named_ratios, seeds_of, shown
+from .evidence import OCCLUDED, REGULARISERS, comparison, images_of, judged, markdown, named_ratios, seeds_of
 from .experiments import Cell, Grid, command_of
 from .results import CELL_COLUMNS, Row, choose, difference, interval, warnings
 
@@ -131,7 +131,7 @@ def results_text(grid: Grid, rows: Sequence[Row], cell: Cell) -> str:
     seeds = {metric: seeds_of(own, metric, **ours) for metric in MEASURED}
     number = len(seeds["accuracy"])
     lines = [
-        [METRIC_NAMES[metric], f"{values[metric]:.3f}", shown(interval(list(seeds[metric].values())))]
+        [METRIC_NAMES[metric], f"{values[metric]:.3f}", str(interval(list(seeds[metric].values())))]
         for metric in MEASURED
     ]
     commits = ", ".join(f"`{commit}`" for commit in sorted({row["git_sha"] for row in used}))

@@ -27,7 +27,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from hf_dropkey.benchmark import append_rows, origin
+from hf_dropkey.benchmark import append_rows, check_columns, origin
 from hf_dropkey.cards import shown_command
 from hf_dropkey.experiments import Cell, Grid, chosen_cells, job_of, measure, missing_cells
 from hf_dropkey.results import COLUMNS, choose, read_rows, warnings
@@ -81,14 +81,6 @@ def run_group(grid: Grid, cells: list[Cell], folder: Path, **arguments: Any) -> 
     return rows, time.monotonic() - start
 
 
-def check_columns(results: Path) -> None:
-    """Raises ValueError for a file that rows cannot be appended to, before any are made."""
-    with results.open(encoding="utf-8") as lines:
-        header = lines.readline().strip()
-    if header != ",".join(COLUMNS):
-        raise ValueError(f"{results} has the columns {header}, not {','.join(COLUMNS)}; choose another --results")
-
-
 def show(done: int, total: int, rows: list[dict[str, str]], seconds: float, elapsed: float) -> None:
     """A line of progress."""
     row = next(row for row in rows if row["metric"] == "accuracy")
@@ -122,7 +114,7 @@ def main() -> int:
     if not groups:
         return 0
     if arguments.results.exists():
-        check_columns(arguments.results)
+        check_columns(arguments.results, COLUMNS)
     folder = arguments.output_dir / grid.name
     # a mistake in the grid or recipe is told before hours are spent
     for first in {cell[0].kind(): cell[0] for cell in groups}.values():
