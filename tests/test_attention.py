@@ -321,25 +321,50 @@ def test_functions_hold_no_state() -> None:
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("part_bytes", [1, 4 * 19 * 23 * 2, 4 * 19 * 23 * 3, 4 * 19 * 23 * 7])
+@pytest.mark.parametrize("backend", attention.DROPKEY_BACKENDS)
+@pytest.mark.parametrize(("images", "queries", "keys"), [(0, 4, 4), (1, 0, 4), (1, 4, 0)])
+def test_attention_without_scores_is_refused(backend: str, images: int, queries: int, keys: int) -> None:
+    query, key = torch.randn(images, 2, queries, 8), torch.randn(images, 2, keys, 8)
+    with pytest.raises(ValueError, match="at least one score, got query"):
+        run(site(0.3), [query, key, key], None, backend)
+
+
+@pytest.mark.parametrize(
+    ("rows", "threads", "parts"),
+    [
+        # of five images with three heads and 19 queries: two images, one image, 8 and 7 and 4 queries of one image
+        (2 * 3 * 19, 3, 3),
+        (3 * 19, 3, 5),
+        (3 * 8, 3, 5 * 3),
+        # a head for each thread: two images, and a tenth of their queries
+        (3 * 4, 4, 3 * 10),
+        (1, 1, 5 * 19),
+        (5 * 3 * 19, 1, 1),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_batch_in_parts_gives_what_it_gives_at_once(
-    part_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    rows: int, threads: int, parts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parts of one head, of two heads, of one image and of two images, out of five images with three heads."""
     module, qkv = site(0.01), tensors(5, 3, 19, 8, dtype=dtype, keys=23)
     whole, _ = run(module, qkv, None, "sdpa")
     upstream = torch.randn_like(whole)
     gradients = torch.autograd.grad(whole, qkv, upstream)
-    monkeypatch.setattr(attention, "PART_BYTES", part_bytes)
-    drops = attention._additive_drops(
-        draw_seed(torch.device("cpu")), *qkv[:2], None, attention.settings_of(module, None)
-    )
-    assert len(list(drops)) == {1: 15, 2: 10, 3: 5, 7: 3}[max(1, part_bytes // (4 * 19 * 23))]
-    parts, _ = run(module, qkv, None, "sdpa")
-    assert torch.equal(parts, whole)
-    for one, other in zip(torch.autograd.grad(parts, qkv, upstream), gradients, strict=True):
-        assert torch.equal(one, other)
+    monkeypatch.setattr(attention, "PART_BYTES", 4 * 23 * rows)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    cut = attention._parts(*qkv[:2])
+    assert len(cut) == parts
+    taken = torch.zeros(5, 3, 19)
+    for part in cut:
+        taken[part] += 1
+    assert bool((taken == 1).all())
+    result, _ = run(module, qkv, None, "sdpa")
+    # fewer queries are multiplied by another kernel, and their shares of the gradients are added in another order
+    exact = all(part[2] == slice(0, 19) for part in cut)
+    tolerance = 0.0 if exact else 1e-2 if dtype == torch.bfloat16 else 1e-12
+    torch.testing.assert_close(result, whole, rtol=tolerance, atol=tolerance)
+    for one, other in zip(torch.autograd.grad(result, qkv, upstream), gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(

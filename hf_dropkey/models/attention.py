@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .counter_hash import draw_seed, drop_bias_by_byte, row_keys
+from .counter_hash import RowDraws, draw_seed, drop_bias_of_rows, row_draws, row_keys
 from .dropkey import (
     DropKeySite,
     drop_bias,
@@ -128,45 +128,63 @@ def _additive_drop(
     return torch.where(gone, infinity, zero)
 
 
-# a part of a batch: which images and which heads
-Part = tuple[slice, slice]
-# the masks of all images and heads at once would cost more time for fresh memory than for drawing
+# of a batch: which images, all heads, which queries
+Part = tuple[slice, slice, slice]
+WHOLE = (slice(None), slice(None), slice(None))
+# the masks of all images at once would cost more time for fresh memory than for drawing
 PART_BYTES = 2**25
 
 
 def _parts(query: torch.Tensor, key: torch.Tensor) -> list[Part]:
-    """A batch cut so that the float32 scores of a part take at most `PART_BYTES`, or belong to one head."""
+    """A batch cut so that the float32 scores of a part take at most `PART_BYTES`, or belong to one query of a few images.
+
+    PyTorch's backward pass on a CPU gives each thread whole heads, so a part holds a head for every thread; where that
+    is too much, its queries are cut.
+    """
     images, heads, queries = query.shape[:3]
-    fitting = max(1, PART_BYTES // (4 * queries * key.shape[2]))
-    if fitting >= heads:
-        step = fitting // heads
-        return [(slice(image, image + step), slice(None)) for image in range(0, images, step)]
+    row_bytes = 4 * heads * key.shape[2]
+    needed = -(-torch.get_num_threads() // heads)
+    together = min(images, max(needed, PART_BYTES // (row_bytes * queries)))
+    cuts = -(-queries // max(1, PART_BYTES // (row_bytes * together)))
+    rows = -(-queries // cuts)
     return [
-        (slice(image, image + 1), slice(head, head + fitting))
-        for image in range(images)
-        for head in range(0, heads, fitting)
+        (slice(image, image + together), slice(None), slice(row, row + rows))
+        for image in range(0, images, together)
+        for row in range(0, queries, rows)
     ]
 
 
-def _additive_drops(
+def _row_draws(
     seed: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     attention_mask: torch.Tensor | None,
     settings: Settings,
-) -> Iterator[tuple[Part, torch.Tensor]]:
-    """`_additive_drop` part by part, where that is possible; each part is written over the one before it."""
+) -> RowDraws | None:
+    """What `_additive_drops` makes masks of part by part, where it can; a few words for each row of scores."""
     ratio, pattern, _, _ = settings
-    parts = [] if pattern != "score" or torch.compiler.is_compiling() else _parts(query, key)
-    if len(parts) < 2 or not _only_drops(key, attention_mask, settings):
-        yield (slice(None), slice(None)), _additive_drop(seed, query, key, attention_mask, settings)
+    if torch.compiler.is_compiling() or pattern != "score" or not _only_drops(key, attention_mask, settings):
+        return None
+    return row_draws(*row_keys(seed, *query.shape[:3]), key.shape[2], ratio)
+
+
+def _additive_drops(
+    seed: torch.Tensor,
+    draws: RowDraws | None,
+    parts: list[Part],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    settings: Settings,
+) -> Iterator[tuple[Part, torch.Tensor]]:
+    """`_additive_drop`, from `draws` part by part; each part is written over the one before it."""
+    if draws is None:
+        yield parts[0], _additive_drop(seed, query, key, attention_mask, settings)
         return
-    k1, k2 = row_keys(seed, *query.shape[:3])
-    largest = math.prod(k1[parts[0]].shape)
-    scratch = torch.empty(largest, key.shape[2], dtype=torch.int32)
+    scratch = torch.empty(math.prod(draws.k1[parts[0]].shape), key.shape[2], dtype=torch.int32)
     for part in parts:
-        bias = drop_bias_by_byte(k1[part], k2[part], key.shape[2], ratio, scratch)
-        yield part, bias.to(query.dtype)
+        drawn = RowDraws(*(tensor[part] for tensor in draws))
+        yield part, drop_bias_of_rows(drawn, key.shape[2], settings[0], scratch).to(query.dtype)
 
 
 def _joined(pieces: list[tuple[Part, torch.Tensor]], like: torch.Tensor) -> torch.Tensor:
@@ -197,33 +215,53 @@ class RedrawnMaskAttention(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         """Returns the output `[B, H, N, D]`."""
+        draws = _row_draws(seed, query, key, attention_mask, settings)
+        # the number of threads may change until the backward pass
+        parts = [WHOLE] if draws is None else _parts(query, key)
         outputs, log_sums = [], []
-        for part, mask in _additive_drops(seed, query, key, attention_mask, settings):
+        for part, mask in _additive_drops(seed, draws, parts, query, key, attention_mask, settings):
             output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[part], key[part], value[part], 0.0, False, attn_mask=mask, scale=scaling
+                query[part], key[part[0]], value[part[0]], 0.0, False, attn_mask=mask, scale=scaling
             )
             outputs.append((part, output))
             log_sums.append(log_sum)
         joined = _joined(outputs, query)
-        ctx.save_for_backward(query, key, value, seed, attention_mask, joined, *log_sums)
-        ctx.settings, ctx.scaling = settings, scaling
+        rows = draws or (None, None, None)
+        ctx.save_for_backward(query, key, value, seed, attention_mask, joined, *rows, *log_sums)
+        ctx.settings, ctx.scaling, ctx.parts = settings, scaling, parts
         return joined
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Returns the gradients of query, key and value."""
-        query, key, value, seed, attention_mask, output, *log_sums = ctx.saved_tensors
-        found: list[list[tuple[Part, torch.Tensor]]] = [[], [], []]
-        drops = _additive_drops(seed, query, key, attention_mask, ctx.settings)
+        query, key, value, seed, attention_mask, output, k1, k2, thresholds, *log_sums = ctx.saved_tensors
+        draws = None if k1 is None else RowDraws(k1, k2, thresholds)
+        drops = _additive_drops(seed, draws, ctx.parts, query, key, attention_mask, ctx.settings)
+        query_pieces: list[tuple[Part, torch.Tensor]] = []
+        sums: list[torch.Tensor] = []
         for (part, mask), log_sum in zip(drops, log_sums, strict=True):
-            inputs = [tensor[part] for tensor in (upstream[0], query, key, value, output)]
-            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *inputs, log_sum, 0.0, False, attn_mask=mask, scale=ctx.scaling
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                upstream[0][part],
+                query[part],
+                key[part[0]],
+                value[part[0]],
+                output[part],
+                log_sum,
+                0.0,
+                False,
+                attn_mask=mask,
+                scale=ctx.scaling,
             )
-            for pieces, gradient in zip(found, gradients, strict=True):
-                pieces.append((part, gradient))
-        pairs = zip(found, (query, key, value), strict=True)
-        return *(_joined(pieces, like) for pieces, like in pairs), None, None, None, None
+            query_pieces.append((part, found[0]))
+            if len(ctx.parts) == 1:
+                sums = list(found[1:])
+                break
+            # keys and values get a share from each part of the queries
+            wide = torch.promote_types(key.dtype, torch.float32)
+            sums = sums or [torch.zeros_like(tensor, dtype=wide) for tensor in (key, value)]
+            for total, share in zip(sums, found[1:], strict=True):
+                total[part[0]] += share
+        return _joined(query_pieces, query), *(total.to(key.dtype) for total in sums), None, None, None, None
 
 
 def _can_redraw(query: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float) -> bool:
@@ -358,8 +396,13 @@ def dropkey_attention_forward(
         The output `[B, N, H, Dv]`, and the weights after the drop `[B, H, N, M]` on `eager`, else None.
 
     Raises:
-        ValueError: The backend cannot leave single scores out.
+        ValueError: The backend cannot leave single scores out, or there are no scores.
     """
+    if 0 in query.shape or 0 in key.shape:
+        raise ValueError(
+            f"DropKey needs at least one score, got query {tuple(query.shape)} and key {tuple(key.shape)}. Leave empty "
+            "batches out, or set the ratio to 0 for them."
+        )
     implementation = implementation or "eager"
     # the fused kernel never reads what padding holds
     if isinstance(attention_mask, torch.Tensor) and implementation != TRITON_NAME:

@@ -17,6 +17,7 @@ This file travels with checkpoints: it imports torch and the standard library on
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,8 +32,32 @@ def _signed(value: int) -> int:
 MIX_1, MIX_2, GOLDEN = _signed(0x7FEB352D), _signed(0x846CA68B), _signed(0x9E3779B9)
 # distinct odd offsets keep the pair (0, 0) with index 0 away from the fixed point mix(0) = 0
 STEP_1, STEP_2 = _signed(0x85EBCA6B), _signed(0xC2B2AE35)
-# the top bit of each byte, and the bits of float32's -inf
-_TOP_BITS, _INFINITY = _signed(0x80808080), _signed(0xFF800000)
+# of float32's -inf
+INFINITY_BITS = _signed(0xFF800000)
+# words of a mask that are drawn at a time on a CPU: fewer are kinder to the cache, more to the cost of a call
+CHUNK_WORDS = 2**20
+
+
+class _Numbers(NamedTuple):
+    """The numbers that the hash works with."""
+
+    sixteen: Any = 16
+    low_16: Any = 0xFFFF
+    mix_1: Any = MIX_1
+    fifteen: Any = 15
+    low_17: Any = 0x1FFFF
+    mix_2: Any = MIX_2
+    golden: Any = GOLDEN
+    step_1: Any = STEP_1
+    step_2: Any = STEP_2
+    top_bits: Any = _signed(0x80808080)
+
+
+def _numbers(device: torch.device) -> _Numbers:
+    """The numbers as integers, or in eager mode on a CPU as tensors, with which a small operation takes half the time."""
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        return _Numbers(*torch.tensor(_Numbers(), dtype=torch.int32, device=device).unbind())
+    return _Numbers()
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:
@@ -43,38 +68,38 @@ def draw_seed(device: torch.device) -> torch.Tensor:
     return torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=device)
 
 
-def _mix(x: torch.Tensor, key: torch.Tensor | None = None) -> torch.Tensor:
-    """lowbias32 of an int32 tensor, with `key` folded in between the multiplications."""
+def _fold(x: torch.Tensor, numbers: _Numbers) -> torch.Tensor:
+    """An int32 tensor with its upper half folded into the lower."""
     # the shift of a signed tensor is arithmetic; the mask makes it logical
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * MIX_1
-    x = x ^ ((x >> 15) & 0x1FFFF)
+    return x ^ ((x >> numbers.sixteen) & numbers.low_16)
+
+
+def _mix(x: torch.Tensor, numbers: _Numbers, key: torch.Tensor | None = None) -> torch.Tensor:
+    """lowbias32 of an int32 tensor, with `key` folded in between the multiplications."""
+    x = _fold(x, numbers) * numbers.mix_1
+    x = x ^ ((x >> numbers.fifteen) & numbers.low_17)
     if key is not None:
         x = x ^ key
-    x = x * MIX_2
-    return x ^ ((x >> 16) & 0xFFFF)
-
-
-def _step(k1: torch.Tensor, k2: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pair of words of the `index`-th child of (k1, k2)."""
-    offset = index * GOLDEN
-    k1 = _mix(k1 ^ (offset + STEP_1))
-    return k1, _mix(k2 ^ (offset + STEP_2) ^ k1)
+    return _fold(x * numbers.mix_2, numbers)
 
 
 def row_keys(seed: torch.Tensor, images: int, heads: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The pairs (k1, k2) of all rows, each int32 `[B, H, N, 1]`."""
+    numbers = _numbers(seed.device)
     k1, k2 = seed.view(2, 1, 1, 1, 1).unbind()
     for axis, size in enumerate((images, heads, queries)):
         shape = [1, 1, 1, 1]
         shape[axis] = size
-        k1, k2 = _step(k1, k2, torch.arange(size, dtype=torch.int32, device=seed.device).view(shape))
+        offset = torch.arange(size, dtype=torch.int32, device=seed.device).view(shape) * numbers.golden
+        k1 = _mix(k1 ^ (offset + numbers.step_1), numbers)
+        k2 = _mix(k2 ^ (offset + numbers.step_2) ^ k1, numbers)
     return k1, k2
 
 
 def row_words(k1: torch.Tensor, k2: torch.Tensor, count: int) -> torch.Tensor:
     """The first `count` words of each row, int32 `[B, H, N, count]`."""
-    return _mix(k1 ^ (torch.arange(count, dtype=torch.int32, device=k1.device) * GOLDEN), k2)
+    numbers = _numbers(k1.device)
+    return _mix(k1 ^ (torch.arange(count, dtype=torch.int32, device=k1.device) * numbers.golden), numbers, k2)
 
 
 def byte_thresholds(ratio: float) -> tuple[int, int, int]:
@@ -98,15 +123,10 @@ def dropped_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float)
     return torch.cat(_dropped_blocks(k1, k2, keys, ratio), -1)
 
 
-def drop_bias_by_byte(
-    k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float, scratch: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`dropped_by_byte` as float32 to add to scores: -inf where dropped, else 0, `[B, H, N, M]`.
-
-    On a CPU, in eager mode, `scratch` is where to write it: int32, `[at least B * H * N, M]`.
-    """
+def drop_bias_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> torch.Tensor:
+    """`dropped_by_byte` as float32 to add to scores: -inf where dropped, else 0, `[B, H, N, M]`."""
     if k1.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _bytes_in_cache(k1, k2, keys, ratio, scratch)
+        return drop_bias_of_rows(row_draws(k1, k2, keys, ratio), keys, ratio)
     # joined after the choice of floats: compiled for a CPU, joined bools take thirty times as long
     return torch.cat([torch.where(part, float("-inf"), 0.0) for part in _dropped_blocks(k1, k2, keys, ratio)], -1)
 
@@ -114,7 +134,7 @@ def drop_bias_by_byte(
 def _dropped_blocks(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> list[torch.Tensor]:
     """The decisions of each block of 64 keys, bool `[B, H, N, 64]` (the last one may be narrower)."""
     lower, upper, fraction = byte_thresholds(ratio)
-    threshold = torch.where(_dither(k1, k2, keys) < fraction, upper, lower).to(torch.int32)
+    threshold = torch.where(_dither(k1, k2, keys, _numbers(k1.device)) < fraction, upper, lower).to(torch.int32)
     words = row_words(k1, k2, _word_count(keys))
     parts = []
     for block in range(threshold.shape[-1]):
@@ -123,10 +143,10 @@ def _dropped_blocks(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float)
     return parts
 
 
-def _dither(k1: torch.Tensor, k2: torch.Tensor, keys: int) -> torch.Tensor:
+def _dither(k1: torch.Tensor, k2: torch.Tensor, keys: int, numbers: _Numbers) -> torch.Tensor:
     """The words that choose between the two thresholds, one for each block of 64 keys of a row."""
     blocks = torch.arange(-(-keys // 64), dtype=torch.int32, device=k1.device)
-    return _mix(k1 * 3 ^ k2 ^ blocks * GOLDEN)
+    return _mix(k1 * 3 ^ k2 ^ blocks * numbers.golden, numbers)
 
 
 def _word_count(keys: int) -> int:
@@ -140,58 +160,70 @@ def _lanes(block: int, keys: int) -> tuple[slice, int]:
     return slice(64 * group, 64 * group + min(64, keys - 64 * block)), byte
 
 
-def _bytes_in_cache(
-    k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float, scratch: torch.Tensor | None
-) -> torch.Tensor:
-    """The same decisions as float32 to add to scores: -inf where a key is dropped and 0 elsewhere, `[B, H, N, M]`.
+class RowDraws(NamedTuple):
+    """What the decisions of each row are made from on a CPU: a few words, each int32 `[B, H, N, 1 or more]`."""
 
-    On a CPU memory traffic is the cost. So a megabyte of words is treated at a time, in place, and the four bytes of a
-    word are compared at once.
-    """
-    _, _, fraction = byte_thresholds(ratio)
-    base = math.floor(256 * ratio)
-    blocks = -(-keys // 64)
-    above = (_dither(k1, k2, keys) < fraction).to(torch.int32)
-    shape = torch.broadcast_shapes(k1.shape, k2.shape)[:-1]
-    k1, k2, above = (tensor.expand(*shape, -1).reshape(-1, tensor.shape[-1]) for tensor in (k1, k2, above))
+    # k1 with its upper half folded into the lower
+    k1: torch.Tensor
+    k2: torch.Tensor
+    # those of the four blocks of each 256 keys
+    thresholds: torch.Tensor
+
+
+def row_draws(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> RowDraws:
+    """What `drop_bias_of_rows` takes, for tensors on a CPU."""
+    numbers = _numbers(k1.device)
+    above = _dither(k1, k2, keys, numbers) < byte_thresholds(ratio)[2]
     # Bytes and thresholds are compared with their top bits flipped. With u = threshold modulo 128 and b7 the lower bits
-    # of a byte, (u - 1) - (128 + b7) never borrows from the byte above, and its top bit tells whether b7 < u.
-    packed = torch.nn.functional.pad(above + base % 128, (0, -blocks % 4)).unflatten(-1, (-1, 4))
-    packed = (packed << torch.arange(0, 32, 8, dtype=torch.int32)).sum(-1, dtype=torch.int32) - 1
+    # of a byte, (u - 1) - (128 + b7) always borrows one from the byte above, which serves as its - 1, and its top bit
+    # tells whether b7 < u. One int32 holds the thresholds of four blocks.
+    thresholds = above.view(torch.uint8) + math.floor(256 * ratio) % 128
+    thresholds = torch.nn.functional.pad(thresholds, (0, -thresholds.shape[-1] % 4)).view(torch.int32).sub_(1)
+    return RowDraws(_fold(k1, numbers), k2, thresholds)
+
+
+def drop_bias_of_rows(draws: RowDraws, keys: int, ratio: float, scratch: torch.Tensor | None = None) -> torch.Tensor:
+    """`drop_bias_by_byte` from what `row_draws` returned for the same `keys` and `ratio`, in eager mode on a CPU.
+
+    Passes over memory and calls are the cost there. So `CHUNK_WORDS` words are treated at a time, in place, the four
+    bytes of a word are compared at once, and all bytes become floats by one clamp.
+
+    Args:
+        draws: Of all rows, or of a part of them.
+        keys: `M`.
+        ratio: Drop ratio in [0, 1).
+        scratch: Where to write the result: int32, `[at least B * H * N, M]`. Default: fresh memory.
+    """
+    shape = draws.k1.shape[:-1]
+    k1, k2, thresholds = (tensor.reshape(-1, tensor.shape[-1]) for tensor in draws)
+    numbers = _numbers(k1.device)
     found = torch.empty(len(k1), keys, dtype=torch.int32) if scratch is None else scratch[: len(k1)]
-    columns = torch.arange(_word_count(keys), dtype=torch.int32) * GOLDEN
-    step = max(1, 2**18 // len(columns))
+    # the first fold of `_mix` distributes over the xor of row and column
+    columns = _fold(torch.arange(_word_count(keys), dtype=torch.int32) * numbers.golden, numbers)
+    step = max(1, CHUNK_WORDS // len(columns))
     words, results = torch.empty(2, min(step, len(k1)), len(columns), dtype=torch.int32)
     for row in range(0, len(k1), step):
         rows = slice(row, row + step)
-        word, dropped = words[: len(k1) - row], results[: len(k1) - row]
+        word, dropped, part = words[: len(k1) - row], results[: len(k1) - row], found[rows]
         torch.bitwise_xor(k1[rows], columns, out=word)
-        _mix_in_place(word, k2[rows], dropped)
-        torch.bitwise_or(word, _TOP_BITS, out=dropped)
-        for group in range(packed.shape[-1]):
-            part = dropped[:, 64 * group : 64 * group + 64]
-            torch.sub(packed[rows, group : group + 1], part, out=part)
+        word *= numbers.mix_1
+        word ^= torch.bitwise_right_shift(word, numbers.fifteen, out=dropped).bitwise_and_(numbers.low_17)
+        word ^= k2[rows]
+        word *= numbers.mix_2
+        word ^= torch.bitwise_right_shift(word, numbers.sixteen, out=dropped).bitwise_and_(numbers.low_16)
+        torch.bitwise_or(word, numbers.top_bits, out=dropped)
+        for group in range(thresholds.shape[1]):
+            lanes = dropped[:, 64 * group : 64 * group + 64]
+            torch.sub(thresholds[rows, group : group + 1], lanes, out=lanes)
         # a threshold from 128 on drops all bytes of the lower half
-        _ = dropped.bitwise_and_(word) if base < 128 else dropped.bitwise_or_(word)
-        for block in range(blocks):
+        _ = dropped.bitwise_and_(word) if ratio < 0.5 else dropped.bitwise_or_(word)
+        dropped &= numbers.top_bits
+        for block in range(-(-keys // 64)):
             lanes, byte = _lanes(block, keys)
-            part = found[rows, 64 * block : 64 * block + 64]
-            # the top bit of the byte alone, then moved over the bits of -inf
-            if byte < 3:
-                torch.bitwise_and(dropped[:, lanes], 0x80 << 8 * byte, out=part).mul_(-(1 << 16 - 8 * byte))
-            else:
-                torch.bitwise_right_shift(dropped[:, lanes], 8, out=part).bitwise_and_(_INFINITY)
+            torch.mul(dropped[:, lanes], 1 << 24 - 8 * byte, out=part[:, 64 * block : 64 * block + 64])
+        # a dropped key now has the sign bit and no other of the topmost nine, a kept one is positive or 0
+        part.clamp_(INFINITY_BITS, 0)
     return found.view(torch.float32).view(*shape, keys)
-
-
-def _mix_in_place(x: torch.Tensor, key: torch.Tensor, scratch: torch.Tensor) -> None:
-    """`_mix(x, key)` written over `x`."""
-    x ^= torch.bitwise_right_shift(x, 16, out=scratch).bitwise_and_(0xFFFF)
-    x *= MIX_1
-    x ^= torch.bitwise_right_shift(x, 15, out=scratch).bitwise_and_(0x1FFFF)
-    x ^= key
-    x *= MIX_2
-    x ^= torch.bitwise_right_shift(x, 16, out=scratch).bitwise_and_(0xFFFF)
 
 
 def _mix_integer(x: int, key: int = 0) -> int:
