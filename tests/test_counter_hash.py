@@ -19,7 +19,7 @@ def seed_of(number: int) -> torch.Tensor:
 # --- the function itself ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keys", [1, 5, 64, 65, 197, 257, 577])
+@pytest.mark.parametrize("keys", [1, 5, 64, 65, 197, 257, 577, 2049, 2500])
 @pytest.mark.parametrize("ratio", [0.0, 0.003, 0.1, 0.499, 0.5, 0.501, 0.9, 0.998])
 def test_tensor_code_equals_the_integer_definition(keys: int, ratio: float) -> None:
     seed = seed_of(keys)

@@ -25,6 +25,7 @@ from .dropkey import (
     dropped_scores,
     keep_tokens,
     padding_of,
+    protect_bias_rows,
     protect_rows,
     real_keys,
     rows_can_empty,
@@ -85,7 +86,7 @@ def eager_dropkey_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """DropKey with explicit attention weights; softmax in float32 at least. See `dropkey_attention_forward`."""
     seed, settings = draw_seed(query.device), settings_of(module, grid)
-    if _only_drops(key, attention_mask, settings) and query.device.type == "cpu":
+    if _only_drops(attention_mask, settings) and query.device.type == "cpu":
         # added by the matrix product itself, which spares three passes over the scores and one backward
         bias = _additive_drop(seed, query, key, None, settings).flatten(0, 1)
         products = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).mT, alpha=scaling)
@@ -102,10 +103,9 @@ def eager_dropkey_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-def _only_drops(key: torch.Tensor, attention_mask: torch.Tensor | None, settings: Settings) -> bool:
-    """Whether the scores need nothing but independent drops: no mask, and no row that could lose all its keys."""
-    ratio, pattern, _, _ = settings
-    return attention_mask is None and not rows_can_empty(pattern, key.shape[2], ratio)
+def _only_drops(attention_mask: torch.Tensor | None, settings: Settings) -> bool:
+    """Whether the scores need nothing but independent drops."""
+    return attention_mask is None and settings[1] in ("score", "key")
 
 
 def _additive_drop(
@@ -117,8 +117,9 @@ def _additive_drop(
 ) -> torch.Tensor:
     """What to add to the scores so that dropped and padded keys leave the softmax, in the dtype of `query`."""
     ratio, pattern, _, _ = settings
-    if _only_drops(key, attention_mask, settings):
-        return drop_bias(seed, (*query.shape[:3], key.shape[2]), ratio, pattern).to(query.dtype)
+    if _only_drops(attention_mask, settings):
+        bias = drop_bias(seed, (*query.shape[:3], key.shape[2]), ratio, pattern)
+        return protect_bias_rows(bias, pattern, ratio).to(query.dtype)
     gone = drop_mask(seed, query, key, attention_mask, settings)
     if attention_mask is not None and attention_mask.is_floating_point():
         return attention_mask.to(query.dtype).masked_fill(gone, float("-inf"))
@@ -163,7 +164,7 @@ def _row_draws(
 ) -> RowDraws | None:
     """What `_additive_drops` makes masks of part by part, where it can; a few words for each row of scores."""
     ratio, pattern, _, _ = settings
-    if torch.compiler.is_compiling() or pattern != "score" or not _only_drops(key, attention_mask, settings):
+    if torch.compiler.is_compiling() or pattern != "score" or not _only_drops(attention_mask, settings):
         return None
     return row_draws(*row_keys(seed, *query.shape[:3]), key.shape[2], ratio)
 
@@ -181,10 +182,12 @@ def _additive_drops(
     if draws is None:
         yield parts[0], _additive_drop(seed, query, key, attention_mask, settings)
         return
+    ratio, pattern, _, _ = settings
     scratch = torch.empty(math.prod(draws.k1[parts[0]].shape), key.shape[2], dtype=torch.int32)
     for part in parts:
         drawn = RowDraws(*(tensor[part] for tensor in draws))
-        yield part, drop_bias_of_rows(drawn, key.shape[2], settings[0], scratch).to(query.dtype)
+        bias = drop_bias_of_rows(drawn, key.shape[2], ratio, scratch)
+        yield part, protect_bias_rows(bias, pattern, ratio).to(query.dtype)
 
 
 def _joined(pieces: list[tuple[Part, torch.Tensor]], like: torch.Tensor) -> torch.Tensor:

@@ -201,6 +201,8 @@ def drop_bias_of_rows(draws: RowDraws, keys: int, ratio: float, scratch: torch.T
     # the first fold of `_mix` distributes over the xor of row and column
     columns = _fold(torch.arange(_word_count(keys), dtype=torch.int32) * numbers.golden, numbers)
     step = max(1, CHUNK_WORDS // len(columns))
+    # groups of 256 keys are treated together where there are many, and one by one where calls are few
+    groups = keys // 256 if keys >= 2048 else 0
     words, results = torch.empty(2, min(step, len(k1)), len(columns), dtype=torch.int32)
     for row in range(0, len(k1), step):
         rows = slice(row, row + step)
@@ -212,13 +214,20 @@ def drop_bias_of_rows(draws: RowDraws, keys: int, ratio: float, scratch: torch.T
         word *= numbers.mix_2
         word ^= torch.bitwise_right_shift(word, numbers.sixteen, out=dropped).bitwise_and_(numbers.low_16)
         torch.bitwise_or(word, numbers.top_bits, out=dropped)
-        for group in range(thresholds.shape[1]):
+        if groups:
+            whole = dropped[:, : 64 * groups].unflatten(1, (groups, 64))
+            torch.sub(thresholds[rows, :groups, None], whole, out=whole)
+        for group in range(groups, thresholds.shape[1]):
             lanes = dropped[:, 64 * group : 64 * group + 64]
             torch.sub(thresholds[rows, group : group + 1], lanes, out=lanes)
         # a threshold from 128 on drops all bytes of the lower half
         _ = dropped.bitwise_and_(word) if ratio < 0.5 else dropped.bitwise_or_(word)
         dropped &= numbers.top_bits
-        for block in range(-(-keys // 64)):
+        if groups:
+            blocks = part[:, : 256 * groups].unflatten(1, (groups, 4, 64))
+            for byte in range(4):
+                torch.mul(whole, 1 << 24 - 8 * byte, out=blocks[:, :, byte])
+        for block in range(4 * groups, -(-keys // 64)):
             lanes, byte = _lanes(block, keys)
             torch.mul(dropped[:, lanes], 1 << 24 - 8 * byte, out=part[:, 64 * block : 64 * block + 64])
         # a dropped key now has the sign bit and no other of the topmost nine, a kept one is positive or 0

@@ -385,6 +385,13 @@ def protect_rows(dropped: torch.Tensor, real: torch.Tensor | None = None) -> tor
     return dropped & ~gone.all(-1, keepdim=True)
 
 
+def protect_bias_rows(bias: torch.Tensor, pattern: str, ratio: float) -> torch.Tensor:
+    """`protect_rows` for what `drop_bias` returned, which is written over, where no key is padding."""
+    if rows_can_empty(pattern, bias.shape[-1], ratio):
+        bias.masked_fill_(bias.amax(-1, keepdim=True) < 0, 0.0)
+    return bias
+
+
 # --- the reference ----------------------------------------------------------------------------------------------------
 
 

@@ -89,8 +89,8 @@ def forced_drops(model: nn.Module, masks: dict[str, torch.Tensor]) -> Iterator[N
             module.training, module.dropkey_ratio = name in masks, 0.5
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "dropped_scores", given_scores)
-        # long rows are drawn by a shortcut, which must ask for the given masks too
-        patch.setattr(attention, "rows_can_empty", lambda *_: True)
+        # without masks scores are drawn by a shortcut, which must ask for the given ones too
+        patch.setattr(attention, "_only_drops", lambda *_: False)
         yield
     model.eval()
     assert not waiting, f"these attentions never dropped: {[name for name, _ in waiting]}"
