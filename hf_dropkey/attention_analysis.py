@@ -204,6 +204,11 @@ def measured_drops(model: nn.Module, inputs: Mapping[str, Any], *, passes: int =
             root(**inputs)
         real = {name: [weights > VISIBLE for weights in calls] for name, calls in recorded.items()}
         counts = {name: sum(int(part.sum()) for part in parts) for name, parts in real.items()}
+        blind = [name for name, count in counts.items() if count == 0]
+        if blind:
+            raise ValueError(
+                f"the attention weights of {', '.join(blind)} are all 0 or NaN; check the model's weights."
+            )
         for _ in range(passes):
             with _only_attention_trains(root), recorder(root) as recorded:
                 root(**inputs)

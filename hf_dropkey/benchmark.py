@@ -103,8 +103,8 @@ def peak_memory(job: Job, device: torch.device) -> int:
     return peak
 
 
-def origin(device: torch.device, command: str) -> dict[str, str | int]:
-    """Where a row comes from: command, commit, versions, device, threads."""
+def commit() -> str:
+    """The commit of this code, with "-changed" where files differ from it; "unknown" outside a repository."""
     git = ["git", "-C", str(Path(__file__).parent)]
     found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     # what earlier rows did to the file they went to changes no code
@@ -113,10 +113,15 @@ def origin(device: torch.device, command: str) -> dict[str, str | int]:
         [*git, "status", "--porcelain", "-uno", *places], capture_output=True, text=True, check=False
     ).stdout.strip()
     sha = found.stdout.strip() or "unknown"
+    return f"{sha}-changed" if changed else sha
+
+
+def origin(device: torch.device, command: str) -> dict[str, str | int]:
+    """Where a row comes from: command, commit, versions, device, threads."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "command": command,
-        "git_sha": f"{sha}-changed" if changed else sha,
+        "git_sha": commit(),
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "device": name,
@@ -156,4 +161,4 @@ def check_columns(file: Path, columns: Sequence[str]) -> None:
     with file.open(encoding="utf-8", newline="") as old:
         header = next(csv.reader(old), [])
     if header != list(columns):
-        raise ValueError(f"{file} has the columns {header}, not {list(columns)}; choose another file with --out")
+        raise ValueError(f"{file} has the columns {header}, not {list(columns)}; choose another file to append to")

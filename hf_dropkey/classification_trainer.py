@@ -4,9 +4,10 @@
 that its command names. May import Transformers and this package.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +47,12 @@ DECISIVE = (
     "weight_decay",
     "warmup_steps",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
     "max_grad_norm",
     "label_smoothing_factor",
     "bf16",
@@ -54,6 +60,15 @@ DECISIVE = (
     "seed",
     "data_seed",
 )
+
+
+def _told_file(name: str) -> str:
+    """The last part of a path, and if it is a file here the start of its SHA-256."""
+    path = Path(name)
+    if not path.is_file():
+        return path.name
+    with path.open("rb") as file:
+        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 @dataclass
@@ -99,12 +114,12 @@ class ClassificationJob:
         self.callbacks = self.ramp.callbacks()
 
     def told(self) -> dict[str, Any]:
-        """What decides about the trained weights, by name: values as JSON holds them, paths by their last part."""
+        """What decides about the trained weights, by name: values as JSON holds them, files by last part and contents."""
         groups = (self.model, self.dropkey, self.ramp, self.data, self.augmentation_arguments)
         values = {name: value for group in groups for name, value in asdict(group).items()}
         values |= {name: getattr(self.training, name) for name in DECISIVE}
         values = {name: str(getattr(value, "value", value)) for name, value in values.items()}
-        return values | {name: PurePath(values[name]).name for name in ("train_file", "validation_file")}
+        return values | {name: _told_file(values[name]) for name in ("train_file", "validation_file")}
 
     def trainer(self, data: ImageData) -> GuardedTrainer:
         """The seeded model and its `Trainer`, for a checked job whose configuration has the classes of the data."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from matplotlib.figure import Figure
 
 from .result_plots import Curve, curves, differences
-from .results import CELL_COLUMNS, Interval, Row, by_cell, choose, difference, interval, warnings
+from .results import CELL_COLUMNS, OCCLUDED_SHARES, Interval, Row, by_cell, choose, difference, interval, warnings
 
 
 # the metrics of a table: column title, and whether a larger value is better (None: neither)
@@ -25,7 +25,7 @@ REGULARISERS = {
     "attention dropout": {**PLAIN, "regulariser": "attention dropout"},
     "DropKey": DROPKEY,
 }
-OCCLUDED = {0.0: "accuracy"} | {share: f"accuracy_at_occlusion_{share:g}" for share in (0.25, 0.5, 0.75)}
+OCCLUDED = {0.0: "accuracy"} | {share: f"accuracy_at_occlusion_{share:g}" for share in OCCLUDED_SHARES}
 Seeds = Mapping[str, float]
 
 
@@ -96,7 +96,9 @@ def comparison(
 
 def judged(found: Interval, metric: str) -> str:
     """A difference with its interval, and in words whether it is more than its interval."""
-    text = f"{found.mean:+.3f} ± {found.half:.3f}" if found.n > 1 else f"{found.mean:+.3f} (one seed)"
+    # no "-0.000"
+    mean = round(found.mean, 3) + 0.0
+    text = f"{mean:+.3f} ± {found.half:.3f}" if found.n > 1 else f"{mean:+.3f} (one seed)"
     if found.n > 1 and (found.low > 0 or found.high < 0):
         better = (found.mean > 0) == METRICS[metric][1]
         return f"{text}, {'better' if better else 'worse'}"
@@ -184,7 +186,8 @@ def ratio_curves(held_out: Sequence[Row], metric: str) -> dict[str, Curve]:
     found: dict[str, Curve] = {}
     for name in ("attention dropout", "DropKey"):
         cells = by_cell(choose(held_out, **REGULARISERS[name]), ["ratio"], metric)
-        found[name] = {float(ratio): interval(list(seeds.values())) for (ratio,), seeds in cells.items()}
+        if cells:
+            found[name] = {float(ratio): interval(list(seeds.values())) for (ratio,), seeds in cells.items()}
     return found
 
 

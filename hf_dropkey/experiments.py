@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from .benchmark import commit
 from .cards import shown_command
 from .checkpoints import prepare_output_folder, sort_by_wholeness
 from .classification import image_size, set_classes
@@ -39,7 +40,8 @@ ALL_IMAGES = "all"
 # share of the steps, the last ones, that the fine-tune trains without DropKey
 FINE_TUNE_SHARE = 0.1
 MASKS = 20
-DONE = "experiment.json"
+# in a cell's folder: what it was told when it began, and what it took when it was whole
+BEGUN, DONE = "begun.json", "experiment.json"
 # what every cell has a row of, and of these a smaller value is better
 SELECTABLE = ("accuracy", "nll", "ece")
 LOWER_IS_BETTER = ("nll", "ece")
@@ -72,6 +74,10 @@ class Cell:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that no cell can have."""
+        for name, kinds in (("ratio", (int, float)), ("seed", int)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds) or value < 0:
+                raise ValueError(f"unknown cell: {name} {value!r}; give a number from 0 on, without quotes")
         dropkey = self.regulariser == "dropkey"
         allowed: dict[str, Sequence[Any]] = {
             "regulariser": REGULARISERS,
@@ -91,7 +97,7 @@ class Cell:
                 "(0, 1) for the others"
             )
         images = self.train_images
-        if images != ALL_IMAGES and not (isinstance(images, int) and images > 0):
+        if images != ALL_IMAGES and not (isinstance(images, int) and not isinstance(images, bool) and images > 0):
             raise ValueError(f"unknown cell: train_images {images!r}; give a number from 1 on, or {ALL_IMAGES!r}")
 
     @property
@@ -171,6 +177,8 @@ class Grid:
                 f"the grid {file} {'lacks' if missing else 'has unknown fields'} {', '.join(missing or wrong)}; a grid "
                 f"has {', '.join(sorted(wanted))}"
             )
+        if not isinstance(found["seeds"], list):
+            raise ValueError(f"the grid {file} has the seeds {found['seeds']!r}; give a list, such as [0, 1, 2]")
         if found["select_by"] not in SELECTABLE:
             raise ValueError(
                 f"the grid {file} selects by {found['select_by']!r}; every cell has {', '.join(SELECTABLE)}"
@@ -190,18 +198,23 @@ class Grid:
                 raise ValueError(
                     f"unknown cell: fields {unknown} in {product}; allowed are {', '.join(sorted(known))}"
                 )
-            usual: dict[str, Any] = {"model": list(found["models"])}
-            if product.get("regulariser") in ("dropkey", ["dropkey"]):
-                usual |= {"schedule": SCHEDULES[0], "pattern": PATTERNS[0]}
+            if "regulariser" not in product:
+                raise ValueError(
+                    f"unknown cell: {product} names no regulariser; allowed are {', '.join(REGULARISERS)}"
+                )
             listed = {
-                name: value if isinstance(value, list) else [value] for name, value in {**usual, **product}.items()
+                name: value if isinstance(value, list) else [value]
+                for name, value in {"model": list(found["models"]), **product}.items()
             }
             strange = sorted(set(listed["model"]) - set(found["models"]))
             if strange:
                 raise ValueError(f"unknown cell: models {strange}; the grid has {', '.join(found['models'])}")
             for values in itertools.product(*listed.values()):
+                given = dict(zip(listed, values, strict=True))
+                if given["regulariser"] == "dropkey":
+                    given = {"schedule": SCHEDULES[0], "pattern": PATTERNS[0], **given}
                 for seed in found["seeds"]:
-                    yield Cell(**dict(zip(listed, values, strict=True)), seed=seed)
+                    yield Cell(**given, seed=seed)
 
     def groups(self, cells: Sequence[Cell]) -> list[list[Cell]]:
         """Cells that share weights, in the order of their seeds, so that an interrupted grid has whole comparisons."""
@@ -281,39 +294,43 @@ def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, d
     A run that was stopped goes on from its last whole checkpoint, if its recipe saves any, and else begins anew.
 
     Raises:
-        ValueError: The folder holds weights that were trained otherwise.
+        ValueError: The folder holds weights, or the start of a run, that were trained otherwise.
     """
     data = cached_data(**asdict(job.data))
     set_classes(job.config, job.model, data.label_names)
     told = job.told()
-    done = folder / DONE
-    if done.is_file():
-        facts: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+    for facts_file in (folder / DONE, folder / BEGUN):
+        if not facts_file.is_file():
+            continue
+        facts: dict[str, Any] = json.loads(facts_file.read_text(encoding="utf-8"))
         changed = sorted(name for name in told if facts["told"].get(name) != told[name])
         if changed:
             raise ValueError(
                 f"{folder} holds weights of another recipe (other {', '.join(changed)}); delete it, or choose another "
                 "--output_dir"
             )
-        return AutoModelForImageClassification.from_pretrained(folder), facts
+        if facts_file.name == DONE:
+            return AutoModelForImageClassification.from_pretrained(folder), facts
     checkpoint = None
     if sort_by_wholeness(folder)[0]:
         checkpoint = prepare_output_folder(folder, resume="true", overwrite=False)
     elif folder.exists():
         shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"told": told, "git_sha": commit()}
+    (folder / BEGUN).write_text(json.dumps(facts) + "\n", encoding="utf-8")
     trainer = job.trainer(data)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
     trainer.save_state()
     trained: Any = trainer.model
-    facts = {
-        "epochs": round(float(trainer.state.epoch or 0), 3),
-        "train_seconds": result.metrics["train_runtime"],
-        "parameters": trained.num_parameters(),
-        "told": told,
-    }
+    facts |= {"epochs": round(float(trainer.state.epoch or 0), 3), "parameters": trained.num_parameters()}
+    # a run that went on knows the time of its last part only
+    if checkpoint is None:
+        facts["train_seconds"] = result.metrics["train_runtime"]
     # written last: it says that the folder is whole
-    done.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    (folder / DONE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    (folder / BEGUN).unlink()
     return trained, facts
 
 
@@ -365,7 +382,7 @@ def measure(
         data: Arguments of the data in place of the recipe's.
 
     Returns:
-        Rows without their origin.
+        Rows without their origin but for `git_sha`, the commit that trained the weights.
     """
     job = job_of(grid, cells[0].trained, folder, root=root, data=data)
     trained, facts = train_cell(job, folder)
@@ -390,8 +407,10 @@ def measure(
             metrics["accuracy_gap"] = train["accuracy"] - metrics["accuracy"]
             occluded = occlusion_accuracy(model, pixel_values, labels, patch=grid.occlusion_patch)
             metrics |= {f"accuracy_at_occlusion_{share:g}": value for share, value in occluded.items()}
-            metrics |= {name: facts[name] for name in ("train_seconds", "parameters")}
+            metrics |= {name: facts[name] for name in ("train_seconds", "parameters") if name in facts}
         shared = {"epochs": f"{facts['epochs']:g}", "split": split, "images": str(len(labels))}
+        # folders of older releases do not tell
+        shared["git_sha"] = facts.get("git_sha", "unknown")
         rows += [
             {
                 **cell.columns(grid),
@@ -408,7 +427,11 @@ def measure(
 def monte_carlo_metrics(
     model: PreTrainedModel, pixel_values: torch.Tensor, labels: torch.Tensor, *, seed: int
 ) -> dict[str, float]:
-    """`classification_metrics` of the mean prediction over `MASKS` random masks."""
-    prediction = monte_carlo_predict(model, {"pixel_values": pixel_values}, samples=MASKS, seed=seed)
+    """`classification_metrics` of the mean prediction over `MASKS` random masks, other ones for each thousand images."""
+    predictions = [
+        monte_carlo_predict(model, {"pixel_values": part}, samples=MASKS, seed=seed + number)
+        for number, part in enumerate(pixel_values.split(1000))
+    ]
+    probabilities = torch.cat([prediction.probabilities for prediction in predictions])
     # log-probabilities are logits; a probability that has vanished in float32 must not become infinite
-    return metrics_of(prediction.probabilities.clamp_min(torch.finfo(torch.float32).tiny).log(), labels)
+    return metrics_of(probabilities.clamp_min(torch.finfo(torch.float32).tiny).log(), labels)

@@ -72,7 +72,7 @@ def monte_carlo_predict(
         raise ValueError(f"Monte-Carlo prediction is defined for one label of several classes, not for {problem!r}.")
     tensors = {name: value for name, value in inputs.items() if name != "labels"}
     moments = _Moments(class_dim)
-    with _repeatable(seed, _device_of(model)), _eval_mode(model), dropkey_active(model), torch.no_grad():
+    with _repeatable(seed, _device_of(model)), eval_mode(model), dropkey_active(model), torch.no_grad():
         while moments.samples < samples:
             copies = min(samples_per_pass, samples - moments.samples)
             logits = model(**{name: _repeated(value, copies) for name, value in tensors.items()}).logits
@@ -146,7 +146,7 @@ def _repeatable(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Puts every module in eval mode, and back in the mode each one was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -34,7 +34,7 @@ def curves(
 ) -> Figure:
     """Lines with a band for the 95 % interval over seeds, a panel for each task; a name has one look in all panels.
 
-    A curve of a single seed is drawn without a band, and the legend says so.
+    A curve of a single seed is drawn without a band, and the legend says so; one of mixed numbers has none where it is one.
 
     Args:
         panels: For each panel, for each name, the intervals by place on the x axis.
@@ -61,7 +61,8 @@ def curves(
             places = sorted(curve)
             found = [curve[x] for x in places]
             axis.plot(places, [one.mean for one in found], label=_label(name, found), ms=5, **look)
-            if all(one.n > 1 for one in found):
+            # where there is one seed, the band has no height
+            if any(one.n > 1 for one in found):
                 axis.fill_between(
                     places,
                     [one.low for one in found],
@@ -79,8 +80,8 @@ def curves(
 def differences(panels: Mapping[str, Mapping[str, Interval]], *, xlabel: str, title: str) -> Figure:
     """Differences to a baseline as points with their 95 % intervals, one line each, and a line at no difference.
 
-    What is shown filled differs from 0 by more than its interval; the others are hollow. One seed has no interval and its
-    name says so.
+    What is shown filled differs from 0 by more than its interval; the others are hollow. One seed has no interval, and the
+    name says what its missing bar means.
 
     Args:
         panels: For each panel, the differences by name; the names of the first panel, in its order, come first.
@@ -110,7 +111,7 @@ def differences(panels: Mapping[str, Mapping[str, Interval]], *, xlabel: str, ti
             )
         axis.set(title=place, xlabel=xlabel)
         axis.grid(visible=True, axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(names)), [f"{name} ({ONE_SEED})" if name in single else name for name in names])
+    axes[0].set_yticks(range(len(names)), [f"{name} (no bar: one seed)" if name in single else name for name in names])
     axes[0].invert_yaxis()
     _write_title(figure, title)
     return figure

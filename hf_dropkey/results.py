@@ -1,10 +1,11 @@
 """Rows of experiments, and what they say: reading and checking them, intervals over seeds, differences, origins.
 
 A row is one number of one run with all that identifies it: the file is the only source of tables, figures and cards. May
-import NumPy, SciPy and `benchmark`; no model.
+import NumPy and SciPy; no model.
 """
 
 import csv
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ VALUE_COLUMNS = ("seed", "epochs", "split", "images", "metric", "value", "unit")
 ORIGIN_COLUMNS = ("command", "git_sha", "transformers", "torch", "device", "threads")
 COLUMNS = (*CELL_COLUMNS, *VALUE_COLUMNS, *ORIGIN_COLUMNS)
 LEVEL = 0.95
+# shares of the patches of an image that are hidden, beside none
+OCCLUDED_SHARES = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -113,13 +116,18 @@ def read_rows(file: Path) -> list[dict[str, str]]:
             raise ValueError(
                 f"line {line} of {file} has {what}; complete the row, or delete it and run its cell again"
             )
-        try:
-            float(row["value"])
-        except ValueError:
+        if not _is_finite(row["value"]):
             raise ValueError(
-                f"line {line} of {file} has the value {row['value']!r}, no number; mend it, or delete the row"
-            ) from None
+                f"line {line} of {file} has the value {row['value']!r}, no finite number; mend it, or delete the row"
+            )
     return rows
+
+
+def _is_finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def choose(rows: Iterable[Row], **wanted: Any) -> list[Row]:

@@ -1,6 +1,6 @@
 """How a classifier holds up: its logits on many images, the same with patches hidden, and the metrics of both.
 
-May import NumPy, torch and `metrics`; no model.
+May import NumPy, torch, `inference`, `metrics` and `results`; no model.
 """
 
 import numpy as np
@@ -8,21 +8,15 @@ import torch
 from torch import nn
 from transformers import EvalPrediction
 
+from .inference import eval_mode
 from .metrics import classification_metrics
-
-
-OCCLUDED_SHARES = (0.25, 0.5, 0.75)
+from .results import OCCLUDED_SHARES
 
 
 def predict_logits(model: nn.Module, pixel_values: torch.Tensor, *, batch_size: int = 256) -> torch.Tensor:
-    """Logits `[B, C]` of images `[B, channels, H, W]` in eval mode, without gradients; the model's mode is put back."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            return torch.cat([model(pixel_values=part).logits for part in pixel_values.split(batch_size)])
-    finally:
-        model.train(training)
+    """Logits `[B, C]` of images `[B, channels, H, W]` in eval mode, without gradients; every module's mode is put back."""
+    with eval_mode(model), torch.inference_mode():
+        return torch.cat([model(pixel_values=part).logits for part in pixel_values.split(batch_size)])
 
 
 def occlude(pixel_values: torch.Tensor, share: float, *, patch: int, seed: int = 0) -> torch.Tensor:

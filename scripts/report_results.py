@@ -64,16 +64,18 @@ def main() -> None:
     group: Any = ReportArguments
     (arguments,) = HfArgumentParser(group).parse_args_into_dataclasses(look_for_args_file=False)
     rows = read_rows(arguments.results)
-    (arguments.out / "evidence.md").write_text(f"{PREFACE}\n{report(rows)}", encoding="utf-8")
-    readme = arguments.readme.read_text(encoding="utf-8")
-    arguments.readme.write_text(with_summary(readme, rows), encoding="utf-8")
+    # all of it is made before any of it is written
+    evidence = f"{PREFACE}\n{report(rows)}"
+    readme = with_summary(arguments.readme.read_text(encoding="utf-8"), rows)
     figures = {
         "ratios": ratio_figure(rows, "accuracy"),
         "variants": difference_figure(rows, "accuracy", "0.1"),
         "occlusion": occlusion_figure(rows),
         "data_size": size_figure(rows, "accuracy"),
     }
-    (arguments.out / "figures").mkdir(exist_ok=True)
+    (arguments.out / "figures").mkdir(parents=True, exist_ok=True)
+    (arguments.out / "evidence.md").write_text(evidence, encoding="utf-8")
+    arguments.readme.write_text(readme, encoding="utf-8")
     for name, figure in figures.items():
         figure.savefig(arguments.out / "figures" / f"{name}.png", dpi=110)
     print(f"written: {arguments.out / 'evidence.md'}, {arguments.readme}, {len(figures)} figures")

@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from transformers import HfArgumentParser
 
 from hf_dropkey.benchmark import append_rows, check_columns, origin
@@ -71,6 +73,24 @@ def end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+@contextlib.contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Keeps other runs of a grid out of its folder, where each would begin the other's unfinished cells anew.
+
+    Raises:
+        SystemExit: There is one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # given back by the system when this process ends, however it ends
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise SystemExit(
+            f"another run of this grid uses {folder}; wait for it, or give another --output_dir"
+        ) from None
 
 
 def run_group(grid: Grid, cells: list[Cell], folder: Path, **arguments: Any) -> tuple[list[dict[str, str]], float]:
@@ -123,10 +143,17 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = origin(device, shown_command(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]))
     source["threads"] = 1
+
+    def at(row: dict[str, str]) -> str:
+        # weights that an earlier commit trained are told apart
+        trained, measured = row["git_sha"], str(source["git_sha"])
+        return measured if trained == measured else f"{trained}, measured at {measured}"
+
     start, failed = time.monotonic(), 0
     job = partial(run_group, grid, split=split, data=arguments.data())
     # a fresh interpreter: a copy of this one would share the locks of torch's threads
-    with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+    pool_of_workers = partial(ProcessPoolExecutor, arguments.workers, multiprocessing.get_context("spawn"))
+    with only_run(folder), pool_of_workers(start_worker) as pool:
         running: dict[Future[Any], list[Cell]] = {
             pool.submit(job, cells, folder / cells[0].name): cells for cells in groups
         }
@@ -138,7 +165,7 @@ def main() -> int:
                     failed += 1
                     print(f"FAILED {running[future][0].name}: {type(error).__name__}: {error}", flush=True)
                     continue
-                ordered = [{name: {**row, **source}[name] for name in COLUMNS} for row in found]
+                ordered = [{name: {**row, **source, "git_sha": at(row)}[name] for name in COLUMNS} for row in found]
                 append_rows(arguments.results, ordered)
                 show(number, len(groups), ordered, seconds, time.monotonic() - start)
         except BaseException:

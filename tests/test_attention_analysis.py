@@ -255,6 +255,11 @@ def test_bad_measurements_are_refused() -> None:
         measured_drops(tiny_vit(), pixels())
     with pytest.raises(ValueError, match="`passes` must be at least 2"):
         measured_drops(patched(), pixels(), passes=1)
+    broken = patched()
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="are all 0 or NaN; check the model's weights"):
+        measured_drops(broken, pixels())
     with pytest.raises(ValueError, match=r"Pass model.float\(\)"):
         measured_drops(patched().half(), pixels())
     with pytest.raises(ValueError, match="not finite"):

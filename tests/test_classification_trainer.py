@@ -47,7 +47,7 @@ def test_the_last_steps_are_trained_without_dropkey(parse: Any, tmp_path: Path) 
     assert json.loads((tmp_path / "run" / "config.json").read_text())["dropkey_ratio"] == 0.4
 
 
-def test_what_decided_about_the_weights_is_told(parse: Any) -> None:
+def test_what_decided_about_the_weights_is_told(parse: Any, tmp_path: Path) -> None:
     told = parse().told()
     assert parse().told() == told and json.loads(json.dumps(told)) == told
     for words in (
@@ -55,12 +55,20 @@ def test_what_decided_about_the_weights_is_told(parse: Any) -> None:
         ["--dropkey_alignment", "0.1"],
         ["--max_train_samples", "8"],
         ["--crop_scale", "0.5"],
+        ["--adam_beta2", "0.9"],
     ):
         other = parse(*words).told()
         assert [name for name in told if told[name] != other[name]] == [words[0].removeprefix("--")]
-    # where the files are does not matter
+    # where the files are does not matter, but what is in them
     file = "some-data/train.parquet"
     assert parse("--train_file", file, "--train_split_name", "train").told()["train_file"] == "train.parquet"
+    found = set()
+    for place, contents in (("one", b"a"), ("two", b"a"), ("three", b"b")):
+        there = tmp_path / place / "train.parquet"
+        there.parent.mkdir()
+        there.write_bytes(contents)
+        found.add(parse("--train_file", str(there), "--train_split_name", "train").told()["train_file"])
+    assert len(found) == 2 and all(name.startswith("train.parquet ") for name in found)
 
 
 def test_a_mistake_is_told_before_data_is_read(parse: Any) -> None:

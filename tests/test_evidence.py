@@ -82,6 +82,7 @@ def test_a_difference_inside_its_interval_is_not_called_anything() -> None:
     assert judged(Interval(0.02, 0.01, 0.03, 5), "accuracy") == "+0.020 ± 0.010, better"
     assert judged(Interval(0.02, 0.01, 0.03, 5), "nll") == "+0.020 ± 0.010, worse"
     assert judged(difference({"0": 1.0}, {"0": 0.5}), "accuracy") == "+0.500 (one seed)"
+    assert judged(difference({"0": 1.0}, {"0": 1.0001}), "accuracy") == "+0.000 (one seed)"
 
 
 def test_every_ratio_has_its_place(rows: list[dict[str, str]]) -> None:

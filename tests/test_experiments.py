@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from hf_dropkey.benchmark import append_rows
 from hf_dropkey.data import DataArguments, png_bytes
 from hf_dropkey.experiments import (
+    BEGUN,
     DONE,
     Cell,
     Grid,
@@ -94,6 +95,9 @@ def test_a_grid_is_the_product_of_its_cells_in_the_order_of_seeds(make_grid: Any
     groups = grid.groups(grid.cells)
     assert [cells[0].seed for cells in groups] == [0, 0, 0, 1, 1, 1]
     assert [len(cells) for cells in groups] == [1, 2, 2, 1, 2, 2], "Monte-Carlo inference trains nothing"
+    # what DropKey leaves out is the same in a list
+    listed = make_grid(cells=[{"regulariser": ["attention dropout", "dropkey"], "ratio": 0.5}])
+    assert replace(dropkey, seed=0) in listed.cells and len(listed.cells) == 2 * 2
     # listed twice, trained once
     assert make_grid(cells=[*GRID["cells"], {"regulariser": ["none"]}]).cells == grid.cells
 
@@ -130,6 +134,13 @@ def test_a_cell_says_what_the_train_script_is_told() -> None:
             r"fields \['colour'\] in .*; allowed are alignment, model",
         ),
         ({"cells": [{"regulariser": "none", "model": "huge"}]}, r"models \['huge'\]; the grid has tiny"),
+        ({"cells": [{"ratio": 0.1}]}, "names no regulariser; allowed are none, attention dropout, dropkey"),
+        (
+            {"cells": [{"regulariser": "dropkey", "ratio": "0.1"}]},
+            "ratio '0.1'; give a number from 0 on, without quotes",
+        ),
+        ({"seeds": [0, "1"]}, "seed '1'; give a number"),
+        ({"seeds": 3}, r"has the seeds 3; give a list, such as \[0, 1, 2\]"),
         ({"cells": []}, "lists no cell"),
         ({"select_by": "f1"}, "selects by 'f1'; every cell has accuracy, nll, ece"),
         ({"task": None, "more": 1}, "unknown fields more"),
@@ -217,6 +228,10 @@ def test_weights_of_another_recipe_are_not_taken_for_these(make_grid: Any, tmp_p
     changed = make_grid(recipe_fields={"learning_rate": 0.02})
     with pytest.raises(ValueError, match=r"weights of another recipe \(other learning_rate\); delete it"):
         train_cell(job_of(changed, cell, folder, root=tmp_path, data={}), folder)
+    # nor the start of a run that was stopped
+    (folder / DONE).rename(folder / BEGUN)
+    with pytest.raises(ValueError, match=r"weights of another recipe \(other learning_rate\); delete it"):
+        train_cell(job_of(changed, cell, folder, root=tmp_path, data={}), folder)
 
 
 def test_an_interrupted_cell_goes_on_from_its_checkpoint(make_grid: Any, tmp_path: Path) -> None:
@@ -231,6 +246,8 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(make_grid: Any, tmp_pat
     train_cell(job_of(grid, cell, folder, root=tmp_path, data={}), folder)
     assert (folder / "aside-checkpoint-4").is_dir()
     resumed = load_file(folder / "model.safetensors")
+    # the time of the last part would be none of the whole
+    assert "train_seconds" not in json.loads((folder / DONE).read_text()) and not (folder / BEGUN).exists()
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
     # one that saved none begins anew
     (folder / DONE).unlink()

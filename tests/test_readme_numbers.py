@@ -85,17 +85,23 @@ def rows_of_line(label: str, before: list[Row]) -> list[Row]:
     if label == "the same, peak memory":
         shared = ("workload", "dtype", "batch", "heads", "tokens")
         wanted = {name: before[0][name] for name in shared} if before else {}
-        return select(read("benchmarks.csv"), threads="2", metric=MEMORY, **wanted)
+        return latest(select(read("benchmarks.csv"), threads="2", metric=MEMORY, **wanted))
     attention = re.fullmatch(r"attention, (\d+) x (\d+) heads, ([\d,]+) tokens, (\w+)", label)
-    step = re.fullmatch(r"step of ViT-S/16, (\d+) images, (\w+)", label)
+    step = re.fullmatch(r"step of ViT-(S|B)/16, (\d+) images, (\w+)", label)
     if attention:
         batch, heads, tokens, dtype = (part.replace(",", "") for part in attention.groups())
         wanted = {"workload": "attention", "batch": batch, "heads": heads, "tokens": tokens, "dtype": dtype}
     elif step:
-        wanted = {"workload": "vit_small step", "batch": step[1], "dtype": step[2]}
+        size = {"S": "small", "B": "base"}[step[1]]
+        wanted = {"workload": f"vit_{size} step", "batch": step[2], "dtype": step[3]}
     else:
         return []
-    return select(read("benchmarks.csv"), threads="2", metric=RATIO, **wanted)
+    return latest(select(read("benchmarks.csv"), threads="2", metric=RATIO, **wanted))
+
+
+def latest(rows: list[Row]) -> list[Row]:
+    """The last measurement of each variant: rows are appended."""
+    return list({(row["backend"], row["regulariser"], row["drop_ratio"]): row for row in rows}.values())
 
 
 def is_stated(shown: str, rows: list[Row], column: str) -> bool:

@@ -86,7 +86,7 @@ def test_differences_are_points_with_their_intervals() -> None:
     assert [text.get_text() for text in digits.get_yticklabels()] == [
         "DropKey 0.1",
         "DropKey 0.5",
-        "lucky (one seed, no interval)",
+        "lucky (no bar: one seed)",
     ]
     points = {bar.get_label(): bar for bar in digits.containers}
     assert points["DropKey 0.1"].lines[0].get_xdata() == pytest.approx([0.02])

@@ -80,7 +80,8 @@ def test_a_file_reads_back(tmp_path: Path) -> None:
     ("change", "told"),
     [
         ({"device": ""}, "line 3 of .* has no device; complete the row"),
-        ({"value": "high"}, "line 3 of .* has the value 'high', no number"),
+        ({"value": "high"}, "line 3 of .* has the value 'high', no finite number"),
+        ({"value": "nan"}, "line 3 of .* has the value 'nan', no finite number"),
         ({"seed": "", "epochs": ""}, "no seed, epochs"),
     ],
 )

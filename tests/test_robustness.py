@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
-from hf_dropkey.robustness import OCCLUDED_SHARES, metrics_of, occlude, occlusion_accuracy, predict_logits
+from hf_dropkey.results import OCCLUDED_SHARES
+from hf_dropkey.robustness import metrics_of, occlude, occlusion_accuracy, predict_logits
 
 
 @pytest.fixture
@@ -50,8 +51,10 @@ def test_bad_values_are_told() -> None:
 def test_logits_are_those_of_eval_mode_in_any_batch(model: DropKeyViTForImageClassification) -> None:
     images = torch.randn(7, 3, 8, 8)
     model.train()
+    frozen = next(module for module in model.modules() if module is not model)
+    frozen.eval()
     found = predict_logits(model, images, batch_size=3)
-    assert model.training
+    assert model.training and not frozen.training
     with torch.no_grad():
         torch.testing.assert_close(found, model.eval()(images).logits)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hf_dropkey.experiments import BEGUN, DONE
 from hf_dropkey.results import read_rows
 from tests.test_experiments import GRID, RECIPE
 
@@ -83,27 +84,32 @@ def test_a_grid_runs_goes_on_and_looks_at_the_test_once(tmp_path: Path, run: Any
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds child processes in /proc")
-def test_a_killed_grid_leaves_no_process_and_no_half_cell(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_grid_leaves_no_process_and_no_half_cell(tmp_path: Path, sent: signal.Signals) -> None:
     write(tmp_path, {"max_steps": 100000})
-    process = subprocess.Popen(command(tmp_path), env=environment(tmp_path), stdout=subprocess.PIPE)
+    process = subprocess.Popen(command(tmp_path), env=environment(tmp_path), stderr=subprocess.PIPE, text=True)
     weights = tmp_path / "weights" / "small"
     try:
-        for _ in range(600):
-            if weights.is_dir():
+        for _ in range(1200):
+            if any(weights.glob(f"*/{BEGUN}")):
                 break
             time.sleep(0.1)
-        assert weights.is_dir() or children(process.pid), "no training began"
+        assert any(weights.glob(f"*/{BEGUN}")), "no training began"
         workers = children(process.pid)
+        second = subprocess.run(
+            command(tmp_path), env=environment(tmp_path), capture_output=True, text=True, timeout=120, check=False
+        )
+        assert second.returncode == 1 and "another run of this grid uses" in second.stderr
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
-        process.stdout.close()
+        process.send_signal(sent)
+        # one that does not heed the signal would wait for the training
+        process.communicate(timeout=60)
     for _ in range(300):
         if not any(map(alive, workers)):
             break
         time.sleep(0.1)
-    assert workers and not any(map(alive, workers))
-    assert not (tmp_path / "rows.csv").exists()
+    assert workers and not any(map(alive, workers)) and process.returncode != 0
+    assert not (tmp_path / "rows.csv").exists() and not any(weights.glob(f"*/{DONE}"))
 
 
 @pytest.mark.slow
