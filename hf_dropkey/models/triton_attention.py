@@ -86,6 +86,14 @@ _LAUNCHES = {
         "key_value": _by_width(Launch(64, 4, 2), Launch(64, 8, 2), Launch(64, 4, 1)),
     },
 }
+# where padded keys or columns need more registers: generation, kernel, padded head width
+_LAUNCHES_PADDED = {
+    (8, "query", 128): Launch(16, 8, 2),
+    (8, "key_value", 128): Launch(16, 8, 2),
+    (9, "query", 128): Launch(64, 8, 2),
+    (9, "key_value", 128): Launch(32, 8, 2),
+    (10, "short", 128): Launch(64, 8, 1),
+}
 _LAUNCHES_FLOAT32 = {
     "short": _by_width(None, None, None),
     "short_full": _by_width(None, None, None),
@@ -96,14 +104,13 @@ _LAUNCHES_FLOAT32 = {
 
 
 def launch_configuration(
-    kernel: str, width: int, dtype: torch.dtype, queries: int, capability: tuple[int, int]
+    kernel: str, width: int, dtype: torch.dtype, queries: int, capability: tuple[int, int], *, padded: bool
 ) -> tuple[str, Launch]:
     """Tile, warps and stages of a kernel, all of them chosen without a GPU.
 
     The kernels have run in Triton's interpreter only, never on a device. Each entry is the largest of a few tiles that
-    compiles for sm_80, sm_90 or sm_100 without spilling registers; tests compile them again. Small spills remain (8 to
-    72 bytes per thread in what was compiled) on 8.x at width 128 with padding, and where 80 columns are padded to 128;
-    for float32 at width 128 they are larger.
+    compiles for sm_80, sm_90 or sm_100 without spilling registers; tests compile them again. Float32 at width 128 does
+    spill.
 
     Predictions, to be replaced by measurements: kernels are bound by instruction issue, not by memory, at every width
     up to 64. "key_value" is the slowest, since it computes a whole word for each byte it uses. Rows in one pass save
@@ -117,6 +124,7 @@ def launch_configuration(
         dtype: Of query, key and value.
         queries: `N`; tiles are no larger than it needs.
         capability: Compute capability of the device.
+        padded: Whether keys are padded, or the head width is.
 
     Returns:
         The kernel's name and its launch; those of "long" where rows do not fit on chip.
@@ -125,8 +133,10 @@ def launch_configuration(
     major = {11: 10, 12: 8}.get(capability[0], min(capability[0], 10))
     table = _LAUNCHES_FLOAT32 if dtype == torch.float32 else _LAUNCHES[major]
     launch = table[kernel][width]
+    if padded and dtype != torch.float32:
+        launch = _LAUNCHES_PADDED.get((major, kernel, width), launch)
     if launch is None:
-        return launch_configuration("long", width, dtype, queries, capability)
+        return launch_configuration("long", width, dtype, queries, capability, padded=padded)
     return kernel, launch._replace(tile=min(launch.tile, _tile_side(queries)))
 
 
@@ -662,7 +672,8 @@ def _launch(name: str, arguments: dict[str, Any], **one_pass: Any) -> None:
             f"{str(query.device)!r}. Use the backend 'sdpa'."
         )
     width = max(arguments["WIDTH"][1], arguments["VALUE_WIDTH"][1])
-    name, launch = launch_configuration(name, width, query.dtype, arguments["N"], capability)
+    padded = arguments["HAS_PADDING"] or min(arguments["WIDTH"][0], arguments["VALUE_WIDTH"][0]) < width
+    name, launch = launch_configuration(name, width, query.dtype, arguments["N"], capability, padded=padded)
     size, tile = (arguments["M"], KEY_TILE) if name == "key_value" else (arguments["N"], launch.tile)
     programs = query.shape[0] * query.shape[1] * -(-size // tile)
     # Triton launches on the current device, which need not be the tensors'
