@@ -201,9 +201,10 @@ def _joined(pieces: list[tuple[Part, torch.Tensor]], like: torch.Tensor) -> torc
 
 
 class RedrawnMaskAttention(torch.autograd.Function):
-    """PyTorch's fused CPU attention with a mask that is drawn again from the seed in the backward pass, not kept.
+    """PyTorch's fused CPU attention with a mask that is drawn again in the backward pass, not kept.
 
-    Kept, the masks of all layers would cost as much memory as the weights that fused attention saves.
+    Kept, the masks of all layers would cost as much memory as the weights that fused attention saves. What is kept is the
+    seed, and of the pattern "score" the few words of each row (`RowDraws`), whose making is a good part of the time.
     """
 
     @staticmethod

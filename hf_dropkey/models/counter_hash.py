@@ -176,7 +176,7 @@ def row_draws(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> Ro
     above = _dither(k1, k2, keys, numbers) < byte_thresholds(ratio)[2]
     # Bytes and thresholds are compared with their top bits flipped. With u = threshold modulo 128 and b7 the lower bits
     # of a byte, (u - 1) - (128 + b7) always borrows one from the byte above, which serves as its - 1, and its top bit
-    # tells whether b7 < u. One int32 holds the thresholds of four blocks.
+    # tells whether b7 < u. One int32 holds the thresholds of four blocks, the lowest byte first, as CPUs in use do.
     thresholds = above.view(torch.uint8) + math.floor(256 * ratio) % 128
     thresholds = torch.nn.functional.pad(thresholds, (0, -thresholds.shape[-1] % 4)).view(torch.int32).sub_(1)
     return RowDraws(_fold(k1, numbers), k2, thresholds)
@@ -230,7 +230,7 @@ def drop_bias_of_rows(draws: RowDraws, keys: int, ratio: float, scratch: torch.T
         for block in range(4 * groups, -(-keys // 64)):
             lanes, byte = _lanes(block, keys)
             torch.mul(dropped[:, lanes], 1 << 24 - 8 * byte, out=part[:, 64 * block : 64 * block + 64])
-        # a dropped key now has the sign bit and no other of the topmost nine, a kept one is positive or 0
+        # a dropped key now is an integer far below the one with the bits of -inf, a kept one is not negative
         part.clamp_(INFINITY_BITS, 0)
     return found.view(torch.float32).view(*shape, keys)
 
