@@ -122,6 +122,8 @@ def method_overview(patterns: Mapping[str, NDArray[np.bool_]], schedules: Mappin
 def attention_costs(rows: Sequence[Mapping[str, str]], *, title: str) -> Figure:
     """Time and peak memory of attention against the number of tokens, both axes logarithmic, a line for each variant.
 
+    Long sequences are measured with fewer images and heads, so both are shown for one head of one image.
+
     Args:
         rows: Of one device and dtype, as `scripts/benchmark_attention.py` writes them: `backend`, `regulariser`,
             `tokens`, `batch`, `heads`, `metric` ("time" in ms or "peak memory" in MiB, others are left out), `value` and the quartiles.
@@ -134,13 +136,14 @@ def attention_costs(rows: Sequence[Mapping[str, str]], *, title: str) -> Figure:
     if len(kinds) != 1:
         raise ValueError(f"rows of one device and dtype are needed, got {kinds}; filter them")
     panels = {"time": "forward and backward, ms", "peak memory": "peak memory, MiB"}
+    columns = ("value", "first_quartile", "third_quartile")
     found = [row for row in rows if row["metric"] in panels]
     variants = list(dict.fromkeys((row["backend"], row["regulariser"]) for row in found))
     figure = Figure(figsize=(9.5, 5), layout="constrained")
     for axis, (metric, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for number, (backend, regulariser) in enumerate(variants):
             points = sorted(
-                (int(row["tokens"]), *(float(row[name]) for name in ("value", "first_quartile", "third_quartile")))
+                (int(row["tokens"]), *(float(row[name]) / int(row["batch"]) / int(row["heads"]) for name in columns))
                 for row in found
                 if (row["backend"], row["regulariser"], row["metric"]) == (backend, regulariser, metric)
             )
@@ -151,10 +154,10 @@ def attention_costs(rows: Sequence[Mapping[str, str]], *, title: str) -> Figure:
             style = {"marker": "os^vD"[number // len(BOX_COLORS) % 5], "ls": "--" if regulariser == "none" else "-"}
             axis.plot(tokens, middle, color=color, label=f"{backend}, {regulariser}", ms=4, **style)
             axis.fill_between(tokens, low, high, color=color, alpha=0.2, lw=0)
-        axis.set(xscale="log", yscale="log", xlabel="tokens (images x heads)", ylabel=label)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{label}, for one head of one image")
         axis.grid(visible=True, which="major", alpha=0.3)
-        ticks = {int(row["tokens"]): f"{row['tokens']}\n({row['batch']} x {row['heads']})" for row in found}
-        axis.set_xticks(list(ticks), list(ticks.values()))
+        ticks = sorted({int(row["tokens"]) for row in found})
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axis.minorticks_off()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(title, fontsize=10)
