@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,8 +104,12 @@ def peak_memory(job: Job, device: torch.device) -> int:
     return peak
 
 
+@cache
 def commit() -> str:
-    """The commit of this code, with "-changed" where files differ from it; "unknown" outside a repository."""
+    """The commit of this code, with "-changed" where files differ from it; "unknown" outside a repository.
+
+    Asked once in a process, which goes on with the code that it loaded.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     # what earlier rows did to the file they went to changes no code

@@ -4,6 +4,7 @@
 that its command names. May import Transformers and this package.
 """
 
+import glob
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -59,16 +60,28 @@ DECISIVE = (
     "fp16",
     "seed",
     "data_seed",
+    "dataloader_drop_last",
+    "train_sampling_strategy",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "neftune_noise_alpha",
 )
 
 
-def _told_file(name: str) -> str:
-    """The last part of a path, and if it is a file here the start of its SHA-256."""
-    path = Path(name)
-    if not path.is_file():
-        return path.name
-    with path.open("rb") as file:
-        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+def _contents(pattern: str) -> str:
+    """The start of a SHA-256 of the files that a pattern matches, or of the names and sizes in a folder; "" for none."""
+    path = Path(pattern)
+    if path.is_dir():
+        listing = sorted(
+            f"{file.relative_to(path)} {file.stat().st_size}" for file in path.rglob("*") if file.is_file()
+        )
+        return hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
+    found = hashlib.sha256()
+    files = sorted(glob.glob(pattern))
+    for file in files:
+        with Path(file).open("rb") as data:
+            found.update(hashlib.file_digest(data, "sha256").digest())
+    return found.hexdigest()[:16] if files else ""
 
 
 @dataclass
@@ -114,12 +127,20 @@ class ClassificationJob:
         self.callbacks = self.ramp.callbacks()
 
     def told(self) -> dict[str, Any]:
-        """What decides about the trained weights, by name: values as JSON holds them, files by last part and contents."""
+        """What decides about the trained weights, by name: values as JSON holds them, paths by last part and contents."""
         groups = (self.model, self.dropkey, self.ramp, self.data, self.augmentation_arguments)
         values = {name: value for group in groups for name, value in asdict(group).items()}
-        values |= {name: getattr(self.training, name) for name in DECISIVE}
+        # a release of Transformers need not have all
+        values |= {name: getattr(self.training, name, None) for name in DECISIVE}
+        values["on_nonfinite_loss"] = self.run.on_nonfinite_loss
         values = {name: str(getattr(value, "value", value)) for name, value in values.items()}
-        return values | {name: _told_file(values[name]) for name in ("train_file", "validation_file")}
+        for name in ("train_file", "validation_file", "train_dir", "validation_dir"):
+            if self.data.hold_out_validation and name.startswith("validation"):
+                # other images than those of the training rows are not looked at
+                del values[name]
+                continue
+            values[f"{name}_contents"], values[name] = _contents(values[name]), Path(values[name]).name
+        return values
 
     def trainer(self, data: ImageData) -> GuardedTrainer:
         """The seeded model and its `Trainer`, for a checked job whose configuration has the classes of the data."""

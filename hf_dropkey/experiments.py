@@ -78,6 +78,10 @@ class Cell:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kinds) or value < 0:
                 raise ValueError(f"unknown cell: {name} {value!r}; give a number from 0 on, without quotes")
+        # 0 and 0.0 are one cell, of one name
+        object.__setattr__(self, "ratio", float(self.ratio))
+        if float(f"{self.ratio:g}") != self.ratio:
+            raise ValueError(f"unknown cell: ratio {self.ratio!r}; rows hold six digits of it, give no more")
         dropkey = self.regulariser == "dropkey"
         allowed: dict[str, Sequence[Any]] = {
             "regulariser": REGULARISERS,
@@ -206,6 +210,9 @@ class Grid:
                 name: value if isinstance(value, list) else [value]
                 for name, value in {"model": list(found["models"]), **product}.items()
             }
+            empty = sorted(name for name, values in listed.items() if not values)
+            if empty:
+                raise ValueError(f"unknown cell: no value of {', '.join(empty)} in {product}")
             strange = sorted(set(listed["model"]) - set(found["models"]))
             if strange:
                 raise ValueError(f"unknown cell: models {strange}; the grid has {', '.join(found['models'])}")
@@ -299,26 +306,34 @@ def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, d
     data = cached_data(**asdict(job.data))
     set_classes(job.config, job.model, data.label_names)
     told = job.told()
+    facts: dict[str, Any] = {}
     for facts_file in (folder / DONE, folder / BEGUN):
         if not facts_file.is_file():
             continue
-        facts: dict[str, Any] = json.loads(facts_file.read_text(encoding="utf-8"))
-        changed = sorted(name for name in told if facts["told"].get(name) != told[name])
+        facts = json.loads(facts_file.read_text(encoding="utf-8"))
+        # what an older release did not write down is not known to differ
+        changed = sorted(name for name in told.keys() & facts["told"].keys() if facts["told"][name] != told[name])
         if changed:
             raise ValueError(
-                f"{folder} holds weights of another recipe (other {', '.join(changed)}); delete it, or choose another "
+                f"{folder} holds a run of another recipe (other {', '.join(changed)}); delete it, or choose another "
                 "--output_dir"
             )
         if facts_file.name == DONE:
             return AutoModelForImageClassification.from_pretrained(folder), facts
-    checkpoint = None
+    trained_at, checkpoint = commit(), None
     if sort_by_wholeness(folder)[0]:
+        if not facts:
+            raise ValueError(
+                f"{folder} holds the start of a run whose recipe is not known; delete it, or choose another --output_dir"
+            )
         checkpoint = prepare_output_folder(folder, resume="true", overwrite=False)
+        if facts["git_sha"] != trained_at:
+            trained_at = f"{facts['git_sha']} then {trained_at}"
     elif folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"told": told, "git_sha": commit()}
-    (folder / BEGUN).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    facts = {"told": told, "git_sha": trained_at}
+    write_facts(folder / BEGUN, facts)
     trainer = job.trainer(data)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
@@ -329,9 +344,16 @@ def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, d
     if checkpoint is None:
         facts["train_seconds"] = result.metrics["train_runtime"]
     # written last: it says that the folder is whole
-    (folder / DONE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    write_facts(folder / DONE, facts)
     (folder / BEGUN).unlink()
     return trained, facts
+
+
+def write_facts(file: Path, facts: Mapping[str, Any]) -> None:
+    """Writes a JSON file that is whole or not there, whenever this process is ended."""
+    draft = file.with_suffix(".part")
+    draft.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    draft.replace(file)
 
 
 @cache

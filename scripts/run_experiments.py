@@ -29,7 +29,7 @@ import transformers
 from filelock import FileLock, Timeout
 from transformers import HfArgumentParser
 
-from hf_dropkey.benchmark import append_rows, check_columns, origin
+from hf_dropkey.benchmark import append_rows, check_columns, commit, origin
 from hf_dropkey.cards import shown_command
 from hf_dropkey.experiments import Cell, Grid, chosen_cells, job_of, measure, missing_cells
 from hf_dropkey.results import COLUMNS, choose, read_rows, warnings
@@ -61,6 +61,8 @@ class GridArguments:
 
 def start_worker() -> None:
     """Makes a process quiet, and gives it one thread: the models are so small that more would wait for each other."""
+    # the commit of the code that is loaded here
+    commit()
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -76,20 +78,20 @@ def end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Keeps other runs of a grid out of its folder, where each would begin the other's unfinished cells anew.
+def only_run(lock: Path) -> Iterator[None]:
+    """Keeps other runs of a grid from its rows or its folder: each would repeat the other's unfinished cells.
 
     Raises:
         SystemExit: There is one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         # given back by the system when this process ends, however it ends
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(lock, timeout=0):
             yield
     except Timeout:
         raise SystemExit(
-            f"another run of this grid uses {folder}; wait for it, or give another --output_dir"
+            f"another run of this grid holds {lock}; wait for it, or give other --results and another --output_dir"
         ) from None
 
 
@@ -122,6 +124,12 @@ def main() -> int:
     (arguments,) = HfArgumentParser(group).parse_args_into_dataclasses(command, look_for_args_file=False)
     transformers.logging.set_verbosity_error()
     grid = Grid.load(arguments.grid)
+    with only_run(arguments.results.with_name(f".{arguments.results.name}.{grid.name}.lock")):
+        return run(grid, arguments)
+
+
+def run(grid: Grid, arguments: GridArguments) -> int:
+    """Runs what is missing of a grid."""
     rows: list[dict[str, str]] = read_rows(arguments.results) if arguments.results.exists() else []
     cells = chosen_cells(grid, rows) if arguments.test else list(grid.cells)
     split = "test" if arguments.test else "validation"
@@ -147,13 +155,13 @@ def main() -> int:
     def at(row: dict[str, str]) -> str:
         # weights that an earlier commit trained are told apart
         trained, measured = row["git_sha"], str(source["git_sha"])
-        return measured if trained == measured else f"{trained}, measured at {measured}"
+        return measured if trained == measured else f"{trained} measured at {measured}"
 
     start, failed = time.monotonic(), 0
     job = partial(run_group, grid, split=split, data=arguments.data())
     # a fresh interpreter: a copy of this one would share the locks of torch's threads
     pool_of_workers = partial(ProcessPoolExecutor, arguments.workers, multiprocessing.get_context("spawn"))
-    with only_run(folder), pool_of_workers(start_worker) as pool:
+    with only_run(folder / ".lock"), pool_of_workers(start_worker) as pool:
         running: dict[Future[Any], list[Cell]] = {
             pool.submit(job, cells, folder / cells[0].name): cells for cells in groups
         }

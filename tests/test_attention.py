@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTModel, default_backend
 from hf_dropkey.models import attention, modeling_dropkey
@@ -319,6 +320,42 @@ def test_functions_hold_no_state() -> None:
     qkv = tensors(1, 2, 9, 4)
     first, second = run(plain, qkv, None, "sdpa")[0], run(site(0.3), qkv, None, "sdpa")[0]
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("transposed", [0, 1, 2])
+def test_inputs_of_any_layout_give_what_dense_ones_give(transposed: int) -> None:
+    """A last dimension that is not dense, as of a transposed view, is read right, in both passes."""
+    dense = tensors(2, 3, 70, 8, dtype=torch.float32)
+    given = list(dense)
+    given[transposed] = dense[transposed].mT.contiguous().mT
+    assert given[transposed].stride(-1) != 1
+    expected, found = run(site(0.3), dense, None, "sdpa")[0], run(site(0.3), given, None, "sdpa")[0]
+    assert torch.equal(found, expected)
+    upstream = torch.randn_like(found)
+    for one, other in zip(
+        torch.autograd.grad(found, dense, upstream), torch.autograd.grad(expected, dense, upstream), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_a_default_device_is_not_that_of_the_masks() -> None:
+    expected = run(site(0.3), tensors(2, 3, 70, 8), None, "sdpa")[0]
+    qkv = tensors(2, 3, 70, 8)
+    with torch.device("meta"):
+        assert torch.equal(run(site(0.3), qkv, None, "sdpa")[0], expected)
+
+
+def test_checkpointing_takes_another_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = tensors(1, 2, 30, 8)
+    monkeypatch.setattr(attention, "PART_BYTES", 4 * 30 * 7)
+    plain = torch.autograd.grad(run(site(0.3), qkv, None, "sdpa")[0].sum(), qkv)
+    torch.manual_seed(0)
+    threads = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    output = checkpoint(lambda *given: run(site(0.3), list(given), None, "sdpa")[0], *qkv, use_reentrant=False)
+    threads[0] = 1
+    for one, other in zip(torch.autograd.grad(output.sum(), qkv), plain, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("backend", attention.DROPKEY_BACKENDS)

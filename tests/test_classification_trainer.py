@@ -56,19 +56,30 @@ def test_what_decided_about_the_weights_is_told(parse: Any, tmp_path: Path) -> N
         ["--max_train_samples", "8"],
         ["--crop_scale", "0.5"],
         ["--adam_beta2", "0.9"],
+        ["--dataloader_drop_last", "True"],
+        ["--on_nonfinite_loss", "skip"],
     ):
         other = parse(*words).told()
         assert [name for name in told if told[name] != other[name]] == [words[0].removeprefix("--")]
     # where the files are does not matter, but what is in them
     file = "some-data/train.parquet"
     assert parse("--train_file", file, "--train_split_name", "train").told()["train_file"] == "train.parquet"
-    found = set()
-    for place, contents in (("one", b"a"), ("two", b"a"), ("three", b"b")):
-        there = tmp_path / place / "train.parquet"
+    names, contents = set(), {}
+    for place, held in (("one", b"a"), ("two", b"a"), ("three", b"b")):
+        there = tmp_path / place / "train-0.parquet"
         there.parent.mkdir()
-        there.write_bytes(contents)
-        found.add(parse("--train_file", str(there), "--train_split_name", "train").told()["train_file"])
-    assert len(found) == 2 and all(name.startswith("train.parquet ") for name in found)
+        there.write_bytes(held)
+        for given in ("train-0.parquet", "train-*.parquet"):
+            told = parse("--train_file", str(there.with_name(given)), "--train_split_name", "train").told()
+            names.add(told["train_file"])
+            contents[place, given] = told["train_file_contents"]
+    assert names == {"train-0.parquet", "train-*.parquet"}
+    assert (
+        len(set(contents.values())) == 2 and contents["one", "train-0.parquet"] == contents["two", "train-*.parquet"]
+    )
+    # images that are held out come from the training rows
+    held_out = ["--train_file", str(tmp_path / "one" / "train-0.parquet"), "--hold_out_validation", "True"]
+    assert parse(*held_out).told() == parse(*held_out, "--validation_file", "test.parquet").told()
 
 
 def test_a_mistake_is_told_before_data_is_read(parse: Any) -> None:

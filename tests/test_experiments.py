@@ -139,6 +139,8 @@ def test_a_cell_says_what_the_train_script_is_told() -> None:
             {"cells": [{"regulariser": "dropkey", "ratio": "0.1"}]},
             "ratio '0.1'; give a number from 0 on, without quotes",
         ),
+        ({"cells": [{"regulariser": "dropkey", "ratio": 0.12345678}]}, "ratio 0.12345678; rows hold six digits"),
+        ({"cells": [{"regulariser": "dropkey", "ratio": []}]}, "no value of ratio in"),
         ({"seeds": [0, "1"]}, "seed '1'; give a number"),
         ({"seeds": 3}, r"has the seeds 3; give a list, such as \[0, 1, 2\]"),
         ({"cells": []}, "lists no cell"),
@@ -225,12 +227,17 @@ def test_weights_of_another_recipe_are_not_taken_for_these(make_grid: Any, tmp_p
     cell = grid.cells[0]
     folder = tmp_path / "run"
     train_cell(job_of(grid, cell, folder, root=tmp_path, data={}), folder)
+    # less was written down by an older release, which is no other recipe
+    facts = json.loads((folder / DONE).read_text())
+    older = {name: value for name, value in facts["told"].items() if name != "adam_beta1"}
+    (folder / DONE).write_text(json.dumps(facts | {"told": older}))
+    assert train_cell(job_of(grid, cell, folder, root=tmp_path, data={}), folder)[1]["epochs"] == facts["epochs"]
     changed = make_grid(recipe_fields={"learning_rate": 0.02})
-    with pytest.raises(ValueError, match=r"weights of another recipe \(other learning_rate\); delete it"):
+    with pytest.raises(ValueError, match=r"a run of another recipe \(other learning_rate\); delete it"):
         train_cell(job_of(changed, cell, folder, root=tmp_path, data={}), folder)
     # nor the start of a run that was stopped
     (folder / DONE).rename(folder / BEGUN)
-    with pytest.raises(ValueError, match=r"weights of another recipe \(other learning_rate\); delete it"):
+    with pytest.raises(ValueError, match=r"a run of another recipe \(other learning_rate\); delete it"):
         train_cell(job_of(changed, cell, folder, root=tmp_path, data={}), folder)
 
 
@@ -240,14 +247,23 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(make_grid: Any, tmp_pat
     train_cell(job_of(grid, cell, folder, root=tmp_path, data={}), folder)
     whole = load_file(folder / "model.safetensors")
     # as a run that was killed after its first checkpoint leaves it
+    facts = json.loads((folder / DONE).read_text())
     (folder / DONE).unlink()
+    (folder / BEGUN).write_text(json.dumps(facts | {"git_sha": "abc"}))
     (folder / "model.safetensors").unlink()
     (folder / "checkpoint-4" / "trainer_state.json").unlink()
     train_cell(job_of(grid, cell, folder, root=tmp_path, data={}), folder)
     assert (folder / "aside-checkpoint-4").is_dir()
     resumed = load_file(folder / "model.safetensors")
     # the time of the last part would be none of the whole
-    assert "train_seconds" not in json.loads((folder / DONE).read_text()) and not (folder / BEGUN).exists()
+    resumed_facts = json.loads((folder / DONE).read_text())
+    assert "train_seconds" not in resumed_facts and not (folder / BEGUN).exists()
+    assert resumed_facts["git_sha"].startswith("abc then ")
+    # nobody knows what an older release was told for these checkpoints
+    (folder / DONE).rename(tmp_path / DONE)
+    with pytest.raises(ValueError, match="holds the start of a run whose recipe is not known; delete it"):
+        train_cell(job_of(grid, cell, folder, root=tmp_path, data={}), folder)
+    (tmp_path / DONE).rename(folder / DONE)
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
     # one that saved none begins anew
     (folder / DONE).unlink()

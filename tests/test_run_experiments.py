@@ -99,7 +99,7 @@ def test_a_stopped_grid_leaves_no_process_and_no_half_cell(tmp_path: Path, sent:
         second = subprocess.run(
             command(tmp_path), env=environment(tmp_path), capture_output=True, text=True, timeout=120, check=False
         )
-        assert second.returncode == 1 and "another run of this grid uses" in second.stderr
+        assert second.returncode == 1 and "another run of this grid holds" in second.stderr
     finally:
         process.send_signal(sent)
         # one that does not heed the signal would wait for the training

@@ -31,7 +31,7 @@ from .dropkey import (
     rows_can_empty,
 )
 from .flex_attention import flex_dropkey_forward
-from .triton_attention import triton_dropkey_attention
+from .triton_attention import triton_dropkey_attention, unit_columns
 
 
 # what `dropped_scores` is told beside the seed and the shape: ratio, pattern, window, grid
@@ -183,18 +183,18 @@ def _additive_drops(
         yield parts[0], _additive_drop(seed, query, key, attention_mask, settings)
         return
     ratio, pattern, _, _ = settings
-    scratch = torch.empty(math.prod(draws.k1[parts[0]].shape), key.shape[2], dtype=torch.int32)
+    rows = math.prod(draws.k1[parts[0]].shape)
+    scratch = torch.empty(rows, key.shape[2], dtype=torch.int32, device=query.device)
     for part in parts:
         drawn = RowDraws(*(tensor[part] for tensor in draws))
         bias = drop_bias_of_rows(drawn, key.shape[2], ratio, scratch)
         yield part, protect_bias_rows(bias, pattern, ratio).to(query.dtype)
 
 
-def _joined(pieces: list[tuple[Part, torch.Tensor]], like: torch.Tensor) -> torch.Tensor:
-    """The pieces of a batch in one tensor laid out as `like`."""
+def _joined(pieces: list[tuple[Part, torch.Tensor]], whole: torch.Tensor) -> torch.Tensor:
+    """The pieces of a batch in one tensor: the only one, or all of them written into `whole`."""
     if len(pieces) == 1:
         return pieces[0][1]
-    whole = torch.empty_like(like)
     for part, piece in pieces:
         whole[part] = piece
     return whole
@@ -228,29 +228,29 @@ class RedrawnMaskAttention(torch.autograd.Function):
                 query[part], key[part[0]], value[part[0]], 0.0, False, attn_mask=mask, scale=scaling
             )
             outputs.append((part, output))
-            log_sums.append(log_sum)
-        joined = _joined(outputs, query)
-        rows = draws or (None, None, None)
-        ctx.save_for_backward(query, key, value, seed, attention_mask, joined, *rows, *log_sums)
+            log_sums.append((part, log_sum))
+        joined = _joined(outputs, torch.empty_like(query))
+        log_sum = _joined(log_sums, log_sum.new_empty(query.shape[:3]))
+        ctx.save_for_backward(query, key, value, seed, attention_mask, joined, log_sum, *(draws or (None, None, None)))
         ctx.settings, ctx.scaling, ctx.parts = settings, scaling, parts
         return joined
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Returns the gradients of query, key and value."""
-        query, key, value, seed, attention_mask, output, k1, k2, thresholds, *log_sums = ctx.saved_tensors
+        query, key, value, seed, attention_mask, output, log_sum, k1, k2, thresholds = ctx.saved_tensors
         draws = None if k1 is None else RowDraws(k1, k2, thresholds)
         drops = _additive_drops(seed, draws, ctx.parts, query, key, attention_mask, ctx.settings)
         query_pieces: list[tuple[Part, torch.Tensor]] = []
         sums: list[torch.Tensor] = []
-        for (part, mask), log_sum in zip(drops, log_sums, strict=True):
+        for part, mask in drops:
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 upstream[0][part],
                 query[part],
                 key[part[0]],
                 value[part[0]],
                 output[part],
-                log_sum,
+                log_sum[part],
                 0.0,
                 False,
                 attn_mask=mask,
@@ -265,13 +265,15 @@ class RedrawnMaskAttention(torch.autograd.Function):
             sums = sums or [torch.zeros_like(tensor, dtype=wide) for tensor in (key, value)]
             for total, share in zip(sums, found[1:], strict=True):
                 total[part[0]] += share
-        return _joined(query_pieces, query), *(total.to(key.dtype) for total in sums), None, None, None, None
+        joined = _joined(query_pieces, torch.empty_like(query))
+        return joined, *(total.to(key.dtype) for total in sums), None, None, None, None
 
 
 def _can_redraw(query: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float) -> bool:
-    """Whether `RedrawnMaskAttention` computes this case: CPU, equal widths, no dropout, no gradient for the mask."""
+    """Whether `RedrawnMaskAttention` computes this case: CPU, one width and dtype, no dropout, no gradient for the mask."""
     plain_mask = attention_mask is None or not attention_mask.requires_grad
-    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and dropout == 0 and plain_mask
+    alike = query.shape[-1] == value.shape[-1] and query.dtype == value.dtype
+    return query.device.type == "cpu" and alike and dropout == 0 and plain_mask
 
 
 def sdpa_dropkey_forward(
@@ -287,6 +289,8 @@ def sdpa_dropkey_forward(
     """DropKey through `scaled_dot_product_attention`. See `dropkey_attention_forward`."""
     seed, settings = draw_seed(query.device), settings_of(module, grid)
     if _can_redraw(query, value, attention_mask, dropout):
+        # the operator below PyTorch's own checks reads the last dimension as if it were dense
+        query, key, value = (unit_columns(tensor) for tensor in (query, key, value))
         output = RedrawnMaskAttention.apply(query, key, value, seed, attention_mask, settings, scaling)
     else:
         mask = _additive_drop(seed, query, key, attention_mask, settings)

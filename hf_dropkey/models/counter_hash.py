@@ -17,6 +17,7 @@ This file travels with checkpoints: it imports torch and the standard library on
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -196,14 +197,15 @@ def drop_bias_of_rows(draws: RowDraws, keys: int, ratio: float, scratch: torch.T
     """
     shape = draws.k1.shape[:-1]
     k1, k2, thresholds = (tensor.reshape(-1, tensor.shape[-1]) for tensor in draws)
-    numbers = _numbers(k1.device)
-    found = torch.empty(len(k1), keys, dtype=torch.int32) if scratch is None else scratch[: len(k1)]
+    numbers, empty = _numbers(k1.device), partial(torch.empty, dtype=torch.int32, device=k1.device)
+    found = empty(len(k1), keys) if scratch is None else scratch[: len(k1)]
     # the first fold of `_mix` distributes over the xor of row and column
-    columns = _fold(torch.arange(_word_count(keys), dtype=torch.int32) * numbers.golden, numbers)
+    columns = torch.arange(_word_count(keys), dtype=torch.int32, device=k1.device)
+    columns = _fold(columns * numbers.golden, numbers)
     step = max(1, CHUNK_WORDS // len(columns))
     # groups of 256 keys are treated together where there are many, and one by one where calls are few
     groups = keys // 256 if keys >= 2048 else 0
-    words, results = torch.empty(2, min(step, len(k1)), len(columns), dtype=torch.int32)
+    words, results = empty(2, min(step, len(k1)), len(columns))
     for row in range(0, len(k1), step):
         rows = slice(row, row + step)
         word, dropped, part = words[: len(k1) - row], results[: len(k1) - row], found[rows]

@@ -602,7 +602,7 @@ KERNELS = {
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
-def _unit_columns(tensor: torch.Tensor) -> torch.Tensor:
+def unit_columns(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or a copy if its last dimension is not dense; the kernels take any other stride."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -625,7 +625,7 @@ def _common_arguments(
 ) -> dict[str, Any]:
     """The kernel arguments that forward and backward share."""
     lower, upper, fraction = byte_thresholds(ratio)
-    padding = None if padding is None else _unit_columns(padding)
+    padding = None if padding is None else unit_columns(padding)
     width, value_width = query.shape[-1], value.shape[-1]
     return {
         "p_q": query,
@@ -699,7 +699,7 @@ def _forward(
     scaling: float,
     shared: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    query, key, value = (_unit_columns(tensor) for tensor in (query, key, value))
+    query, key, value = (unit_columns(tensor) for tensor in (query, key, value))
     output, lse, undone = _forward_outputs(query, key, value)
     arguments = _common_arguments(query, key, value, seed, padding, ratio, scaling, shared)
     arguments |= {"p_o": output, "p_lse": lse, "p_undone": undone, "strides_o": output.stride()[:3]}
@@ -738,7 +738,7 @@ def _backward(
     shared: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grads = _backward_outputs(grad, query, key, value)
-    grad, query, key, value = (_unit_columns(tensor) for tensor in (grad, query, key, value))
+    grad, query, key, value = (unit_columns(tensor) for tensor in (grad, query, key, value))
     delta = torch.empty_like(lse)
     arguments = _common_arguments(query, key, value, seed, padding, ratio, scaling, shared)
     arguments |= {
