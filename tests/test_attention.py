@@ -338,6 +338,14 @@ def test_inputs_of_any_layout_give_what_dense_ones_give(transposed: int) -> None
         assert torch.equal(one, other)
 
 
+def test_mixed_dtypes_under_autocast_are_left_to_pytorch() -> None:
+    query, key, value = tensors(2, 3, 70, 8, dtype=torch.float32)
+    expected = run(site(0.3), [query, key, value], None, "sdpa")[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(site(0.3), [query, key, value.bfloat16()], None, "sdpa")[0]
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
 def test_a_default_device_is_not_that_of_the_masks() -> None:
     expected = run(site(0.3), tensors(2, 3, 70, 8), None, "sdpa")[0]
     qkv = tensors(2, 3, 70, 8)
