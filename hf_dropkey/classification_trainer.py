@@ -8,6 +8,7 @@ import glob
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,12 @@ DECISIVE = (
 )
 
 
+@cache
 def _contents(pattern: str) -> str:
-    """The start of a SHA-256 of the files that a pattern matches, or of the names and sizes in a folder; "" for none."""
+    """The start of a SHA-256 of the files that a pattern matches, or of the names and sizes in a folder; "" for none.
+
+    Read once in a process, as the data is.
+    """
     path = Path(pattern)
     if path.is_dir():
         listing = sorted(

@@ -327,8 +327,8 @@ def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, d
                 f"{folder} holds the start of a run whose recipe is not known; delete it, or choose another --output_dir"
             )
         checkpoint = prepare_output_folder(folder, resume="true", overwrite=False)
-        if facts["git_sha"] != trained_at:
-            trained_at = f"{facts['git_sha']} then {trained_at}"
+        before = facts["git_sha"]
+        trained_at = before if before.endswith(trained_at) else f"{before} then {trained_at}"
     elif folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -354,12 +354,14 @@ def test_a_default_device_is_not_that_of_the_masks() -> None:
 
 
 def test_checkpointing_takes_another_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    qkv = tensors(1, 2, 30, 8)
-    monkeypatch.setattr(attention, "PART_BYTES", 4 * 30 * 7)
+    qkv = tensors(2, 1, 30, 8)
     plain = torch.autograd.grad(run(site(0.3), qkv, None, "sdpa")[0].sum(), qkv)
-    torch.manual_seed(0)
-    threads = [2]
+    threads = [1]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(attention, "PART_BYTES", 1)
+    assert len(attention._parts(*qkv[:2])) == 60
+    threads[0] = 2
+    assert len(attention._parts(*qkv[:2])) == 30
     output = checkpoint(lambda *given: run(site(0.3), list(given), None, "sdpa")[0], *qkv, use_reentrant=False)
     threads[0] = 1
     for one, other in zip(torch.autograd.grad(output.sum(), qkv), plain, strict=True):
@@ -377,7 +379,7 @@ def test_attention_without_scores_is_refused(backend: str, images: int, queries:
 @pytest.mark.parametrize(
     ("rows", "threads", "parts"),
     [
-        # of five images with three heads and 19 queries: two images, one image, 8 and 7 and 4 queries of one image
+        # of five images with three heads and 19 queries: two images, one image, 7 and 7 and 5 queries of one image
         (2 * 3 * 19, 3, 3),
         (3 * 19, 3, 5),
         (3 * 8, 3, 5 * 3),

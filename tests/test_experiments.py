@@ -263,7 +263,10 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(make_grid: Any, tmp_pat
     (folder / DONE).rename(tmp_path / DONE)
     with pytest.raises(ValueError, match="holds the start of a run whose recipe is not known; delete it"):
         train_cell(job_of(grid, cell, folder, root=tmp_path, data={}), folder)
-    (tmp_path / DONE).rename(folder / DONE)
+    # a third part by the commit of the second is told once
+    (tmp_path / DONE).rename(folder / BEGUN)
+    train_cell(job_of(grid, cell, folder, root=tmp_path, data={}), folder)
+    assert json.loads((folder / DONE).read_text())["git_sha"] == resumed_facts["git_sha"]
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
     # one that saved none begins anew
     (folder / DONE).unlink()
