@@ -333,7 +333,7 @@ DDP = """
 import sys, torch, torch.distributed as dist
 import transformers as hf
 from torch.nn.parallel import DistributedDataParallel
-from hf_dropkey.callbacks import seed_process
+from hf_dropkey.training.callbacks import seed_process
 from hf_dropkey.patching import apply_dropkey, dropkey_modules
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
