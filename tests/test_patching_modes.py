@@ -29,7 +29,7 @@ from hf_dropkey.patching.apply import (
 from hf_dropkey.patching.modes import AUTOGRAD_CONTEXT, ThreadMode
 
 
-KINDS = {"native": native, "patched": patched}
+KINDS: dict[str, Callable[[], Any]] = {"native": native, "patched": patched}
 
 
 def in_thread(call: Callable[[], Any]) -> Any:
