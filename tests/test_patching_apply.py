@@ -124,7 +124,7 @@ def test_the_report_is_printed_as_a_table(capsys: pytest.CaptureFixture, monkeyp
 def test_the_report_is_logged_at_the_verbosity_of_transformers(capsys: pytest.CaptureFixture) -> None:
     usual, logger, shown = transformers.logging.get_verbosity(), logging.getLogger("transformers.dropkey"), []
     handler = logging.Handler()
-    handler.emit = lambda record: shown.append(record.getMessage())
+    handler.emit = lambda record: shown.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
     try:
         transformers.logging.set_verbosity_info()
