@@ -197,6 +197,7 @@ def test_the_public_names() -> None:
     inference = {"MonteCarloPrediction", "monte_carlo_predict", "export_plain", "layer_ratios", "default_backend"}
     training = {"DropKeyLogCallback", "DropKeyScheduleCallback", "DropKeySeedCallback", "HubTrainer", "push_folder"}
     others = {"DropKeyViTForMaskedImageModeling", "__version__"}
+    others |= {"DropKeyFeaturesConfig", "DropKeyFeaturesForImageClassification"}
     assert set(hf_dropkey.__all__) == models | patching | inference | training | others
     for name in hf_dropkey.__all__:
         assert getattr(hf_dropkey, name) is not None and name in dir(hf_dropkey)
