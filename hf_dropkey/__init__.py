@@ -42,7 +42,12 @@ from .version import __version__
 if TYPE_CHECKING:
     from .hub.push import push_folder
     from .hub.trainer import HubTrainer
-    from .training.callbacks import DropKeyLogCallback, DropKeyScheduleCallback, DropKeySeedCallback
+    from .training.callbacks import (
+        DropKeyGuardCallback,
+        DropKeyLogCallback,
+        DropKeyScheduleCallback,
+        DropKeySeedCallback,
+    )
 
 for _config, _model, _classifier in (
     (DropKeyViTConfig, DropKeyViTModel, DropKeyViTForImageClassification),
@@ -61,6 +66,7 @@ moved.install()
 
 # public names whose modules need more than the core, or that only some programs need: loaded when asked for
 LAZY = {
+    "DropKeyGuardCallback": "training.callbacks",
     "DropKeyLogCallback": "training.callbacks",
     "DropKeyScheduleCallback": "training.callbacks",
     "DropKeySeedCallback": "training.callbacks",
@@ -75,6 +81,7 @@ __all__ = [
     "DropKeyCeitPreTrainedModel",
     "DropKeyFeaturesConfig",
     "DropKeyFeaturesForImageClassification",
+    "DropKeyGuardCallback",
     "DropKeyLogCallback",
     "DropKeyReport",
     "DropKeyScheduleCallback",

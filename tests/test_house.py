@@ -195,7 +195,14 @@ def test_the_public_names() -> None:
     }
     patching = {"DropKeyReport", "apply_dropkey", "remove_dropkey", "dropkey", "dropkey_active", "dropkey_disabled"}
     inference = {"MonteCarloPrediction", "monte_carlo_predict", "export_plain", "layer_ratios", "default_backend"}
-    training = {"DropKeyLogCallback", "DropKeyScheduleCallback", "DropKeySeedCallback", "HubTrainer", "push_folder"}
+    training = {
+        "DropKeyGuardCallback",
+        "DropKeyLogCallback",
+        "DropKeyScheduleCallback",
+        "DropKeySeedCallback",
+        "HubTrainer",
+        "push_folder",
+    }
     others = {"DropKeyViTForMaskedImageModeling", "__version__"}
     others |= {"DropKeyFeaturesConfig", "DropKeyFeaturesForImageClassification"}
     assert set(hf_dropkey.__all__) == models | patching | inference | training | others
