@@ -127,6 +127,7 @@ FLOORS = (
     ("training",),
     ("classification", "detection", "hoi", "mesh", "segmentation"),
     ("lab", "demo", "cli"),
+    ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # `__init__` names the public face of all floors, and `moved` the old names of all of them
