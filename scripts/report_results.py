@@ -1,8 +1,8 @@
-"""Makes the evidence anew from the rows: the tables of model_cards/evidence.md, the README's table, figures.
+"""Generates from the rows: model_cards/evidence.md, the parts of README.md and docs/speed.md between markers, figures.
 
     python scripts/report_results.py
 
-Nothing in them is typed by hand but the words in front of the tables, which are here.
+No number in them is typed by hand; the words in front of the tables of evidence.md are here.
 """
 
 from dataclasses import dataclass, field
@@ -11,15 +11,17 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from hf_dropkey.lab.costs import cost_lines, cost_tables, read_benchmarks
 from hf_dropkey.lab.evidence import (
     difference_figure,
+    in_words,
     occlusion_figure,
     ratio_figure,
     report,
     size_figure,
-    with_summary,
 )
 from hf_dropkey.lab.rows import read_rows
+from hf_dropkey.lab.tables import with_part
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,18 +64,30 @@ class ReportArguments:
     """Where things are."""
 
     results: Path = field(default=ROOT / "model_cards" / "results.csv", metadata={"help": "The rows."})
+    benchmarks: Path = field(
+        default=ROOT / "model_cards" / "benchmarks.csv", metadata={"help": "The rows of the benchmarks."}
+    )
     out: Path = field(default=ROOT / "model_cards", metadata={"help": "Folder for evidence.md and figures/."})
-    readme: Path = field(default=ROOT / "README.md", metadata={"help": "Document with the markers of the table."})
+    readme: Path = field(
+        default=ROOT / "README.md", metadata={"help": "Document with the markers of evidence and costs."}
+    )
+    speed: Path = field(
+        default=ROOT / "docs" / "speed.md", metadata={"help": "Document with the markers of the tables of costs."}
+    )
 
 
 def main() -> None:
     """Runs the job."""
     group: Any = ReportArguments
     (arguments,) = HfArgumentParser(group).parse_args_into_dataclasses(look_for_args_file=False)
-    rows = read_rows(arguments.results)
+    rows, costs = read_rows(arguments.results), read_benchmarks(arguments.benchmarks)
     # all of it is made before any of it is written
-    evidence = f"{PREFACE}\n{report(rows)}"
-    readme = with_summary(arguments.readme.read_text(encoding="utf-8"), rows)
+    readme = with_part(arguments.readme.read_text(encoding="utf-8"), "evidence", in_words(rows))
+    documents = {
+        arguments.out / "evidence.md": f"{PREFACE}\n{report(rows)}",
+        arguments.readme: with_part(readme, "costs", cost_lines(costs)),
+        arguments.speed: with_part(arguments.speed.read_text(encoding="utf-8"), "costs", cost_tables(costs)),
+    }
     figures = {
         "ratios": ratio_figure(rows, "accuracy"),
         "variants": difference_figure(rows, "accuracy", "0.1"),
@@ -81,11 +95,11 @@ def main() -> None:
         "data_size": size_figure(rows, "accuracy"),
     }
     (arguments.out / "figures").mkdir(parents=True, exist_ok=True)
-    (arguments.out / "evidence.md").write_text(evidence, encoding="utf-8")
-    arguments.readme.write_text(readme, encoding="utf-8")
+    for file, text in documents.items():
+        file.write_text(text, encoding="utf-8")
     for name, figure in figures.items():
         figure.savefig(arguments.out / "figures" / f"{name}.png", dpi=110)
-    print(f"written: {arguments.out / 'evidence.md'}, {arguments.readme}, {len(figures)} figures")
+    print(f"written: {', '.join(map(str, documents))}, {len(figures)} figures")
 
 
 if __name__ == "__main__":

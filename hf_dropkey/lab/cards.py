@@ -11,17 +11,19 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..hub.cards import METRIC_NAMES, RunFacts
+from ..hub.cards import RunFacts
+from ..hub.metric_names import METRICS
 from ..intervals import difference, interval
-from .evidence import OCCLUDED, REGULARISERS, comparison, images_of, judged, markdown, named_ratios, seeds_of
+from .evidence import OCCLUDED, REGULARISERS, comparison, images_of, named_ratios, seeds_of
 from .grids import Cell, Grid, command_of
+from .judgement import judged
 from .rows import CELL_COLUMNS, Row, choose, warnings
+from .tables import markdown
 
 
 # what a card tells of a model, in this order; the first occlusion is none
 MEASURED = ("accuracy", "nll", "ece", *list(OCCLUDED.values())[1:])
 BASELINE, DROPKEY_NAME = "none", "DropKey"
-WORDS = {"accuracy": "accuracy", "nll": "NLL"}
 # of what the run was told, what the card's table shows
 SHOWN = (
     "train_val_split",
@@ -132,7 +134,7 @@ def results_text(grid: Grid, rows: Sequence[Row], cell: Cell) -> str:
     seeds = {metric: seeds_of(own, metric, **ours) for metric in MEASURED}
     number = len(seeds["accuracy"])
     lines = [
-        [METRIC_NAMES[metric], f"{values[metric]:.3f}", str(interval(list(seeds[metric].values())))]
+        [METRICS[metric].full, f"{values[metric]:.3f}", str(interval(list(seeds[metric].values())))]
         for metric in MEASURED
     ]
     commits = ", ".join(f"`{commit}`" for commit in sorted({row["git_sha"] for row in used}))
@@ -156,16 +158,15 @@ def verdict(rows: Sequence[Row], cells: Mapping[str, Mapping[str, str]]) -> str:
     parts, pairs, is_better = [], set(), False
     for other, base in others:
         said = []
-        for metric, word in WORDS.items():
-            found = difference(seeds_of(rows, metric, **ours), seeds_of(rows, metric, **base))
-            shown_difference, _, judgement = judged(found, metric).partition(", ")
+        for metric in ("accuracy", "nll"):
+            found = judged(difference(seeds_of(rows, metric, **ours), seeds_of(rows, metric, **base)), metric)
             pairs.add(found.n)
-            is_better |= judgement == "better"
+            is_better |= found.word == "better"
             if found.n > 1:
-                judgement = f"{judgement} than" if judgement else "not distinguishable from"
+                judgement = f"{found.word} than" if found.word else "not distinguishable from"
             else:
                 judgement = "measured once, too little to tell it from"
-            said.append(f"{judgement} {other} in {word} ({shown_difference})")
+            said.append(f"{judgement} {other} in {METRICS[metric].word} ({found.numbers})")
         parts.append(", and ".join(said))
     number = " or ".join(map(str, sorted(pairs)))
     plainly = "" if is_better else f" No advantage of {name} is shown."
