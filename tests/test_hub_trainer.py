@@ -231,7 +231,7 @@ def test_a_card_is_written_and_written_again(tmp_path):
 def test_remains_of_a_killed_push_are_removed(tmp_path, monkeypatch):
     (tmp_path / "_push-old").mkdir()
     trainer = offline_trainer(tmp_path)
-    monkeypatch.setattr("hf_dropkey.hub_trainer.prepare_repository", lambda name, **settings: f"me/{name}")
+    monkeypatch.setattr("hf_dropkey.hub.trainer.prepare_repository", lambda name, **settings: f"me/{name}")
     trainer.init_hf_repo()
     assert not (tmp_path / "_push-old").exists() and trainer.hub_model_id == f"me/{tmp_path.name}"
 

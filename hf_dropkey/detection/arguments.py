@@ -26,6 +26,8 @@ DEFAULT_SHAPE = {
     "patch_size": 16,
 }
 DEFAULT_RATIO = 0.1
+# what the run draws its predictions into
+FIGURE = "predictions.png"
 
 
 @dataclass
@@ -213,3 +215,41 @@ class DetectionDataArguments:
             if self.dataset_name and Path(self.dataset_name).is_dir()
             else (self.dataset_name or "")
         )
+
+
+@dataclass
+class BoxAugmentationArguments:
+    """How training images vary."""
+
+    _argument_group_name = "Augmentation"
+
+    flip_probability: float = field(default=0.5, metadata={"help": "Probability of a mirror image, [0, 1]."})
+    crop_scale: float = field(
+        default=1.0, metadata={"help": "Smallest share of the area that a random crop keeps, (0, 1]; 1: no crops."}
+    )
+    color_jitter: float = field(
+        default=0.0, metadata={"help": "Largest change of brightness, contrast and saturation, [0, 1]."}
+    )
+
+
+@dataclass
+class DetectionRunArguments:
+    """How the model is trained and what is drawn."""
+
+    _argument_group_name = "Detection"
+
+    backbone_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the backbone. Default: --learning_rate. DETR: a tenth of it."},
+    )
+    draw_images: int = field(
+        default=8, metadata={"help": f"Validation images drawn in {FIGURE} with their boxes; 0: no figure."}
+    )
+    draw_threshold: float = field(default=0.5, metadata={"help": "Smallest score of a drawn box, [0, 1]."})
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers outside their range."""
+        if self.draw_images < 0:
+            raise ValueError(f"draw_images={self.draw_images} is below 0")
+        if not 0 <= self.draw_threshold <= 1:
+            raise ValueError(f"draw_threshold={self.draw_threshold} is outside [0, 1]")
