@@ -31,7 +31,7 @@ def row(metric: str, value: float, seed: int, **changes: Any) -> dict[str, str]:
 def cell(level: float, **changes: Any) -> list[dict[str, str]]:
     """Rows of a cell of three seeds: the same differences between seeds in each cell."""
     metrics = {"accuracy": level, "nll": 2 - level, "ece": 0.1, "accuracy_gap": 0.2}
-    metrics |= {f"accuracy_at_occlusion_{share}": level - share for share in (0.25, 0.5, 0.75)}
+    metrics |= {f"accuracy_at_occlusion_{fraction}": level - fraction for fraction in (0.25, 0.5, 0.75)}
     noise = (0.0, 0.02, -0.01)
     return [row(name, value + noise[seed], seed, **changes) for name, value in metrics.items() for seed in range(3)]
 
@@ -131,7 +131,7 @@ def test_figures_show_the_rows(rows: list[dict[str, str]]) -> None:
     (occluded,) = occlusion_figure(rows).axes
     curve = next(line for line in occluded.lines if "DropKey" in str(line.get_label()))
     assert list(curve.get_xdata()) == [0, 25, 50, 75] and occluded.get_xlabel() == "patches hidden, %"
-    assert list(curve.get_ydata()) == pytest.approx([0.82 + 0.01 / 3 - share for share in (0, 0.25, 0.5, 0.75)])
+    assert list(curve.get_ydata()) == pytest.approx([0.82 + 0.01 / 3 - fraction for fraction in (0, 0.25, 0.5, 0.75)])
     (variants,) = difference_figure(rows, "accuracy", "0.1").axes
     points = {bar.get_label(): float(bar.lines[0].get_xdata()[0]) for bar in variants.containers}
     assert points == pytest.approx(

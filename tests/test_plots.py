@@ -29,7 +29,7 @@ def words(figure: Figure) -> list[str]:
     return [axis.get_title() for axis in figure.axes if axis.get_title()]
 
 
-def test_a_wrong_prediction_is_told_in_words():
+def test_a_wrong_prediction_is_marked_in_words():
     figure = figure_of()
     assert words(figure) == ["cat (70%)\nright", "cat (70%)\nwrong, is dog", "cat (70%)\nright"]
     assert figure.get_suptitle() == "What it sees"
@@ -65,7 +65,7 @@ def test_the_two_colors_differ_in_grey_and_read_on_white():
 
 @pytest.mark.parametrize("changes", [{"labels": [0]}, {"attention": np.ones((2, 4, 4))}, {"images": []}])
 def test_lists_of_different_lengths_are_an_error(changes):
-    with pytest.raises(ValueError, match="give one of each per image"):
+    with pytest.raises(ValueError, match="pass one of each per image"):
         figure_of(3, **changes)
 
 

@@ -1,4 +1,4 @@
-"""What DropKey costs, from the rows of the benchmarks: tables for docs/speed.md and lines for the README.
+"""The costs of DropKey, from the rows of the benchmarks: tables for docs/speed.md and lines for the README.
 
 A cell is the median over the rounds, with quartiles in brackets, of the ratio to plain fused attention in the same
 round. Rows are appended, so the last measurement of a cell counts.
@@ -24,7 +24,7 @@ COLUMNS = {
     'DropKey "token"': (("sdpa",), "dropkey token", "0.3"),
 }
 MODELS = {"vit_small": "ViT-S/16", "vit_base": "ViT-B/16", "t2t_vit_14": "T2T-ViT-14", "volo_d1": "VOLO-d1"}
-# what makes two rows measurements of one workload on one machine
+# rows that agree in these are measurements of one workload on one machine
 WORKLOAD = ("device", "threads", "workload", "dtype", "batch", "heads", "tokens", "head_width")
 Workload = tuple[str, ...]
 
@@ -66,7 +66,7 @@ def measured(rows: Sequence[Row], workload: Workload, metric: str, column: str) 
 
 
 def workloads(rows: Sequence[Row], metric: str) -> list[Workload]:
-    """The workloads with a DropKey row of a metric: attention by length, then models; first of the machine with most."""
+    """Workloads with a DropKey row of a metric: attention by length, then models; the fullest machine first."""
     found = {
         tuple(row[name] for name in WORKLOAD)
         for row in rows
@@ -120,7 +120,7 @@ def structure_table(rows: Sequence[Row]) -> str:
 
 
 def cost_lines(rows: Sequence[Row]) -> str:
-    """The README's part: training steps, attention alone, and its memory where the sequence is longest."""
+    """The part of the README: training steps, attention alone, and its memory where the sequence is longest."""
     timed = workloads(rows, TIME)
     timed = [place for place in timed if place[:2] == timed[0][:2] and place[3] == "float32"]
     attention = [place for place in timed if place[2] == "attention"]

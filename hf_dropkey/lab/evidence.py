@@ -1,6 +1,6 @@
-"""What the rows of the experiments answer: tables in Markdown and series for figures, nothing typed by hand.
+"""The evidence, from the rows of the experiments: tables in Markdown, sentences and figures.
 
-Each question compares cells that differ in one thing, seed by seed.
+Each table compares cells that differ in one setting, seed by seed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from ..hub.metric_names import METRICS
 from ..intervals import Interval, difference, interval
 from .figures import Curve, curves, differences
 from .judgement import Judgement, judged
-from .robustness import OCCLUDED_SHARES
+from .robustness import OCCLUDED_FRACTIONS
 from .rows import CELL_COLUMNS, Row, by_cell, choose, warnings
 from .tables import markdown
 
@@ -23,7 +23,7 @@ REGULARISERS = {
     "attention dropout": {**PLAIN, "regulariser": "attention dropout"},
     "DropKey": DROPKEY,
 }
-OCCLUDED = {0.0: "accuracy"} | {share: f"accuracy_at_occlusion_{share:g}" for share in OCCLUDED_SHARES}
+OCCLUDED = {0.0: "accuracy"} | {fraction: f"accuracy_at_occlusion_{fraction:g}" for fraction in OCCLUDED_FRACTIONS}
 Seeds = Mapping[str, float]
 
 
@@ -33,7 +33,7 @@ def tasks(rows: Sequence[Row]) -> list[str]:
 
 
 def grid_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows that the grids wrote; the file holds those of single runs too."""
+    """The rows of the grids; the file holds those of single runs too."""
     return choose(rows, split=("validation", "test"))
 
 
@@ -41,16 +41,16 @@ def seeds_of(rows: Sequence[Row], metric: str, **wanted: str) -> Seeds:
     """The values of one cell by seed; empty if it was not measured.
 
     Raises:
-        ValueError: The wanted columns hold of several cells.
+        ValueError: The wanted columns match several cells.
     """
     found = by_cell(choose(rows, **wanted), CELL_COLUMNS, metric)
     if len(found) > 1:
-        raise ValueError(f"{wanted} names {len(found)} cells: {sorted(found)}; name one")
+        raise ValueError(f"{wanted} matches {len(found)} cells: {sorted(found)}; choose one of them")
     return next(iter(found.values()), {})
 
 
 def ratio_of(rows: Sequence[Row], **wanted: str) -> str:
-    """The ratio of the one cell that these columns name."""
+    """The ratio of the one cell that these columns identify; empty if there is none, or several."""
     ratios = {row["ratio"] for row in choose(rows, **wanted)}
     return ratios.pop() if len(ratios) == 1 else ""
 
@@ -65,7 +65,7 @@ def comparison(
 
     Args:
         rows: Of one task and split.
-        cells: By name, the columns that tell a cell; cells that were not measured are left out.
+        cells: By name, the columns that identify a cell; cells that were not measured are skipped.
         baseline: The name of the cell to compare with.
         metrics: Names of `METRICS`.
     """
@@ -88,7 +88,7 @@ def comparison(
 
 
 def named_ratios(rows: Sequence[Row], cells: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
-    """The same cells with the chosen ratio in their names."""
+    """The same cells, with the chosen ratio in their names."""
     named = {}
     for name, wanted in cells.items():
         ratio = ratio_of(rows, **wanted)
@@ -116,7 +116,7 @@ def by_ratio(rows: Sequence[Row], task: str, metric: str) -> str:
 
 
 def at_equal_ratios(rows: Sequence[Row], task: str, column: str) -> str:
-    """Held-out images: the values of a column (schedule or pattern) at each ratio that all of them were trained with."""
+    """Held-out images: the values of a column (schedule or pattern), at each ratio that all were trained with."""
     held_out = choose(rows, split="validation", task=task)
     found = choose(held_out, regulariser="dropkey", alignment="none", train_images="all")
     first = DROPKEY[column]
@@ -152,7 +152,7 @@ def by_occlusion(rows: Sequence[Row], task: str) -> str:
         for name, wanted in cells.items()
         if seeds_of(tested, "accuracy", **wanted)
     ]
-    return markdown(["accuracy", *(f"{share:.0%} of patches hidden" for share in OCCLUDED)], lines)
+    return markdown(["accuracy", *(f"{fraction:.0%} of patches hidden" for fraction in OCCLUDED)], lines)
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def ratio_figure(rows: Sequence[Row], metric: str) -> Figure:
 
 
 def occlusion_figure(rows: Sequence[Row]) -> Figure:
-    """Test accuracy against the share of hidden patches, a panel for each task."""
+    """Test accuracy against the fraction of hidden patches, a panel for each task."""
     panels: dict[str, dict[str, Curve]] = {}
     for task in tasks(rows):
         tested = choose(rows, split="test", task=task)
@@ -194,8 +194,8 @@ def occlusion_figure(rows: Sequence[Row]) -> Figure:
         if cells:
             panels[task] = {
                 name: {
-                    100 * share: interval(list(seeds_of(tested, metric, **wanted).values()))
-                    for share, metric in OCCLUDED.items()
+                    100 * fraction: interval(list(seeds_of(tested, metric, **wanted).values()))
+                    for fraction, metric in OCCLUDED.items()
                 }
                 for name, wanted in cells.items()
             }
@@ -203,7 +203,7 @@ def occlusion_figure(rows: Sequence[Row]) -> Figure:
         panels,
         xlabel="patches hidden, %",
         ylabel="accuracy, test images",
-        title="Accuracy when patches of the image are hidden, each regulariser at its chosen ratio; bands: 95 % intervals",
+        title="Accuracy with patches of the image hidden, each regulariser at its chosen ratio; bands: 95 % intervals",
     )
 
 
@@ -233,7 +233,7 @@ def difference_figure(rows: Sequence[Row], metric: str, ratio: str) -> Figure:
     return differences(
         panels,
         xlabel=f"{METRICS[metric].label}: minus no regulariser",
-        title=f"Held-out images at ratio {ratio}, mean over seeds and 95 % interval; filled: the interval leaves out 0",
+        title=f"Held-out images at ratio {ratio}, mean over seeds and 95 % interval; filled: the interval excludes 0",
     )
 
 
@@ -243,7 +243,7 @@ def size_figure(rows: Sequence[Row], metric: str) -> Figure:
     for task in tasks(rows):
         tested = choose(rows, split="test", task=task)
         sizes = sorted({row["train_images"] for row in tested}, key=lambda size: (size == "all", size))
-        # names are the same in all panels, whose small sizes differ a little
+        # one name in all panels, whose small sizes differ
         names = {size: "all images" if size == "all" else "few images" for size in sizes}
         for name in ("DropKey", "attention dropout"):
             for size in sizes:
@@ -254,7 +254,7 @@ def size_figure(rows: Sequence[Row], metric: str) -> Figure:
     return differences(
         panels,
         xlabel=f"{METRICS[metric].label}: minus no regulariser",
-        title="Test images, few and all training images, mean over seeds and 95 % interval; filled: it leaves out 0",
+        title="Test images, few and all training images, mean over seeds and 95 % interval; filled: it excludes 0",
     )
 
 
@@ -262,7 +262,7 @@ def size_figure(rows: Sequence[Row], metric: str) -> Figure:
 
 
 def images_of(rows: Sequence[Row], task: str) -> str:
-    """How many images were tested."""
+    """The number of test images, in words."""
     counts = sorted({row["images"] for row in choose(rows, split="test", task=task)})
     return f"{' or '.join(counts)} test images"
 
@@ -280,7 +280,7 @@ def against_none(rows: Sequence[Row], name: str, task: str, train_images: str = 
 
 
 def verdict(rows: Sequence[Row], task: str, *, train_images: str = "all") -> str:
-    """In words: DropKey and attention dropout against neither, on the test images."""
+    """A sentence for each regulariser: its differences to no regulariser on the test images."""
     words = []
     for name in ("DropKey", "attention dropout"):
         found = against_none(rows, name, task, train_images)
@@ -315,7 +315,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def in_words(rows: Sequence[Row]) -> str:
-    """The README's part: where DropKey differs from no regulariser by more than the interval, and where it does not."""
+    """The part of the README: where DropKey differs from no regulariser by more than the interval, and where not."""
     sure, unsure = [], []
     for place, (task, images) in tested_places(rows).items():
         found = against_none(rows, "DropKey", task, images)
@@ -328,7 +328,7 @@ def in_words(rows: Sequence[Row]) -> str:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """All tables, with what a reader has to know about the rows."""
+    """All tables, with notes on the rows."""
     found = grid_rows(rows)
     parts = ["## In one table", summary(found), in_words(found)] if tested_places(found) else []
     for task in tasks(rows):

@@ -1,3 +1,5 @@
+"""Whether a difference over the seeds is better or worse by more than its interval, as a value."""
+
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,13 +9,13 @@ from ..intervals import Interval
 
 @dataclass(frozen=True)
 class Judgement:
-    """A difference over the seeds, and what it shows.
+    """A difference over the seeds, and whether it is better or worse.
 
     Attributes:
         mean: The mean difference.
         half: Half of its 95 % interval; 0 with one seed, which has no interval.
         n: Number of seeds.
-        word: "better" or "worse" where the interval leaves out 0, else "".
+        word: "better" or "worse" where the interval excludes 0, else "".
     """
 
     mean: float
