@@ -17,6 +17,8 @@ from .models import (
     DropKeyCeitForImageClassification,
     DropKeyCeitModel,
     DropKeyCeitPreTrainedModel,
+    DropKeyFeaturesConfig,
+    DropKeyFeaturesForImageClassification,
     DropKeyT2TViTConfig,
     DropKeyT2TViTForImageClassification,
     DropKeyT2TViTModel,
@@ -51,6 +53,8 @@ for _config, _model, _classifier in (
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForImageClassification.register(_config, _classifier, exist_ok=True)
+AutoConfig.register(DropKeyFeaturesConfig.model_type, DropKeyFeaturesConfig, exist_ok=True)
+AutoModelForImageClassification.register(DropKeyFeaturesConfig, DropKeyFeaturesForImageClassification, exist_ok=True)
 AutoModelForMaskedImageModeling.register(DropKeyViTConfig, DropKeyViTForMaskedImageModeling, exist_ok=True)
 
 moved.install()
@@ -69,6 +73,8 @@ __all__ = [
     "DropKeyCeitForImageClassification",
     "DropKeyCeitModel",
     "DropKeyCeitPreTrainedModel",
+    "DropKeyFeaturesConfig",
+    "DropKeyFeaturesForImageClassification",
     "DropKeyLogCallback",
     "DropKeyReport",
     "DropKeyScheduleCallback",

@@ -188,6 +188,25 @@ def test_every_room_has_a_floor() -> None:
     assert not missing, f"name {missing} in the house of CONTRIBUTING.md"
 
 
+def test_the_public_names() -> None:
+    families = {"Ceit", "T2TViT", "ViT", "Volo"}
+    models = {
+        f"DropKey{family}{part}"
+        for family in families
+        for part in ("Config", "Model", "ForImageClassification", "PreTrainedModel")
+    }
+    patching = {"DropKeyReport", "apply_dropkey", "remove_dropkey", "dropkey", "dropkey_active", "dropkey_disabled"}
+    inference = {"MonteCarloPrediction", "monte_carlo_predict", "export_plain", "layer_ratios", "default_backend"}
+    training = {"DropKeyLogCallback", "DropKeyScheduleCallback", "DropKeySeedCallback", "HubTrainer", "push_folder"}
+    others = {"DropKeyViTForMaskedImageModeling", "__version__"}
+    others |= {"DropKeyFeaturesConfig", "DropKeyFeaturesForImageClassification"}
+    assert set(hf_dropkey.__all__) == models | patching | inference | training | others
+    for name in hf_dropkey.__all__:
+        assert getattr(hf_dropkey, name) is not None and name in dir(hf_dropkey)
+    with pytest.raises(AttributeError, match="module 'hf_dropkey' has no attribute 'nothing'"):
+        _ = hf_dropkey.nothing
+
+
 def test_no_test_file_imports_from_another() -> None:
     for path in (ROOT / "tests").glob("*.py"):
         found = [name for name, _ in imports(path.read_text()) if re.match(r"(tests)?\.?(test_|conftest)", name)]
