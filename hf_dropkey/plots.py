@@ -21,6 +21,10 @@ RIGHT_COLOR, WRONG_COLOR = "#0072B2", "#D55E00"
 ATTENTION_MAP = "cividis"
 # without black, which on a photograph looks like part of the image
 BOX_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+# yellow is too light for a line on white
+LINE_COLORS = tuple(color for color in BOX_COLORS if color != "#F0E442")
+LINE_STYLES = ("-", "--", "-.", ":")
+MARKERS = "os^Dvp"
 
 
 def predictions_with_attention(
@@ -121,6 +125,8 @@ def method_overview(patterns: Mapping[str, NDArray[np.bool_]], schedules: Mappin
 def attention_costs(rows: Sequence[Mapping[str, str]], *, title: str) -> Figure:
     """Time and peak memory of attention against the number of tokens, both axes logarithmic, a line for each variant.
 
+    A regulariser has one colour, a backend one marker and line style.
+
     Long sequences are measured with fewer images and heads, so both are shown for one head of one image.
 
     Args:
@@ -130,7 +136,7 @@ def attention_costs(rows: Sequence[Mapping[str, str]], *, title: str) -> Figure:
         title: Model and data.
 
     Raises:
-        ValueError: A variant has no row of one of the metrics, or the rows are of several devices or dtypes.
+        ValueError: A variant lacks rows of one of the metrics, or the rows are of several devices or dtypes.
     """
     kinds = sorted({(row["device"], row["dtype"]) for row in rows})
     if len(kinds) != 1:
@@ -138,10 +144,13 @@ def attention_costs(rows: Sequence[Mapping[str, str]], *, title: str) -> Figure:
     panels = {"time": "forward and backward, ms", "peak memory": "peak memory, MiB"}
     columns = ("value", "first_quartile", "third_quartile")
     found = [row for row in rows if row["metric"] in panels]
+    if not found:
+        raise ValueError(f"no row has one of the metrics {', '.join(panels)}; measure them first")
     variants = list(dict.fromkeys((row["backend"], row["regulariser"]) for row in found))
+    backends, regularisers = (list(dict.fromkeys(names)) for names in zip(*variants, strict=True))
     figure = Figure(figsize=(9.5, 5), layout="constrained")
     for axis, (metric, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for number, (backend, regulariser) in enumerate(variants):
+        for backend, regulariser in variants:
             points = sorted(
                 (int(row["tokens"]), *(float(row[name]) / int(row["batch"]) / int(row["heads"]) for name in columns))
                 for row in found
@@ -150,8 +159,9 @@ def attention_costs(rows: Sequence[Mapping[str, str]], *, title: str) -> Figure:
             if not points:
                 raise ValueError(f"{backend} with {regulariser} has no row of {metric}; measure it first")
             tokens, middle, low, high = zip(*points, strict=True)
-            color = BOX_COLORS[number % len(BOX_COLORS)]
-            style = {"marker": "os^vD"[number // len(BOX_COLORS) % 5], "ls": "--" if regulariser == "none" else "-"}
+            color = LINE_COLORS[regularisers.index(regulariser) % len(LINE_COLORS)]
+            place = backends.index(backend)
+            style = {"marker": MARKERS[place % len(MARKERS)], "ls": LINE_STYLES[place % len(LINE_STYLES)]}
             axis.plot(tokens, middle, color=color, label=f"{backend}, {regulariser}", ms=4, **style)
             axis.fill_between(tokens, low, high, color=color, alpha=0.2, lw=0)
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{label}, for one head of one image")

@@ -113,6 +113,8 @@ def test_attention_costs_show_the_measured_points() -> None:
         assert list(lines["eager, dropkey"].get_xdata()) == [10, 100]
         # two images with three heads
         assert list(lines["eager, dropkey"].get_ydata()) == pytest.approx([30 / 6, 300 / 6])
+    eager, fused = time.lines
+    assert eager.get_color() == fused.get_color() and eager.get_marker() != fused.get_marker()
     assert [label.get_text() for label in time.get_xticklabels()] == ["10", "100"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["eager, dropkey", "sdpa, dropkey"]
 
@@ -122,3 +124,5 @@ def test_attention_costs_of_two_dtypes_are_refused() -> None:
         attention_costs(cost_rows() + cost_rows(dtype="bfloat16"), title="")
     with pytest.raises(ValueError, match="peak memory"):
         attention_costs([row for row in cost_rows() if row["metric"] == "time"], title="")
+    with pytest.raises(ValueError, match="no row has one of the metrics time, peak memory"):
+        attention_costs([row for row in cost_rows() if row["metric"] == "time over sdpa/none"], title="")

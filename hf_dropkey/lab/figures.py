@@ -12,14 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..intervals import Interval, interval
-from ..plots import BOX_COLORS
+from ..plots import LINE_COLORS, LINE_STYLES, MARKERS
 
 
 Curve = Mapping[float, Interval]
-# yellow is too light for a line on white
-LINE_COLORS = tuple(color for color in BOX_COLORS if color != "#F0E442")
-LINE_STYLES = ("-", "--", "-.", ":")
-MARKERS = "os^Dvp"
 ONE_SEED = "one seed, no interval"
 
 
