@@ -1,7 +1,7 @@
-"""Monte-Carlo inference: the prediction of a classifier averaged over random masks, and its variation.
+"""Monte-Carlo inference: the prediction of a classifier averaged over random masks, and how much it varies.
 
 The paper's first alignment: DropKey acts in training only, which shifts the distribution that the model
-sees in inference; averaging over masks removes the shift, and the variation over masks measures its uncertainty.
+sees in inference; averaging over masks removes the shift, and the spread says how sure the model is.
 """
 
 from collections.abc import Iterator, Mapping
@@ -46,7 +46,7 @@ def monte_carlo_predict(
 ) -> MonteCarloPrediction:
     """The mean prediction of a classifier over `samples` random masks, without gradients.
 
-    The model runs in eval mode with DropKey active, whatever its mode, which is restored.
+    The model runs in eval mode with DropKey active, whatever mode it is in, and is left as it was.
 
     Args:
         model: Any model with DropKey, patched or of this package, whose output has single-label `logits`.
@@ -148,7 +148,7 @@ def _repeatable(seed: int | None, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for every module; restores the mode that each one had."""
+    """Puts every module in eval mode, and back in the mode each one was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

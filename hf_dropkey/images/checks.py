@@ -1,4 +1,4 @@
-"""Finds image files that are empty, damaged or of a mode that would be misread, before training starts."""
+"""Finds image files that are empty, damaged or of a kind that would be misread, before training time is spent."""
 
 import logging
 import os
@@ -13,25 +13,25 @@ from PIL import Image, UnidentifiedImageError
 
 logger = logging.getLogger(__name__)
 
-# more than eight bits have no agreed range, and a plain conversion would silently clip them to white
+# more than eight bits have no agreed range, and a plain conversion would clip them to white without a word
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 NAMES_SHOWN = 20
 
 
 def drop_bad_images(split: Dataset, name: str, *, skip: bool = False, processes: int | None = None) -> Dataset:
-    """Reads every image of a split once; with `skip`, returns the split without the images that cannot be used.
+    """Reads every image of a split once; with `skip`, what comes back lacks those that cannot be used.
 
-    The split has the columns `image` and `row`, the row number.
+    The split has its images in `image` and their row numbers in `row`.
 
     Raises:
-        ValueError: Images cannot be used, and `skip` is off or would leave no image; lists and counts them.
+        ValueError: Images cannot be used, and `skip` is off or would leave nothing; names and counts them.
     """
     problems = split.cast_column("image", datasets.Image(decode=False)).map(
         lambda row: {"problem": image_problem(row["image"], row["row"])},
         remove_columns=split.column_names,
         features=Features({"problem": Value("string")}),
         num_proc=processes,
-        # a file may have been repaired since it was last checked
+        # a file may have been repaired since the last look at it
         load_from_cache_file=False,
         desc=f"Checking the images of the {name} split",
     )["problem"][:]
@@ -40,8 +40,8 @@ def drop_bad_images(split: Dataset, name: str, *, skip: bool = False, processes:
         return split
     message = f"{len(bad)} of {len(split)} images in the {name} split cannot be used: {name_some(bad)}"
     if not skip or len(bad) == len(split):
-        raise ValueError(f"{message}. Repair or remove them, or pass --skip_bad_images to ignore them")
-    logger.warning("%s. They are ignored.", message)
+        raise ValueError(f"{message}. Repair or remove them, or leave them out with --skip_bad_images")
+    logger.warning("%s. They are left out.", message)
     return split.select([row for row, problem in enumerate(problems) if problem is None])
 
 
@@ -55,10 +55,10 @@ def image_problem(cell: dict[str, Any] | None, row: int) -> str | None:
 
 
 def read_image(cell: dict[str, Any] | None, row: int) -> Image.Image:
-    """The image in an undecoded cell, with the rotation of its EXIF data.
+    """The image in an undecoded cell, turned as its file says.
 
     Raises:
-        ValueError: It cannot be used; the message has the file or row number, and the reason.
+        ValueError: It cannot be used; the file or row number, and why.
     """
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise ValueError(f"row {row} (no image)")
@@ -70,7 +70,7 @@ def read_image(cell: dict[str, Any] | None, row: int) -> Image.Image:
         image: Image.Image = datasets.Image().decode_example(cell)
     except UnidentifiedImageError as error:
         raise ValueError(f"{where} (not an image file)") from error
-    # the errors that Pillow raises for damaged files of the various formats
+    # what Pillow's readers raise for damaged files, each for some format
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{where} ({error})") from error
     if image.mode in DEEP_MODES:
@@ -79,25 +79,25 @@ def read_image(cell: dict[str, Any] | None, row: int) -> Image.Image:
 
 
 def read_checked_image(cell: dict[str, Any] | None, row: int) -> Image.Image:
-    """As `read_image`, during a run: the error says what to do next."""
+    """As `read_image`, in the middle of a run: the error says what to do next."""
     try:
         return read_image(cell, row)
     except ValueError as error:
         raise ValueError(
             f"an image cannot be used: {error}. Repair or remove it; --check_images True finds all such images before "
-            "training, and --skip_bad_images ignores them"
+            "anything else, and --skip_bad_images leaves them out"
         ) from error
 
 
 def read_images(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Decodes the `image` column of a batch of rows; decoded images and other columns stay as they are.
+    """Rows whose `image` is not decoded, with images there; what is one already stays, and so do other columns.
 
     Raises:
         ValueError: As `read_checked_image`.
     """
     if "image" not in batch:
         return batch
-    # without the column `row`, the batch starts at the first row
+    # a column that is asked for alone comes from its first row on
     rows = batch.get("row") or range(len(batch["image"]))
     images = [
         cell if isinstance(cell, Image.Image) else read_checked_image(cell, row)
@@ -107,12 +107,12 @@ def read_images(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def with_named_images(split: Dataset) -> Dataset:
-    """The split with images decoded by `read_images`, whose errors name the image."""
+    """The split, whose images are read by `read_images`, which unlike the library's own reading names a bad one."""
     return split.cast_column("image", datasets.Image(decode=False)).with_transform(read_images)
 
 
 def name_some(names: Iterable[str]) -> str:
-    """Names for a message: the first ones, and the number of the others."""
+    """Names for a message: the first ones, and how many more there are."""
     names = list(names)
     more = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

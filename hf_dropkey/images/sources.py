@@ -1,4 +1,4 @@
-"""Shared by the data of all image tasks: names of splits, checks of class names."""
+"""What the data of every image task has in common: names of splits, checks of names."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ CHOICE_SEED = 0
 
 
 def check_known(names: Sequence[str], known: Sequence[str]) -> None:
-    """Raises ValueError if the data has class names that the model lacks."""
+    """Raises ValueError if the data has class names that a model does not know."""
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(
