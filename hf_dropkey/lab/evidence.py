@@ -316,7 +316,8 @@ def summary(rows: Sequence[Row]) -> str:
 
 def in_words(rows: Sequence[Row]) -> str:
     """The part of the README: where DropKey differs from no regulariser by more than the interval, and where not."""
-    sure, unsure = [], []
+    sure: list[str] = []
+    unsure: list[str] = []
     for place, (task, images) in tested_places(rows).items():
         found = against_none(rows, "DropKey", task, images)
         shown = ", ".join(
