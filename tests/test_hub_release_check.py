@@ -106,11 +106,11 @@ def test_executables_and_links_are_told(folder):
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"auto_map": {"AutoModel": "somebody/code--modeling.Model"}}, "AutoModel is code of another repository"),
-        ({"custom_pipelines": {"x": {"impl": "x.Pipeline"}}}, "pipelines with code of their own"),
-        ({"attn_implementation": "somebody/kernel"}, "is a kernel to download, somebody/kernel"),
-        ({"auto_map": {"AutoModel": ["no", "text"]}}, "has a form that no model has"),
-        ({"auto_map": {"AutoModel": "gone.Model"}}, "lacks gone.py"),
+        ({"auto_map": {"AutoModel": "somebody/code--modeling.Model"}}, "auto_map.AutoModel is code of another repository"),
+        ({"custom_pipelines": {"x": {"impl": "x.Pipeline"}}}, "there is no x.py of hf_dropkey beside"),
+        ({"attn_implementation": "somebody/kernel"}, "which may be a kernel to download; allowed are eager"),
+        ({"auto_map": {"AutoModel": ["no", "text"]}}, "is \"text\", not 'module.Class'"),
+        ({"auto_map": {"AutoModel": "gone.Model"}}, "there is no gone.py of hf_dropkey beside"),
     ],
 )
 def test_a_configuration_that_fetches_code_is_told(folder, fields, told):
@@ -121,7 +121,7 @@ def test_a_configuration_that_fetches_code_is_told(folder, fields, told):
 def test_code_named_by_the_image_processor_is_told(folder):
     (folder / "preprocessor_config.json").write_text('{"auto_map": {"AutoImageProcessor": "a/b--c.D"}}')
     assert check_release(folder).problems == (
-        "preprocessor_config.json: AutoImageProcessor is code of another repository, a/b--c.D",
+        'preprocessor_config.json: auto_map.AutoImageProcessor is code of another repository, "a/b--c.D"',
     )
 
 
@@ -129,9 +129,9 @@ def test_damaged_missing_and_pickled_weights_are_told(folder):
     weights = folder / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-10])
-    assert "are damaged" in " ".join(check_release(folder).problems)
+    assert "is damaged" in " ".join(check_release(folder).problems)
     weights.unlink()
-    assert "lacks model.safetensors" in " ".join(check_release(folder).problems)
+    assert "neither model.safetensors nor model.safetensors.index.json" in " ".join(check_release(folder).problems)
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
     problems = " ".join(check_release(folder).problems)
     assert "there are no weights in safetensors" in problems and "pytorch_model.bin is of a kind" in problems
