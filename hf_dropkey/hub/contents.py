@@ -185,10 +185,14 @@ def parsed(content: bytes, name: str) -> Any:
         ValueError: It is no JSON, or has a key twice.
         UnreadableFile: It is nested too deeply for the parser.
     """
+    too_deep = UnreadableFile(visible(f"{name} is nested too deeply for a configuration; delete it"))
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_object)
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
     except RecursionError as error:
-        raise UnreadableFile(visible(f"{name} is nested too deeply to be read; delete it")) from error
+        raise too_deep from error
+    if any(len(path) > DEPTH_LIMIT for path, _ in leaves(found)):
+        raise too_deep
+    return found
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -205,9 +209,10 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
     waiting: list[tuple[tuple[str, ...], Any]] = [(path, value)]
     while waiting:
         at, one = waiting.pop()
+        # what lies deeper than any configuration is a leaf, or the paths alone would fill the memory
         if len(at) > DEPTH_LIMIT:
-            raise UnreadableFile(f"JSON nested deeper than {DEPTH_LIMIT} is no configuration")
-        if isinstance(one, dict) and one:
+            yield at, one
+        elif isinstance(one, dict) and one:
             waiting += [((*at, key), inner) for key, inner in one.items()]
         elif isinstance(one, list) and one:
             waiting += [((*at, str(number)), inner) for number, inner in enumerate(one)]

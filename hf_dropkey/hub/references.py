@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .. import models
@@ -44,7 +45,6 @@ FOLLOWED_FIELDS = {
     "response_template": "is a program that reads answers",
     "base_model_name_or_path": "makes loaders read another model",
     "_adapter_model_path": "makes loaders read another model",
-    "adapter_config": "makes loaders read another model",
     "auto_mapping": "names a class of another library",
     "parent_library": "names another library to import",
     "kernel_config": "names kernels to download",
@@ -71,6 +71,9 @@ IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # text that only people read
 LABELS = ("id2label", "label2id")
 TOKENS = re.compile(r"[a-z_]*_tokens?|content|added_tokens_decoder|additional_special_tokens|extra_special_tokens")
+# which modules of a patched model drop keys: patterns that `apply_dropkey` compares with its own names
+MODULE_PATTERNS = ("dropkey_include", "dropkey_exclude")
+MODULE_PATTERN = re.compile(r"[\w.*?\[\]!-]{1,200}")
 # names that a loader looks up among its own classes
 CLASS_NAMES = re.compile(r"[a-z_]*_(class|type)|architectures")
 PRIVATE = ("_attn_implementation", "_experts_implementation", "_name_or_path", "_commit_hash", "_num_labels")
@@ -94,7 +97,8 @@ def json_problems(name: str, found: Any, classes: Mapping[str, Collection[str]],
         classes: Names of the classes in each checked Python file at the top, by module.
         code: Whether the checkpoint carries any code.
     """
-    base = PurePosixPath(name).name
+    # some file systems take Config.JSON for config.json
+    base = PurePosixPath(name).name.lower()
     if base in FOLLOWED_FILES:
         yield f"{name} {FOLLOWED_FILES[base]}"
         return
@@ -116,7 +120,7 @@ def _leaf_problems(
     vocabulary, empty = base in VOCABULARIES, value in (None, "", False) or value == [] or value == {}
     if empty or (vocabulary and isinstance(value, int)):
         return
-    if "auto_map" in keys or ("custom_pipelines" in keys and path[-1] == "impl"):
+    if "auto_map" in keys or ("custom_pipelines" in keys and "impl" in keys):
         yield from _reference_problems(value, classes)
         return
     followed = next((key for key in keys if key in FOLLOWED_FIELDS), None)
@@ -136,6 +140,8 @@ def _text_problems(path: tuple[str, ...], value: Any, code: bool) -> Iterator[st
     """What is wrong with a value where a loader may look for a name or a place."""
     top, key = path[0], next((key for key in reversed(path) if not key.isdigit()), "")
     if any(one in LABELS for one in path):
+        return
+    if top in MODULE_PATTERNS and isinstance(value, str) and MODULE_PATTERN.fullmatch(value):
         return
     strange = [one for one in path if not PLAIN.fullmatch(one) or "--" in one]
     if strange:
@@ -182,14 +188,17 @@ def _config_problems(config: dict[str, Any]) -> Iterator[str]:
         where = f" in {place}" if place else ""
         cls = configuration_class(fields.get("model_type"))
         hidden = shadowing_fields(cls, fields)
-        hidden += [key for key in fields if key.startswith("_") and key not in (*PRIVATE, *hidden)]
+        private = [key for key in fields if key.startswith("_") and key not in (*PRIVATE, *hidden)]
+        hidden += [key for key in private if key not in _own_private(cls)]
         if hidden:
             yield (
                 f"the fields {', '.join(map(_shown, hidden))}{where} would take the place of what {cls.__name__} has "
                 "under these names, and could plant code in what is saved from it"
             )
         waiting += [
-            (key, value) for key, value in fields.items() if isinstance(value, dict) and key not in (*LABELS, "auto_map")
+            (key, value)
+            for key, value in fields.items()
+            if isinstance(value, dict) and key not in (*LABELS, "auto_map")
         ]
 
 
@@ -203,6 +212,15 @@ def configuration_class(model_type: Any) -> type[PreTrainedConfig]:
         found: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
         return found
     return PreTrainedConfig
+
+
+def _own_private(cls: type[PreTrainedConfig]) -> set[str]:
+    """Names with an underscore that a class itself writes into its config.json."""
+    try:
+        return set(vars(cls())) - set(vars(PreTrainedConfig()))
+    except (TypeError, ValueError, StrictDataclassError):
+        # some have fields without a default
+        return set()
 
 
 def _shown(value: Any) -> str:

@@ -132,9 +132,7 @@ def check_release(
     python = {name: entry for name, entry in kept.items() if name.endswith(".py")}
     code = compare_code({name: digest_of(entry) for name, entry in python.items()})
     classes = {
-        PurePosixPath(name).stem: defined_classes(read_bytes(kept[name]))
-        for name in code.identical
-        if "/" not in name
+        PurePosixPath(name).stem: defined_classes(read_bytes(kept[name])) for name in code.identical if "/" not in name
     }
     run = [name for name in names if RUN_FILES.fullmatch(name)] if commit is None and _is_run(names) else []
     problems = [f"{name} {reason}" for name, reason in code.problems.items()]
@@ -183,7 +181,9 @@ def _download(repo_id: str, revision: str | None, token: str | bool | None) -> t
         ]
         if too_large:
             raise UnreadableFile(
-                visible(f"{repo_id} was not checked: {too_large[0]} has more than {TEXT_LIMIT} bytes and is no weights")
+                visible(
+                    f"{repo_id} was not checked: {too_large[0]} has more than {TEXT_LIMIT} bytes and is no weights"
+                )
             )
         names = sorted(one.rfilename for one in siblings)
         looked_at = [
@@ -227,7 +227,6 @@ def _model_problems(
     homes = sorted({str(PurePosixPath(name).parent) for name in contents if PurePosixPath(name).name == "config.json"})
     if "config.json" not in contents:
         yield "there is no config.json at the top, so this is no saved model"
-    imported = {"."} if classes else set()
     for home in homes:
         inside = "" if home == "." else home
         problems = list(weights_problems(inside, kept, contents))
@@ -237,8 +236,7 @@ def _model_problems(
             found = {name: entry for name, entry in kept.items() if str(PurePosixPath(name).parent) == home}
             where = f"{inside}: " if inside else ""
             yield from (f"{where}{problem}" for problem in loading_problems(folder / inside, config, found))
-    if imported and isinstance(contents.get("config.json"), dict):
-        yield from _missing_code(kept, classes)
+    yield from _missing_code(kept, classes)
 
 
 def _missing_code(kept: Mapping[str, Entry], classes: Mapping[str, Collection[str]]) -> Iterator[str]:
@@ -248,7 +246,8 @@ def _missing_code(kept: Mapping[str, Entry], classes: Mapping[str, Collection[st
         source = read_bytes(kept[f"{module}.py"]).decode("utf-8", "replace")
         if module != "__init__":
             needed |= set(re.findall(r"^\s*from\s+\.(\w+)\s+import", source, re.MULTILINE))
-    yield from (f"{module}.py is not there, which other code imports" for module in sorted(needed - set(classes)))
+    gone = sorted(module for module in needed if f"{module}.py" not in kept)
+    yield from (f"{module}.py is not there, which other code imports" for module in gone)
 
 
 def _is_run(names: list[str]) -> bool:
@@ -270,6 +269,9 @@ def _run_problem(names: list[str]) -> str:
 def _file_problems(name: str, entry: Entry | None) -> Iterator[str]:
     """What is wrong with a file that is no Python: its kind, or a content that is of another kind."""
     kind = PurePosixPath(name).suffix
+    if entry is not None and entry.leaves:
+        yield f"{name} is a link to {entry.leaves}, outside the folder"
+        return
     if kind in TEMPLATES:
         yield f"{name} is a template, a program that runs where the model is used to chat; no model of hf_dropkey has one"
         return
@@ -278,9 +280,6 @@ def _file_problems(name: str, entry: Entry | None) -> Iterator[str]:
         return
     if entry is None:
         yield f"{name} was not downloaded, so nothing is known about it"
-        return
-    if entry.leaves:
-        yield f"{name} is a link to {entry.leaves}, outside the folder"
         return
     if entry.executable:
         yield f"{name} is marked as executable"

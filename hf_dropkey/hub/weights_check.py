@@ -130,7 +130,11 @@ def _too_large(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
             yield f"{'.'.join(path)} is {value}, but the weights have {len(shapes)} tensors"
         elif name in ("num_labels", "_num_labels") and value > max(widest, 1000):
             yield f"{'.'.join(path)} is {value}, but no tensor has more than {widest} rows"
-        elif isinstance(value, int) and value > max(widest, LARGEST_SIDE) and not name.endswith(("_id", "_ids", "_length")):
+        elif (
+            isinstance(value, int)
+            and value > max(widest, LARGEST_SIDE)
+            and not name.endswith(("_id", "_ids", "_length"))
+        ):
             yield f"{'.'.join(path)} is {value}, larger than any side of a tensor in the weights ({widest})"
 
 
@@ -144,17 +148,29 @@ def loading_problems(folder: Path, config: dict[str, Any], found: Mapping[str, E
     """
     try:
         cls = model_class(config)
-        shapes = {key: shape for entry in found.values() if entry.kind == ".safetensors" for key, shape in header(entry).items()}
+        shapes = {
+            key: shape
+            for entry in found.values()
+            if entry.kind == ".safetensors"
+            for key, shape in header(entry).items()
+        }
         with quiet():
             made = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             with bounded(shapes), torch.device("meta"):
                 cls(made)
             _, report = cls.from_pretrained(  # type: ignore[misc]  # with the report it returns two
-                folder, output_loading_info=True, use_safetensors=True, local_files_only=True, trust_remote_code=False
+                folder,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
             )
     except FAILURES as error:
         yield f"no model can be made of config.json and the weights ({' '.join(str(error).split())[:500]})"
         return
+    for key, saved, expected in sorted(report["mismatched_keys"])[:1]:
+        yield f"the weights have {key} of shape {list(saved)}, where {cls.__name__} has {list(expected)}"
     missing = sorted(report["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
