@@ -54,7 +54,7 @@ def check(arguments: argparse.Namespace) -> int:
     """Prints whether a checkpoint can be trusted."""
     from .hub.release_check import check_release
 
-    report = check_release(arguments.target, revision=arguments.revision)
+    report = check_release(arguments.target, revision=arguments.revision, digest=arguments.digest)
     print(report)
     return 0 if report.trusted else 1
 
@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     checking = commands.add_parser("check", help="can a folder or a repository be trusted? (exit code 0 or 1)")
     checking.add_argument("target", help="folder, or owner/name on the Hub")
     checking.add_argument("--revision", help="branch, tag or commit; default: the newest commit")
+    checking.add_argument("--digest", help="of a folder, as an earlier check printed it: nothing may have changed")
     checking.set_defaults(run=check)
 
     exporting = commands.add_parser("export", help="write a plain Transformers checkpoint: no DropKey, no code")
