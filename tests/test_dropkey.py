@@ -7,17 +7,11 @@ import pytest
 import torch
 from scipy import stats
 
+from hf_dropkey.models.attention_mask import real_keys
 from hf_dropkey.models.counter_hash import draw_seed
-from hf_dropkey.models.dropkey import (
-    dropped_scores,
-    kept_tokens,
-    layer_ratios,
-    patch_grid,
-    protect_rows,
-    real_keys,
-    reference_attention,
-    token_order,
-)
+from hf_dropkey.models.dropkey import layer_ratios
+from hf_dropkey.models.patterns import dropped_scores, kept_tokens, patch_grid, protect_rows, token_order
+from hf_dropkey.reference import reference_attention
 
 
 def seed_of(number: int) -> torch.Tensor:

@@ -24,8 +24,10 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="the fused kernels need Triton, which is not installed")
 
 from hf_dropkey.models import triton_attention
-from hf_dropkey.models.dropkey import dropped_scores, protect_rows, real_keys, reference_attention
+from hf_dropkey.models.attention_mask import real_keys
+from hf_dropkey.models.patterns import dropped_scores, protect_rows
 from hf_dropkey.models.triton_attention import MAXIMUM_WIDTH, triton_dropkey_attention, triton_is_available
+from hf_dropkey.reference import reference_attention
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
