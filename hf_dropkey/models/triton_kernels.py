@@ -192,7 +192,8 @@ def _finish_rows(
     tl.store(p_undone + o_rows, m_undone.to(tl.int8), mask=m_rows)
     _store_forward(b_m, b_l, b_o, o_rows, m_rows & ~m_undone, p_o, p_lse, stride_o, VALUE_WIDTH)
     # r^M is the chance that a row lost all its keys: rare but for short rows and long padding
-    if tl.max(m_undone.to(tl.int32), 0) > 0:
+    # reduced along two axes: Triton up to 3.7 cannot compile a reduction of one dimension here for 10.x
+    if tl.max(tl.max(m_undone.to(tl.int32)[None, :], 1), 0) > 0:
         b_m = tl.full(b_m.shape, float("-inf"), tl.float32)
         b_l = tl.zeros(b_l.shape, tl.float32)
         b_o = tl.zeros(b_o.shape, tl.float32)
