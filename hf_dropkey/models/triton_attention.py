@@ -23,7 +23,15 @@ from .dropkey import check_ratio
 from .operators import register_operator, unit_columns
 from .patterns import PATTERNS, check_choice
 from .triton_kernels import INTERPRETED, KERNELS
-from .triton_launches import KEY_TILE, SHORT_ROW, SHORTER_ROW, launch_configuration, tile_side
+from .triton_launches import (
+    KEY_TILE,
+    MINIMUM_TRITON,
+    NEXT_TRITON,
+    SHORT_ROW,
+    SHORTER_ROW,
+    launch_configuration,
+    tile_side,
+)
 
 
 try:
@@ -32,6 +40,8 @@ except ImportError:
     triton = None
 
 
+# Triton's release, as (major, minor)
+RELEASE = (0, 0) if triton is None else tuple(int(part) for part in triton.__version__.split(".")[:2])
 SUPPORTED_PATTERNS = ("score", "key")
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAXIMUM_WIDTH = 128
@@ -104,7 +114,9 @@ def _launch(name: str, arguments: dict[str, Any], **one_pass: Any) -> None:
         )
     width = max(arguments["WIDTH"][1], arguments["VALUE_WIDTH"][1])
     padded = arguments["HAS_PADDING"] or min(arguments["WIDTH"][0], arguments["VALUE_WIDTH"][0]) < width
-    name, launch = launch_configuration(name, width, query.dtype, arguments["N"], capability, padded=padded)
+    name, launch = launch_configuration(
+        name, width, query.dtype, arguments["N"], capability, padded=padded, release=RELEASE
+    )
     size, tile = (arguments["M"], KEY_TILE) if name == "key_value" else (arguments["N"], launch.tile)
     programs = query.shape[0] * query.shape[1] * -(-size // tile)
     # Triton launches on the current device, which need not be the tensors'
@@ -177,6 +189,7 @@ def _backward(
         "p_lse": lse,
         "p_undone": undone,
         "p_delta": delta,
+        "p_silent": None if padding is None else torch.empty_like(undone),
         "strides_do": grad.stride()[:3],
         "scaling": scaling,
     }
@@ -255,9 +268,23 @@ _attention_backward = register_operator(
 # --- the public function ----------------------------------------------------------------------------------------------
 
 
+def check_triton(version: str) -> None:
+    """Raises ImportError unless the kernels are known to compile, without spilled registers, by `version` of Triton.
+
+    PyTorch brings its own: 3.6 comes with torch 2.11, 3.7 with torch 2.13.
+    """
+    release = tuple(int(part) for part in version.split(".")[:2])
+    if not MINIMUM_TRITON <= release < NEXT_TRITON:
+        wanted = f"triton>={MINIMUM_TRITON[0]}.{MINIMUM_TRITON[1]},<{NEXT_TRITON[0]}.{NEXT_TRITON[1]}"
+        raise ImportError(
+            f"The fused attention needs {wanted}, but {version} is installed: run `pip install '{wanted}'` with a torch "
+            "that takes it (2.11 brings 3.6, 2.13 brings 3.7), or use the backend 'sdpa'."
+        )
+
+
 def triton_is_available(device: torch.device | None = None) -> bool:
     """Whether the kernels can run: on `device`, or on any device of this machine."""
-    if triton is None:
+    if triton is None or not MINIMUM_TRITON <= RELEASE < NEXT_TRITON:
         return False
     if INTERPRETED:
         return device is None or device.type in ("cpu", "cuda")
@@ -275,6 +302,7 @@ def _check(
     """Raises unless the kernels can do exactly what is asked for."""
     if triton is None:
         raise ImportError("The fused attention needs Triton: run `pip install triton`, or use the backend 'sdpa'.")
+    check_triton(triton.__version__)
     check_choice(pattern, PATTERNS, "dropkey_pattern")
     if pattern not in SUPPORTED_PATTERNS:
         raise ValueError(

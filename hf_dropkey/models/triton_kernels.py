@@ -369,12 +369,12 @@ def _query_block(
 
 @_jit
 def _query_kernel(
-    p_q, p_k, p_v, p_o, p_do, p_dq, p_lse, p_undone, p_delta, p_seed, p_limits, p_padding,
+    p_q, p_k, p_v, p_o, p_do, p_dq, p_lse, p_undone, p_delta, p_silent, p_seed, p_limits, p_padding,
     strides_q, strides_k, strides_v, strides_o, strides_do, strides_dq, stride_padding,
     scale, scaling, heads, N, M, SHARED: tl.constexpr, HAS_PADDING: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the queries, and for the next kernel delta, the sum of output times its gradient per row."""
+    """The gradient of the queries; for the next kernel delta, the sum of output times its gradient, and silent rows."""
     o_rows, image, head = _program(N, TILE, heads)
     m_rows = o_rows < N
     p_k += _head_offset(image, head, strides_k)
@@ -398,6 +398,8 @@ def _query_kernel(
         b_q = tl.where(m_silent[:, None], 0.0, b_q).to(b_q.dtype)
         b_o = tl.where(m_silent[:, None], 0.0, b_o).to(b_o.dtype)
         b_lse = tl.where(m_silent, float("inf"), b_lse)
+        # the next kernel asks again, and has no registers left to find out
+        tl.store(p_silent + first_row + o_rows, m_silent.to(tl.int8), mask=m_rows)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     tl.store(p_delta + first_row + o_rows, b_delta, mask=m_rows)
 
@@ -423,7 +425,7 @@ def _query_kernel(
 
 @_jit
 def _key_value_kernel(
-    p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_undone, p_delta, p_seed, p_limits, p_padding,
+    p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_undone, p_delta, p_silent, p_seed, p_limits, p_padding,
     strides_q, strides_k, strides_v, strides_do, strides_dk, strides_dv, stride_padding,
     scale, scaling, heads, N, M, SHARED: tl.constexpr, HAS_PADDING: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
@@ -455,7 +457,7 @@ def _key_value_kernel(
         b_lse, m_undone = _load_statistics(p_lse + first_row, p_undone + first_row, o_rows, m_rows)
         b_delta = tl.load(p_delta + first_row + o_rows, mask=m_rows, other=0.0)
         if HAS_PADDING:
-            m_silent = tl.max((b_do != 0).to(tl.int32), 1) == 0
+            m_silent = tl.load(p_silent + first_row + o_rows, mask=m_rows, other=1) != 0
             b_q = tl.where(m_silent[:, None], 0.0, b_q).to(b_q.dtype)
             b_lse = tl.where(m_silent, float("inf"), b_lse)
         k1, k2 = _row_pairs(p_seed, image, head, o_rows[None, :], SHARED)

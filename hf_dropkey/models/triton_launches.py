@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 
 
+# the releases of Triton, as (major, minor), that tests compile every launch below with, from the first to before the last
+MINIMUM_TRITON, NEXT_TRITON = (3, 6), (3, 10)
 # keys that a program of the backward pass owns
 KEY_TILE = 64
 # longest row of scores that is held on chip as a whole, and longest one that leaves room for the largest tiles
@@ -61,6 +63,16 @@ _LAUNCHES_PADDED = {
     (9, "key_value", 128): Launch(32, 8, 2),
     (10, "short", 128): Launch(64, 8, 1),
 }
+# where releases of Triton before 3.9 need more registers: generation, kernel, padded head width (16 as 32)
+_LAUNCHES_BEFORE_3_9: dict[tuple[int, str, int], Launch | None] = {
+    (8, "short", 64): Launch(32, 4, 1),
+    (8, "short_full", 32): None,
+    (8, "short_full", 128): None,
+    (8, "query", 64): Launch(32, 4, 3),
+    (10, "short_full", 64): Launch(32, 8, 1),
+    (10, "key_value", 64): Launch(64, 4, 2),
+    (10, "key_value", 128): Launch(32, 4, 1),
+}
 _LAUNCHES_FLOAT32 = {
     "short": _by_width(None, None, None),
     "short_full": _by_width(None, None, None),
@@ -71,7 +83,14 @@ _LAUNCHES_FLOAT32 = {
 
 
 def launch_configuration(
-    kernel: str, width: int, dtype: torch.dtype, queries: int, capability: tuple[int, int], *, padded: bool
+    kernel: str,
+    width: int,
+    dtype: torch.dtype,
+    queries: int,
+    capability: tuple[int, int],
+    *,
+    padded: bool,
+    release: tuple[int, int],
 ) -> tuple[str, Launch]:
     """Tile, warps and stages of a kernel, all of them chosen without a GPU.
 
@@ -92,6 +111,7 @@ def launch_configuration(
         queries: `N`; tiles are no larger than it needs.
         capability: Compute capability of the device.
         padded: Whether keys are padded, or the head width is.
+        release: Of Triton, as (major, minor).
 
     Returns:
         The kernel's name and its launch; those of "long" where rows do not fit on chip.
@@ -102,8 +122,10 @@ def launch_configuration(
     launch = table[kernel][width]
     if padded and dtype != torch.float32:
         launch = _LAUNCHES_PADDED.get((major, kernel, width), launch)
+    if release < (3, 9) and dtype != torch.float32:
+        launch = _LAUNCHES_BEFORE_3_9.get((major, kernel, max(width, 32)), launch)
     if launch is None:
-        return launch_configuration("long", width, dtype, queries, capability, padded=padded)
+        return launch_configuration("long", width, dtype, queries, capability, padded=padded, release=release)
     return kernel, launch._replace(tile=min(launch.tile, tile_side(queries)))
 
 
