@@ -33,8 +33,8 @@ from .models import (
     DropKeyVoloModel,
     DropKeyVoloPreTrainedModel,
 )
-from .models.attention import default_backend
-from .models.dropkey import layer_ratios
+from .models.attention import default_backend, dropkey_attention
+from .models.dropkey import DropKey, drop_keys, layer_ratios
 from .patching import DropKeyReport, apply_dropkey, dropkey, dropkey_active, dropkey_disabled, remove_dropkey
 from .version import __version__
 
@@ -75,6 +75,7 @@ LAZY = {
 }
 
 __all__ = [
+    "DropKey",
     "DropKeyCeitConfig",
     "DropKeyCeitForImageClassification",
     "DropKeyCeitModel",
@@ -104,8 +105,10 @@ __all__ = [
     "__version__",
     "apply_dropkey",
     "default_backend",
+    "drop_keys",
     "dropkey",
     "dropkey_active",
+    "dropkey_attention",
     "dropkey_disabled",
     "export_plain",
     "layer_ratios",

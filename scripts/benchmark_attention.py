@@ -37,7 +37,8 @@ from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
 from hf_dropkey.lab.timing import append_rows, interleaved_times, origin, peak_memory, ratios, spread
 from hf_dropkey.models.attention import TRITON_NAME, dropkey_attention_forward
 from hf_dropkey.models.counter_hash import draw_seed
-from hf_dropkey.models.dropkey import dropped_scores, reference_attention
+from hf_dropkey.models.dropkey import dropped_scores
+from hf_dropkey.reference import reference_attention
 
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
