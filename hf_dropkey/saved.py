@@ -195,7 +195,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         ValueError: It is damaged, or of a model that neither this package nor Transformers has.
     """
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a saved model")
+        raise FileNotFoundError(f"{folder} has no config.json; pass the folder of a saved model")
     check_sizes(folder)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
