@@ -257,12 +257,14 @@ class TrainingJob(ABC, Generic[Data]):
     def execute(self, command: Sequence[str]) -> None:
         """Runs the job from beginning to end, once; `command` is what the model card shows."""
         self.begin()
+        # before the trainer changes arguments to suit itself
+        asked = self.asked()
         with locked_output(self.training):
             if self.complete():
                 return
             self.run_to_the_end(command)
             if self.training.do_train and self.training.should_save:
-                write_complete(self.output, self.asked())
+                write_complete(self.output, asked)
 
     def run_to_the_end(self, command: Sequence[str]) -> None:
         """Trains, evaluates, draws, describes and shares, in the locked output folder."""
