@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ def check_sizes(folder: Path) -> None:
     }
     for name, value in _numbers(read_json(folder / "config.json")):
         kind = "classes" if name == "num_labels" else "layers" if name.endswith(LAYER_FIELDS) else None
+        if kind is not None and value < 0:
+            raise ValueError(f"{folder / 'config.json'} has {name} {value}, which is below 0; correct it")
         if kind is not None and value > most[kind]:
             holds = f"its weights cannot be those of more than {most[kind]}" if shapes else f"{most[kind]} are allowed"
             raise ValueError(
@@ -158,12 +161,32 @@ def missing_weights(folder: Path) -> list[str]:
     except ValueError:
         # somebody's own class, which only they can load
         return []
-    try:
+    with one_error(f"the weights in {folder} do not fit its configuration"):
         _, report = cls.from_pretrained(folder, config=config, output_loading_info=True)
-    # other shapes; a file that is none of weights
-    except (RuntimeError, KeyError, OSError) as error:
-        raise ValueError(f"the weights in {folder} do not fit its configuration ({error}); use another one") from error
     return sorted(report["missing_keys"])
+
+
+@contextmanager
+def one_error(what: str) -> Iterator[None]:
+    """Turns what Transformers and torch raise for a configuration that makes no sense into one line that says what it is of.
+
+    Raises:
+        ValueError: Something was raised inside.
+    """
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ValueError(
+            f"{what} ({type(error).__name__}: {' '.join(str(error).split())}); use another one"
+        ) from error
 
 
 def missing_modules(folder: Path, modules: Iterable[str]) -> list[str]:
@@ -197,16 +220,9 @@ def load_config(folder: Path) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; pass the folder of a saved model")
     check_sizes(folder)
-    try:
+    with one_error(f"{folder / 'config.json'} cannot be used"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    # what Transformers raises for fields of other types than it expects
-    except (TypeError, AttributeError, KeyError, StrictDataclassError) as error:
-        raise ValueError(f"{folder / 'config.json'} cannot be used ({_one_line(error)}); correct it") from error
     return config
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def saved_class(config: PreTrainedConfig, folder: Path) -> type[PreTrainedModel]:

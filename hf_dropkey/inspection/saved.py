@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..patching.apply import SETTING_NAMES, apply_dropkey
 from ..patching.report import DropKeyReport, RegularisedAttention
 from ..patching.sites import UnreachedAttention, find_attention, idle_reason
-from ..saved import load_config, saved_class
+from ..saved import load_config, one_error, saved_class
 
 
 SHOWN = ("schedule", "ratio", "final_ratio", "pattern")
@@ -64,6 +64,6 @@ def empty_model(folder: Path) -> PreTrainedModel:
     """
     config = load_config(folder)
     cls: Any = saved_class(config, folder)
-    with torch.device("meta"):
+    with one_error(f"{folder / 'config.json'} makes no {cls.__name__}"), torch.device("meta"):
         model: PreTrainedModel = cls._from_config(config)
     return model
