@@ -5,12 +5,15 @@ Each question compares cells that differ in one thing, seed by seed.
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from matplotlib.figure import Figure
-
+from ..extras import needed
 from ..intervals import Interval, difference, interval
 from .figures import Curve, curves, differences
 from .robustness import OCCLUDED_SHARES
 from .rows import CELL_COLUMNS, Row, by_cell, choose, warnings
+
+
+with needed("plots"):
+    from matplotlib.figure import Figure
 
 
 # the metrics of a table: column title, and whether a larger value is better (None: neither)

@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from ..extras import needed
 from ..intervals import Interval, interval
 from ..plots import BOX_COLORS
+
+
+with needed("plots"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 Curve = Mapping[float, Interval]
