@@ -127,11 +127,13 @@ def test_whatever_needs_more_than_the_core_names_its_extra(tmp_path: Path) -> No
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(
-        ImportError, match=r"optuna is not installed.* run pip install 'hf_dropkey\[search\]'"
-    ) as raised:
-        with needed("search"):
-            import optuna  # noqa: F401
+    with (
+        pytest.raises(
+            ImportError, match=r"optuna is not installed.* run pip install 'hf_dropkey\[search\]'"
+        ) as raised,
+        needed("search"),
+    ):
+        import optuna  # noqa: F401
     assert raised.value.name == "optuna"
 
 

@@ -1,13 +1,15 @@
-"""Tests that pip can install every extra in the tested versions on ordinary machines, from what a registry says of them.
+"""Tests of installing: what the wheel holds, and that pip finds versions for every extra on ordinary machines.
 
-Nothing is installed, and of a wheel only its metadata is read: `pip install --dry-run`, without any configuration of
-pip's, so that no folder of wheels on this machine's disk stands in for what others get.
+For the latter nothing is installed, and of a registry's wheel only the metadata is read: `pip install --dry-run`, without
+any configuration of pip's, so that no folder of wheels on this machine's disk stands in for what others get.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,23 @@ def pins(*names: str) -> dict[str, str]:
     """The versions of constraints files by normalised name; a later file's replace an earlier one's."""
     lines = [line for name in names for line in (ROOT / name).read_text().splitlines() if "==" in line]
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no git checkout, so there is no list of tracked files to compare with")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    # a copy, because building leaves files where the sources are
+    for name in listed.stdout.splitlines():
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "source" / name)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path]
+    command = [sys.executable, "-m", "pip", "wheel", *options, tmp_path / "source"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    built = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert built == {name for name in listed.stdout.splitlines() if name.startswith("hf_dropkey/")}
 
 
 @pytest.fixture(scope="module")
