@@ -21,13 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import (
-    Accelerator,
-    DataLoaderConfiguration,
-    DistributedType,
-    skip_first_batches,
-)
-from accelerate.tracking import get_available_trackers
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
@@ -49,12 +42,23 @@ from hf_dropkey.classification.data import ImageData
 from hf_dropkey.classification.job import ClassificationJob
 from hf_dropkey.classification.metrics import classification_metrics
 from hf_dropkey.classification.transform import ImageTransform, collate_images, transform_rows
+from hf_dropkey.extras import needed
 from hf_dropkey.hub.cards import RunFacts, shown_command, write_card
 from hf_dropkey.training.callbacks import seed_process
 from hf_dropkey.training.checkpoints import checkpoints_in, step_of
 from hf_dropkey.training.guards import LossGuard, check_devices, check_engine, named_save, note_where_to_resume
 from hf_dropkey.training.job import started_command
 from hf_dropkey.training.record import STATE, RunRecord, earlier_resumes, recorded, run_settings
+
+
+with needed("train"):
+    from accelerate import (
+        Accelerator,
+        DataLoaderConfiguration,
+        DistributedType,
+        skip_first_batches,
+    )
+    from accelerate.tracking import get_available_trackers
 
 
 logger = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 from packaging.requirements import Requirement
 
 import hf_dropkey
@@ -120,7 +121,7 @@ def test_scripts_are_imported_by_nothing() -> None:
 
 # from the ground up: a file imports from floors below its own, and from its own room or file
 FLOORS = (
-    ("version", "moved"),
+    ("version", "moved", "extras"),
     ("models", "images", "intervals", "plots", "reference"),
     ("patching",),
     ("inference", "saved"),
@@ -207,6 +208,7 @@ def test_the_public_names() -> None:
         "push_folder",
     }
     others = {"DropKeyViTForMaskedImageModeling", "__version__"}
+    others |= {"drop_keys", "DropKey", "dropkey_attention"}
     others |= {"DropKeyFeaturesConfig", "DropKeyFeaturesForImageClassification"}
     assert set(hf_dropkey.__all__) == models | patching | inference | training | others
     for name in hf_dropkey.__all__:
@@ -349,6 +351,13 @@ def test_the_tested_versions_lie_in_the_ranges(floor: bool) -> None:
     for found in map(Requirement, PROJECT["dependencies"] + optional):
         if found.name != PROJECT["name"]:
             assert found.specifier.contains(versions[found.name.lower().replace("-", "_")]), found
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = hf_dropkey.__version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] == version
 
 
 def endless_calls(source: str) -> list[int]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_dropkey.inference import eval_mode, monte_carlo_predict
 from hf_dropkey.inspection.recording import record_attention
-from hf_dropkey.models.attention import dropkey_is_active
+from hf_dropkey.models.dropkey import dropkey_is_active
 from hf_dropkey.patching.apply import (
     apply_dropkey,
     dropkey,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
 
 from ..classification.arguments import DataArguments
@@ -24,6 +23,7 @@ from ..classification.data import ImageData, load_image_data
 from ..classification.job import ClassificationJob
 from ..classification.model import image_size, set_classes
 from ..classification.transform import ImageTransform, collate_images
+from ..extras import needed
 from ..hub.cards import shown_command
 from ..inference import monte_carlo_predict
 from ..models.dropkey import PATTERNS, SCHEDULES
@@ -31,6 +31,10 @@ from ..training.checkpoints import last_whole, prepare_output_folder
 from .robustness import metrics_of, occlusion_accuracy, predict_logits
 from .rows import CELL_COLUMNS, Row, by_cell, choose
 from .timing import commit
+
+
+with needed("train"):
+    from datasets import Dataset
 
 
 NONE = "none"

@@ -14,10 +14,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from transformers import TrainingArguments
 
+from ..extras import needed
 from ..saved import read_json
+
+
+with needed("train"):
+    from filelock import FileLock, Timeout
 
 
 logger = logging.getLogger(__name__)
