@@ -257,11 +257,12 @@ class TrainingJob(ABC, Generic[Data]):
     def execute(self, command: Sequence[str]) -> None:
         """Runs the job from beginning to end, once; `command` is what the model card shows."""
         self.begin()
+        # the folder of a complete run is not written to, not even by a lock
+        if self.complete():
+            return
         # before the trainer changes arguments to suit itself
         asked = self.asked()
         with locked_output(self.training):
-            if self.complete():
-                return
             self.run_to_the_end(command)
             if self.training.do_train and self.training.should_save:
                 write_complete(self.output, asked)
