@@ -25,6 +25,7 @@ from ..classification.model import image_size, set_classes
 from ..classification.transform import ImageTransform, collate_images
 from ..extras import needed
 from ..hub.cards import shown_command
+from ..hub.metric_names import METRICS
 from ..inference import monte_carlo_predict
 from ..models.dropkey import PATTERNS, SCHEDULES
 from ..training.checkpoints import prepare_output_folder, sort_by_wholeness
@@ -47,9 +48,8 @@ FINE_TUNE_FRACTION = 0.1
 MASKS = 20
 # in a cell's folder: its settings at the start, and beside them its facts at the end
 BEGUN, DONE = "begun.json", "experiment.json"
-# metrics of every cell, and those of which a smaller value is better
+# metrics of every cell
 SELECTABLE = ("accuracy", "nll", "ece")
-LOWER_IS_BETTER = ("nll", "ece")
 UNITS = {"nll": "nats", "train_nll": "nats", "train_seconds": "s", "parameters": "count"}
 
 
@@ -257,7 +257,7 @@ def chosen_cells(grid: Grid, rows: Sequence[Row]) -> list[Cell]:
             "when all are: run the grid without --test first"
         )
     held_out = by_cell(choose(rows, experiment=grid.name, split="validation"), CELL_COLUMNS, grid.select_by)
-    sign = 1 if grid.select_by in LOWER_IS_BETTER else -1
+    sign = -1 if METRICS[grid.select_by].larger_is_better else 1
     means: dict[tuple[str, ...], dict[float, float]] = {}
     for cell in grid.cells:
         values = held_out[tuple(cell.columns(grid)[name] for name in CELL_COLUMNS)]
