@@ -17,6 +17,8 @@ from .models import (
     DropKeyCeitForImageClassification,
     DropKeyCeitModel,
     DropKeyCeitPreTrainedModel,
+    DropKeyFeaturesConfig,
+    DropKeyFeaturesForImageClassification,
     DropKeyT2TViTConfig,
     DropKeyT2TViTForImageClassification,
     DropKeyT2TViTModel,
@@ -40,7 +42,12 @@ from .version import __version__
 if TYPE_CHECKING:
     from .hub.push import push_folder
     from .hub.trainer import HubTrainer
-    from .training.callbacks import DropKeyLogCallback, DropKeyScheduleCallback, DropKeySeedCallback
+    from .training.callbacks import (
+        DropKeyGuardCallback,
+        DropKeyLogCallback,
+        DropKeyScheduleCallback,
+        DropKeySeedCallback,
+    )
 
 for _config, _model, _classifier in (
     (DropKeyViTConfig, DropKeyViTModel, DropKeyViTForImageClassification),
@@ -51,12 +58,15 @@ for _config, _model, _classifier in (
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForImageClassification.register(_config, _classifier, exist_ok=True)
+AutoConfig.register(DropKeyFeaturesConfig.model_type, DropKeyFeaturesConfig, exist_ok=True)
+AutoModelForImageClassification.register(DropKeyFeaturesConfig, DropKeyFeaturesForImageClassification, exist_ok=True)
 AutoModelForMaskedImageModeling.register(DropKeyViTConfig, DropKeyViTForMaskedImageModeling, exist_ok=True)
 
 moved.install()
 
 # public names whose modules need more than the core, or that only some programs need: loaded when asked for
 LAZY = {
+    "DropKeyGuardCallback": "training.callbacks",
     "DropKeyLogCallback": "training.callbacks",
     "DropKeyScheduleCallback": "training.callbacks",
     "DropKeySeedCallback": "training.callbacks",
@@ -70,6 +80,9 @@ __all__ = [
     "DropKeyCeitForImageClassification",
     "DropKeyCeitModel",
     "DropKeyCeitPreTrainedModel",
+    "DropKeyFeaturesConfig",
+    "DropKeyFeaturesForImageClassification",
+    "DropKeyGuardCallback",
     "DropKeyLogCallback",
     "DropKeyReport",
     "DropKeyScheduleCallback",

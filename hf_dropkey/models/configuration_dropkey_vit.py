@@ -41,6 +41,8 @@ class DropKeyViTConfig(DropKeyConfigMixin, ViTConfig):
         "AutoModelForMaskedImageModeling": "modeling_dropkey_vit.DropKeyViTForMaskedImageModeling",
     }
 
+    plain_model_types: ClassVar[tuple[str, ...]] = ("vit",)
+
     @property
     def patch_grid(self) -> tuple[int, int]:
         """Patch rows and columns of an image of the configured size."""
