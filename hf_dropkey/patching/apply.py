@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..models.attention import DROPKEY_BACKENDS
-from ..models.dropkey import PATTERNS, check_choice, layer_ratios
+from ..models.dropkey import PATTERNS, check_choice, hold_ratio_data, layer_ratios, release_ratio_data
 from .dispatch import DropKeyConfigView
 from .legacy_names import convert_legacy_names
 from .report import DropKeyReport, RegularisedAttention
@@ -115,6 +115,8 @@ class _Snapshot:
                     setattr(owner, name, value)
                 elif name in vars(owner):
                     delattr(owner, name)
+            if "dropkey_ratio" not in vars(owner):
+                release_ratio_data(owner)
 
 
 def _read(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
@@ -324,6 +326,8 @@ def _install(chosen: list[AttentionSite], settings: DropKeySettings) -> Iterator
             module.dropkey_window = settings.window
             if not site.native and not isinstance(module.config, DropKeyConfigView):
                 module.config = DropKeyConfigView(module.config, module)
+            if not site.native:
+                hold_ratio_data(module)
             yield RegularisedAttention(site.name, depth, site.kind, site.side, ratio, _backend(site))
 
 
