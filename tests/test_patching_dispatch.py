@@ -25,7 +25,7 @@ from stock_architectures import (
 from torch import nn
 
 from hf_dropkey.patching.apply import dropkey_active, dropkey_disabled, remove_dropkey
-from hf_dropkey.patching.dispatch import dropkey_interface
+from hf_dropkey.patching.dispatch import dropkey_interface, leading_tokens
 
 
 # in training these draw random numbers of their own: dropout, random masks, noisy queries, random scales of positions
@@ -359,6 +359,18 @@ def test_a_compiled_model_drops_the_same_keys(backend: str) -> None:
     quiet(compiled, 0.2, backend=backend)
     model.train()
     torch.testing.assert_close(loss_of(compiled, pixels(), 0), loss_of(model, pixels(), 0))
+
+
+@pytest.mark.parametrize(("registers", "most"), [(None, 2), (0, 2), (4, 6)])
+def test_what_may_stand_in_front_of_the_patches(registers: int | None, most: int) -> None:
+    """A class token, a distillation token and the registers; the pattern's grid and recorded attention follow the rule."""
+    config = hf.ViTConfig(image_size=32, patch_size=8)
+    if registers is not None:
+        config.num_register_tokens = registers
+    for leading in range(most + 3):
+        expected = leading if leading <= most else None
+        assert leading_tokens(config, 16 + leading, (4, 4)) == expected
+    assert leading_tokens(config, 15, (4, 4)) is None
 
 
 def test_a_compiled_stock_model_takes_one_graph_for_all_layers_and_steps() -> None:
