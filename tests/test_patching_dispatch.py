@@ -1,6 +1,8 @@
 """What a patched attention computes: in eval and training, with every kind of mask, on every backend, under every tool."""
 
+import copy
 import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from stock_architectures import (
 from torch import nn
 
 from hf_dropkey.patching.apply import dropkey_active, dropkey_disabled, remove_dropkey
-from hf_dropkey.patching.dispatch import dropkey_interface
+from hf_dropkey.patching.dispatch import dropkey_interface, leading_tokens
 
 
 # in training these draw random numbers of their own: dropout, random masks, noisy queries, random scales of positions
@@ -357,6 +359,55 @@ def test_a_compiled_model_drops_the_same_keys(backend: str) -> None:
     quiet(compiled, 0.2, backend=backend)
     model.train()
     torch.testing.assert_close(loss_of(compiled, pixels(), 0), loss_of(model, pixels(), 0))
+
+
+@pytest.mark.parametrize(("registers", "most"), [(None, 2), (0, 2), (4, 6)])
+def test_what_may_stand_in_front_of_the_patches(registers: int | None, most: int) -> None:
+    """A class token, a distillation token and the registers; the pattern's grid and recorded attention follow the rule."""
+    config = hf.ViTConfig(image_size=32, patch_size=8)
+    if registers is not None:
+        config.num_register_tokens = registers
+    for leading in range(most + 3):
+        expected = leading if leading <= most else None
+        assert leading_tokens(config, 16 + leading, (4, 4)) == expected
+    assert leading_tokens(config, 15, (4, 4)) is None
+
+
+def test_a_compiled_stock_model_takes_one_graph_for_all_layers_and_steps() -> None:
+    """Each layer compiled by itself, with ratios that differ by layer and change by step."""
+    torch._dynamo.reset()
+    model, graphs = tiny_vit(num_hidden_layers=4).train(), []
+    quiet(model, 0.4, final_ratio=0.1, backend="sdpa")
+
+    def backend(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, examples)
+
+    layers = [module for module in model.modules() if type(module).__name__ == "ViTLayer"]
+    for layer in layers:
+        layer.compile(backend=backend, fullgraph=True)
+    for step in range(1, 4):
+        for depth, layer in enumerate(layers):
+            layer.attention.dropkey_ratio = 0.05 * step + 0.02 * depth
+        loss_of(model, pixels(), 0).backward()
+    assert len(layers) == 4 and len(graphs) == 1
+
+
+def test_patched_modules_copy_pickle_and_go_back_to_their_class() -> None:
+    model = tiny_vit(num_hidden_layers=1)
+    attention = next(module for module in model.modules() if type(module).__name__ == "ViTAttention")
+    plain_class = type(attention)
+    quiet(model, 0.3)
+    assert type(attention) is not plain_class and isinstance(attention, plain_class)
+    assert (type(attention).__name__, type(attention).__module__) == (plain_class.__name__, plain_class.__module__)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(loss_of(other.train(), pixels(), 1), loss_of(model.train(), pixels(), 1))
+        found = next(module for module in other.modules() if type(module).__name__ == "ViTAttention")
+        assert type(found) is type(attention) and found is not attention
+        remove_dropkey(other)
+        assert type(found) is plain_class and not [name for name in vars(found) if "dropkey" in name]
+    remove_dropkey(model)
+    assert type(attention) is plain_class and not [name for name in vars(attention) if "dropkey" in name]
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "detr", "bert"])

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..models.attention import DROPKEY_BACKENDS
-from ..models.dropkey import PATTERNS, check_choice, layer_ratios
+from ..models.dropkey import PATTERNS, check_choice, hold_ratio_data, layer_ratios, release_ratio_data
 from .dispatch import DropKeyConfigView
 from .legacy_names import convert_legacy_names
 from .report import DropKeyReport, RegularisedAttention
@@ -101,7 +101,7 @@ class _Snapshot:
     @classmethod
     def take(cls, root: PreTrainedModel) -> "_Snapshot":
         sites, _ = find_attention(root)
-        configs = {id(config): config for site in sites for config in _configs(site)} | {id(root.config): root.config}
+        configs = {id(config): config for site in sites for config in site.configs} | {id(root.config): root.config}
         states: list[tuple[Any, dict[str, Any]]] = [(site.module, _read(site.module, MODULE_STATE)) for site in sites]
         return cls(states + [(config, _read(config, CONFIG_STATE)) for config in configs.values()])
 
@@ -115,6 +115,8 @@ class _Snapshot:
                     setattr(owner, name, value)
                 elif name in vars(owner):
                     delattr(owner, name)
+            if "dropkey_ratio" not in vars(owner):
+                release_ratio_data(owner)
 
 
 def _read(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
@@ -252,14 +254,8 @@ def _left_out(site: AttentionSite, settings: DropKeySettings) -> str | None:
     return None
 
 
-def _configs(site: AttentionSite) -> list[PreTrainedConfig]:
-    """The configurations that name a site's backend: its own, and that of the model which makes its masks."""
-    own = getattr(site.module, "config", site.owner.config)
-    return [getattr(own, "dropkey_config", own), site.owner.config]
-
-
 def _backend(site: AttentionSite) -> str:
-    return _configs(site)[0]._attn_implementation or "eager"
+    return site.configs[0]._attn_implementation or "eager"
 
 
 def _check_backends(chosen: list[AttentionSite], settings: DropKeySettings, backend: str | None) -> None:
@@ -282,7 +278,7 @@ def _check_backends(chosen: list[AttentionSite], settings: DropKeySettings, back
 
 def _check_attention_dropout(chosen: list[AttentionSite], settings: DropKeySettings) -> None:
     for site in chosen:
-        config = _configs(site)[0]
+        config = site.configs[0]
         for name in ("attention_probs_dropout_prob", "attention_dropout"):
             dropout = getattr(config, name, 0.0)
             # 0.0 where a model has no such number (some keep a module or None under the name)
@@ -300,7 +296,7 @@ def _move(root: PreTrainedModel, chosen: list[AttentionSite], backend: str) -> N
 
     `set_attn_implementation` would move all sub-models, and raises where one is convolutional.
     """
-    configs = {id(config): config for site in chosen for config in _configs(site)}
+    configs = {id(config): config for site in chosen for config in site.configs}
     for config in configs.values():
         setattr(config, BACKEND_FIELD, backend)
     undo: _Undo = vars(root)[UNDO]
@@ -324,6 +320,8 @@ def _install(chosen: list[AttentionSite], settings: DropKeySettings) -> Iterator
             module.dropkey_window = settings.window
             if not site.native and not isinstance(module.config, DropKeyConfigView):
                 module.config = DropKeyConfigView(module.config, module)
+            if not site.native:
+                hold_ratio_data(module)
             yield RegularisedAttention(site.name, depth, site.kind, site.side, ratio, _backend(site))
 
 

@@ -1,8 +1,10 @@
 """How one attention module of a stock model comes to drop keys, and no other.
 
-Transformers' attention modules choose their function by `self.config._attn_implementation` at every call. A module that
-drops keys holds a view of its configuration, which names DropKey while the module drops keys and is the configuration
-itself in every other respect. So
+The way of a call: a stock attention module reads `self.config._attn_implementation`; its `config` is a
+`DropKeyConfigView`, which answers "dropkey" while the module drops keys; Transformers' registry of attention functions has
+`dropkey_interface` under that name; it brings masks and groups into one form and calls `dropkey_attention_forward` in
+`models/attention.py` with the backend of the configuration behind the view, which is the configuration itself in every
+other respect. So
 
 * a module that drops nothing (inference, ratio 0) runs the untouched code of the model, whatever its backend;
 * the model's configuration keeps its backend: masks arrive in that backend's form, saving writes nothing new, and
@@ -17,6 +19,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
 
 from ..models.attention import dropkey_attention_forward
+from ..models.configuration_dropkey_sizes import height_and_width
 from ..models.dropkey import dropkey_is_active
 
 
@@ -179,9 +182,9 @@ def known_grid(module: Any, keys: int) -> tuple[int, int] | None:
         return round(keys**0.5), round(keys**0.5)
     size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     if size is not None and patch is not None:
-        (height, width), (rows, columns) = _pair(size), _pair(patch)
+        (height, width), (rows, columns) = height_and_width(size), height_and_width(patch)
         grid = height // rows, width // columns
-        if 0 <= keys - grid[0] * grid[1] <= 2 + (getattr(config, "num_register_tokens", 0) or 0):
+        if leading_tokens(config, keys, grid) is not None:
             return grid
     raise ValueError(
         f"The pattern {module.dropkey_pattern!r} needs to know the patch grid, but the {keys} keys of "
@@ -190,9 +193,13 @@ def known_grid(module: Any, keys: int) -> tuple[int, int] | None:
     )
 
 
-def _pair(size: Any) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+def leading_tokens(config: Any, keys: int, grid: tuple[int, int]) -> int | None:
+    """How many of `keys` tokens stand in front of the patches of a grid (rows, columns); None if it is not behind them.
+
+    A model puts at most a class token, a distillation token and its registers there.
+    """
+    leading = keys - grid[0] * grid[1]
+    return leading if 0 <= leading <= 2 + (getattr(config, "num_register_tokens", 0) or 0) else None
 
 
 # functions are stateless, so a second import of this file may replace them
