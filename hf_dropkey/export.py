@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .patching.apply import UNDO, remove_dropkey
 from .patching.sites import transformers_model
-from .saved import PROCESSOR_FILES, saved_class
+from .saved import PROCESSOR_FILES, load_config, one_error, saved_class
 
 
 def export_plain(model_or_folder: nn.Module | str | os.PathLike, out: str | os.PathLike) -> PreTrainedModel:
@@ -108,6 +108,7 @@ def _has(module: Any, path: str) -> bool:
 
 def _load(folder: Path) -> PreTrainedModel:
     """The model in a folder, by the class it was saved as."""
-    cls: Any = saved_class(AutoConfig.from_pretrained(folder), folder)
-    model: PreTrainedModel = cls.from_pretrained(folder)
+    cls: Any = saved_class(load_config(folder), folder)
+    with one_error(f"the model in {folder} cannot be loaded"):
+        model: PreTrainedModel = cls.from_pretrained(folder)
     return model

@@ -28,7 +28,7 @@ from ..hub.cards import shown_command
 from ..hub.metric_names import METRICS
 from ..inference import monte_carlo_predict
 from ..models.dropkey import PATTERNS, SCHEDULES
-from ..training.checkpoints import prepare_output_folder, sort_by_wholeness
+from ..training.checkpoints import last_whole, prepare_output_folder
 from .robustness import metrics_of, occlusion_accuracy, predict_logits
 from .rows import CELL_COLUMNS, Row, by_cell, choose
 from .timing import commit
@@ -328,7 +328,7 @@ def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, d
         if facts_file.name == DONE:
             return AutoModelForImageClassification.from_pretrained(folder), facts
     trained_at, checkpoint = commit(), None
-    if sort_by_wholeness(folder)[0]:
+    if last_whole(folder)[0] is not None:
         if not facts:
             raise ValueError(
                 f"{folder} holds the start of a run whose settings are not known; delete it, or choose another --output_dir"

@@ -22,6 +22,7 @@ from ..models.attention import DROPKEY_BACKENDS
 from ..models.dropkey import PATTERNS, check_choice, hold_ratio_data, layer_ratios, release_ratio_data
 from .dispatch import DropKeyConfigView
 from .legacy_names import convert_legacy_names
+from .modes import check_owner, check_threads, held_mode, owned
 from .report import DropKeyReport, RegularisedAttention
 from .sites import AttentionSite, UnreachedAttention, find_attention, idle_reason, transformers_model
 
@@ -29,7 +30,7 @@ from .sites import AttentionSite, UnreachedAttention, find_attention, idle_reaso
 # below Transformers' own logger, whose verbosity users set
 logger = logging.get_logger("transformers.dropkey")
 
-MODULE_STATE = ("config", "dropkey_ratio", "dropkey_pattern", "dropkey_window", "dropkey_mode", "dropkey_base_ratio")
+MODULE_STATE = ("config", "dropkey_ratio", "dropkey_pattern", "dropkey_window", "dropkey_base_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +181,12 @@ def apply_dropkey(
 
     Raises:
         TypeError: No Transformers model.
+        RuntimeError: Another thread is in a `dropkey` block of the model.
         ValueError: Nothing was reached, a pattern matches nothing, a setting is out of range, or the backend cannot
             leave out single scores. The model is then unchanged.
     """
     root: Any = transformers_model(model)
+    check_owner(root)
     settings = DropKeySettings.resolve(
         root.config,
         ratio=ratio,
@@ -329,9 +332,11 @@ def remove_dropkey(model: nn.Module) -> None:
     """Undoes `apply_dropkey`: modules, configuration and backend are as before the first call.
 
     Raises:
+        RuntimeError: Another thread is in a `dropkey` block of the model.
         ValueError: There is nothing to undo.
     """
     root = transformers_model(model)
+    check_owner(root)
     undo: _Undo | None = vars(root).pop(UNDO, None)
     if undo is None:
         raise ValueError(
@@ -344,21 +349,28 @@ def remove_dropkey(model: nn.Module) -> None:
 
 @contextmanager
 def dropkey(model: nn.Module, ratio: float | None = None, **settings: Any) -> Iterator[DropKeyReport]:
-    """`apply_dropkey` for the length of a `with` block; afterwards the model is as before, with DropKey or without."""
+    """`apply_dropkey` for the length of a `with` block; afterwards the model is as before, with DropKey or without.
+
+    Settings belong to the model, for all threads, so only one thread at a time may be in such a block of a model.
+
+    Raises:
+        RuntimeError: Another thread is.
+    """
     root = transformers_model(model)
-    undo: _Undo | None = vars(root).get(UNDO)
-    before = _Snapshot.take(root)
-    backends = list(undo.backends) if undo is not None else []
-    report = apply_dropkey(model, ratio, **settings)
-    try:
-        yield report
-    finally:
-        inner: _Undo | None = vars(root).get(UNDO)
-        if undo is None and inner is not None:
-            remove_dropkey(root)
-        elif undo is not None:
-            before.restore(undo.applied())
-            undo.backends = backends
+    with owned(root):
+        undo: _Undo | None = vars(root).get(UNDO)
+        before = _Snapshot.take(root)
+        backends = list(undo.backends) if undo is not None else []
+        report = apply_dropkey(model, ratio, **settings)
+        try:
+            yield report
+        finally:
+            inner: _Undo | None = vars(root).get(UNDO)
+            if undo is None and inner is not None:
+                remove_dropkey(root)
+            elif undo is not None:
+                before.restore(undo.applied())
+                undo.backends = backends
 
 
 def dropkey_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -400,8 +412,13 @@ def forgotten_ratio(model: nn.Module) -> float | None:
 
 @contextmanager
 def dropkey_disabled(model: nn.Module) -> Iterator[None]:
-    """No attention of the model drops keys in this `with` block, in training mode neither."""
-    with _mode(model, "never"):
+    """No attention of the model drops keys in this `with` block, in training mode neither; other threads are not concerned.
+
+    Raises:
+        ValueError: The model is a `DataParallel` on several devices.
+    """
+    check_threads(model)
+    with held_mode([module for _, module in dropkey_modules(model)], "never"):
         yield
 
 
@@ -409,26 +426,18 @@ def dropkey_disabled(model: nn.Module) -> Iterator[None]:
 def dropkey_active(model: nn.Module) -> Iterator[None]:
     """The attentions of the model drop keys in this `with` block whether or not they are in training mode.
 
-    For Monte-Carlo inference: in eval mode everything else (dropout, stochastic depth, batch norm) stays as it is.
+    For Monte-Carlo inference: in eval mode everything else (dropout, stochastic depth, batch norm) stays as it is. Other
+    threads that use the model are not concerned.
 
     Raises:
-        ValueError: The model has no ratio above 0.
+        ValueError: The model has no ratio above 0, or is a `DataParallel` on several devices.
     """
-    if not any(module.dropkey_ratio > 0 for _, module in dropkey_modules(model)):
+    check_threads(model)
+    modules = [module for _, module in dropkey_modules(model)]
+    if not any(module.dropkey_ratio > 0 for module in modules):
         raise ValueError(
             f"{type(model).__name__} drops no keys: it has no DropKey, or all ratios are 0. Call apply_dropkey(model, "
             "ratio=...) first."
         )
-    with _mode(model, "always"):
+    with held_mode(modules, "always"):
         yield
-
-
-@contextmanager
-def _mode(model: nn.Module, mode: str) -> Iterator[None]:
-    before = [(module, _read(module, ("dropkey_mode",))) for _, module in dropkey_modules(model)]
-    for module, _ in before:
-        module.dropkey_mode = mode
-    try:
-        yield
-    finally:
-        _Snapshot([(module, state) for module, state in before]).restore({})
