@@ -208,6 +208,7 @@ def test_the_public_names() -> None:
         "push_folder",
     }
     others = {"DropKeyViTForMaskedImageModeling", "__version__"}
+    others |= {"drop_keys", "DropKey", "dropkey_attention"}
     others |= {"DropKeyFeaturesConfig", "DropKeyFeaturesForImageClassification"}
     assert set(hf_dropkey.__all__) == models | patching | inference | training | others
     for name in hf_dropkey.__all__:

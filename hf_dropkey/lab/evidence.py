@@ -18,7 +18,6 @@ from .tables import markdown
 with needed("plots"):
     from matplotlib.figure import Figure
 
-
 PLAIN = {"schedule": "none", "pattern": "none", "alignment": "none", "train_images": "all"}
 DROPKEY = {**PLAIN, "regulariser": "dropkey", "schedule": "decreasing", "pattern": "score"}
 REGULARISERS = {
