@@ -182,9 +182,10 @@ def test_a_checkpoint_of_an_older_release_stays_trusted_and_the_version_is_named
 
 
 def test_files_of_two_versions_side_by_side_are_told(folder, monkeypatch):
-    other = dict.fromkeys(released_code.known_code()[released_code.INSTALLED], "0" * 64)
+    known = released_code.known_code()
+    other = dict.fromkeys(next(iter(known.values())), "0" * 64)
     other["dropkey.py"] = hashlib.sha256(b"# older").hexdigest()
-    monkeypatch.setattr(released_code, "known_code", lambda known=released_code.known_code(): known | {"0.0.1": other})
+    monkeypatch.setattr(released_code, "known_code", lambda: known | {"0.0.1": other})
     (folder / "dropkey.py").write_bytes(b"# older")
     assert "are of several versions of hf_dropkey" in " ".join(check_release(folder).problems)
 

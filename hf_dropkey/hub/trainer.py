@@ -24,7 +24,8 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from .cards import README, RunFacts, is_hub_id, write_card
-from .push import PushResult, api, check_target, files_to_push, prepare_repository, push_folder
+from .push import PushResult, api, check_target, prepare_repository, push_folder
+from .push_plan import chosen
 
 
 logger = logging.get_logger(__name__)
@@ -225,13 +226,18 @@ class HubTrainer(Trainer):
         output = self._output()
         output.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=output))
-        for name in files_to_push(checkpoint)[0]:
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        for entry in chosen(checkpoint)[0]:
+            staged = stage / entry.name
+            staged.parent.mkdir(parents=True, exist_ok=True)
+            if entry.leaves:
+                # stays a link, so that the push refuses it
+                staged.symlink_to(entry.leaves)
+                continue
             try:
-                os.link(checkpoint / name, stage / name)
+                os.link(entry.path, staged)
             except OSError:
                 # a file system without hard links
-                shutil.copyfile(checkpoint / name, stage / name)
+                shutil.copyfile(entry.path, staged)
         self._facts().save(stage)
         return stage
 
