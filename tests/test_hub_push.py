@@ -377,6 +377,7 @@ def test_only_what_belongs_to_a_model_goes(saved):
     ):
         (saved / name).parent.mkdir(parents=True, exist_ok=True)
         (saved / name).write_text("x")
+    shutil.copyfile(saved / "model.safetensors", saved / "other.safetensors")
     (saved / "README.md").write_text(
         "# Me\n\n![curve](./curve.png) and <img src='figures/curve%20two.png'> [x](../x.png)\n"
     )
