@@ -17,6 +17,8 @@ from .models import (
     DropKeyCeitForImageClassification,
     DropKeyCeitModel,
     DropKeyCeitPreTrainedModel,
+    DropKeyFeaturesConfig,
+    DropKeyFeaturesForImageClassification,
     DropKeyT2TViTConfig,
     DropKeyT2TViTForImageClassification,
     DropKeyT2TViTModel,
@@ -31,8 +33,8 @@ from .models import (
     DropKeyVoloModel,
     DropKeyVoloPreTrainedModel,
 )
-from .models.attention import default_backend
-from .models.dropkey import layer_ratios
+from .models.attention import default_backend, dropkey_attention
+from .models.dropkey import DropKey, drop_keys, layer_ratios
 from .patching import DropKeyReport, apply_dropkey, dropkey, dropkey_active, dropkey_disabled, remove_dropkey
 from .version import __version__
 
@@ -40,7 +42,12 @@ from .version import __version__
 if TYPE_CHECKING:
     from .hub.push import push_folder
     from .hub.trainer import HubTrainer
-    from .training.callbacks import DropKeyLogCallback, DropKeyScheduleCallback, DropKeySeedCallback
+    from .training.callbacks import (
+        DropKeyGuardCallback,
+        DropKeyLogCallback,
+        DropKeyScheduleCallback,
+        DropKeySeedCallback,
+    )
 
 for _config, _model, _classifier in (
     (DropKeyViTConfig, DropKeyViTModel, DropKeyViTForImageClassification),
@@ -51,12 +58,15 @@ for _config, _model, _classifier in (
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForImageClassification.register(_config, _classifier, exist_ok=True)
+AutoConfig.register(DropKeyFeaturesConfig.model_type, DropKeyFeaturesConfig, exist_ok=True)
+AutoModelForImageClassification.register(DropKeyFeaturesConfig, DropKeyFeaturesForImageClassification, exist_ok=True)
 AutoModelForMaskedImageModeling.register(DropKeyViTConfig, DropKeyViTForMaskedImageModeling, exist_ok=True)
 
 moved.install()
 
 # public names whose modules need more than the core, or that only some programs need: loaded when asked for
 LAZY = {
+    "DropKeyGuardCallback": "training.callbacks",
     "DropKeyLogCallback": "training.callbacks",
     "DropKeyScheduleCallback": "training.callbacks",
     "DropKeySeedCallback": "training.callbacks",
@@ -65,10 +75,14 @@ LAZY = {
 }
 
 __all__ = [
+    "DropKey",
     "DropKeyCeitConfig",
     "DropKeyCeitForImageClassification",
     "DropKeyCeitModel",
     "DropKeyCeitPreTrainedModel",
+    "DropKeyFeaturesConfig",
+    "DropKeyFeaturesForImageClassification",
+    "DropKeyGuardCallback",
     "DropKeyLogCallback",
     "DropKeyReport",
     "DropKeyScheduleCallback",
@@ -91,8 +105,10 @@ __all__ = [
     "__version__",
     "apply_dropkey",
     "default_backend",
+    "drop_keys",
     "dropkey",
     "dropkey_active",
+    "dropkey_attention",
     "dropkey_disabled",
     "export_plain",
     "layer_ratios",

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..images.augmentation import Augmentation
 from ..images.sources import EVALUATION_SPLITS
+from ..training.arguments import DropKeyArguments
 from .families import FAMILIES
 
 
@@ -32,9 +33,13 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Model to start from, of any family or a plain ViT: a folder or a hub id. Default: none."},
+        metadata={
+            "help": "Model to start from: any image classifier or vision model of Transformers, a folder or a hub id. "
+            "Default: none."
+        },
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the model."})
     image_processor_name: str | None = field(
         default=None, metadata={"help": "Folder or hub id of the image processor, if the model has none."}
     )
@@ -57,7 +62,8 @@ class ModelArguments:
     image_size: int | None = field(
         default=None,
         metadata={
-            "help": "Side in pixels, but for vit a multiple of 16. Default: 12 for digits (vit) or 64, else 224."
+            "help": "Side in pixels, a multiple of the patch size; resizes the positions of a pretrained model. Default: "
+            "as the pretrained model; 12 for digits (vit) or 64, else 224."
         },
     )
     patch_size: int | None = field(
@@ -97,7 +103,7 @@ class ModelArguments:
                 ) from error
         if not isinstance(self.config_overrides, dict | None):
             raise ValueError(f"--config_overrides {self.config_overrides!r} is no JSON object of fields and values")
-        shape = {name: value for name, value in self.shape().items() if value is not None}
+        shape = {name: value for name, value in self.shape().items() if value is not None and name != "image_size"}
         if self.model_name_or_path and shape:
             raise ValueError(
                 f"--model_name_or_path {self.model_name_or_path} fixes the shape of the model; leave out {shape}"
@@ -109,35 +115,19 @@ class ModelArguments:
 
 
 @dataclass
-class DropKeyArguments:
-    """DropKey, and the dropout it replaces. What is not given is as the model has it, or as its configuration has it."""
+class ClassificationDropKeyArguments(DropKeyArguments):
+    """DropKey, and the dropout it replaces. What is not given is as the model's configuration has it."""
 
-    _argument_group_name = "DropKey"
-
-    dropkey_ratio: float | None = field(
-        default=None, metadata={"help": "Largest drop ratio of a layer, in [0, 1); 0 trains without. Default: 0.1."}
-    )
-    dropkey_final_ratio: float | None = field(
-        default=None, metadata={"help": "The other end of the schedule, from 0 to the ratio. Default: 0."}
-    )
-    dropkey_schedule: str | None = field(
-        default=None, metadata={"help": "Over depth: decreasing (default), constant or increasing."}
-    )
-    dropkey_pattern: str | None = field(
-        default=None, metadata={"help": "Dropped together: score (default, the paper's), key, token, block or cross."}
-    )
-    dropkey_window: int | None = field(default=None, metadata={"help": "Patches of a block's side or a cross's arm."})
     attention_probs_dropout_prob: float | None = field(
         default=None,
         metadata={"help": "Plain dropout on attention weights, to compare with; needs --dropkey_ratio 0."},
     )
-    dropkey_with_attention_dropout: bool | None = field(
-        default=None, metadata={"help": "Allows plain dropout on attention weights beside DropKey."}
+    dropkey_patch: bool = field(
+        default=False,
+        metadata={
+            "help": "Patch a pretrained ViT with apply_dropkey, as other models, instead of loading a DropKeyViT."
+        },
     )
-
-    def given(self) -> dict[str, Any]:
-        """The arguments that were given."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass

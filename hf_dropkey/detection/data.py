@@ -18,15 +18,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-from datasets import ClassLabel, Features
 from PIL import Image
 from transformers.utils.logging import tqdm
 
+from ..extras import needed
 from ..images.checks import image_problem, name_some, read_checked_image
 from ..images.sources import CHOICE_SEED, EVALUATION_SPLITS, check_known
 from .arguments import DetectionDataArguments
+
+
+with needed("train"):
+    import datasets
+    from datasets import ClassLabel, Features
 
 
 logger = logging.getLogger(__name__)

@@ -126,7 +126,9 @@ class DropKeyConfigMixin(RemotePickleMixin):
 
     # Auto class -> "module.Class", for every class of the family
     family_auto_map: ClassVar[dict[str, str]] = {}
-    # the same, or what a loaded checkpoint says
+    # of checkpoints of the plain model, which have the same weights
+    plain_model_types: ClassVar[tuple[str, ...]] = ()
+    # the same as `family_auto_map`, or what a loaded checkpoint says
     auto_map: ClassVar[dict[str, str]]
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -158,6 +160,28 @@ class DropKeyConfigMixin(RemotePickleMixin):
                 "0, but DropKey replaces dropout on attention weights. Set one of them to 0, or pass "
                 "dropkey_with_attention_dropout=True if you mean both."
             )
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in Transformers, from a checkpoint of this family or of the plain model that it extends.
+
+        Raises:
+            ValueError: The checkpoint is of another architecture, most of whose weights would be left out.
+        """
+        found, rest = super().get_config_dict(  # type: ignore[misc]  # as in `__post_init__`
+            pretrained_model_name_or_path, **kwargs
+        )
+        own: str = cls.model_type  # type: ignore[attr-defined]  # as above
+        kind = found.get("model_type", own)
+        if kind not in (own, *cls.plain_model_types):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has model_type {kind!r} and {cls.__name__} reads "
+                f"{', '.join((own, *cls.plain_model_types))}. Load it with its own class, or an Auto "
+                "class, and call hf_dropkey.apply_dropkey(model, ratio=...)."
+            )
+        return {**found, "model_type": own} if found else found, rest
 
     def modeling_file(self) -> Path:
         """The source file of the family's models, which leads to every file that a checkpoint needs."""
