@@ -182,6 +182,7 @@ class HubTrainer(Trainer):
         dataset_args: str | list[str] | None = None,
         *,
         dataset_split: str | None = None,
+        evaluation_dataset: str | None = None,
         command: str | None = None,
     ) -> None:
         """Writes what the run knows to `run_facts.json`, and the card to `README.md`, whose hand-written parts stay.
@@ -205,6 +206,7 @@ class HubTrainer(Trainer):
             dataset=_first(dataset) or _first(dataset_tags),
             dataset_id=_first(dataset_tags),
             dataset_split=dataset_split,
+            evaluation_dataset=evaluation_dataset,
             base_model=source,
             from_scratch=not (source or loaded),
             license=license,
