@@ -72,7 +72,8 @@ def export(arguments: argparse.Namespace) -> int:
 
 def push(arguments: argparse.Namespace) -> int:
     """Uploads a folder."""
-    from .hub.push import plan_push, push_folder
+    from .hub.push import push_folder
+    from .hub.push_plan import plan_push
 
     if arguments.dry_run:
         print(plan_push(arguments.folder, include=arguments.include))

@@ -258,5 +258,5 @@ def test_the_image_size_is_the_processors(folder, processor, told):
 
 
 def test_a_local_path_of_the_base_model_is_cut(folder):
-    RunFacts(base_model="/home/me/runs/base").save(folder)
+    RunFacts(base_model="/data/me/runs/base").save(folder)
     assert "a fine-tuned version of `base`" in model_card(folder).text

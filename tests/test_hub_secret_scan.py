@@ -158,7 +158,7 @@ def test_a_token_is_found_however_it_is_held(folder, way):
 
 
 @pytest.mark.parametrize("change", [metadata])
-def test_metadata_of_safetensors_is_looked_at(folder, change: Callable[[Path], None]):
+def test_metadata_of_safetensors_is_looked_at(folder: Path, change: Callable[[Path], None]) -> None:
     change(folder)
     refused(folder, "a token of the Hub")
 

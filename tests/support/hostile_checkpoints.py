@@ -307,7 +307,7 @@ FOLDER_ATTACKS: dict[str, Callable[[Path], None]] = {
             "LICENSE",
         )
     },
-    "pickle only": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin") and None,
+    "pickle only": _move("model.safetensors", "pytorch_model.bin"),
     "program": _program("notes.txt"),
     "elf": _write("x.png", b"\x7fELF\x02"),
     "script": _write("LICENSE", "#!/bin/sh\n"),
