@@ -119,10 +119,15 @@ class DetectionJob(TrainingJob[DetectionData]):
             )
 
     def card(self, data: DetectionData) -> dict[str, Any]:
-        """Data set and starting point."""
+        """Data set, what was evaluated on, and starting point."""
+        files = self.data.validation_annotations
+        # of a hub data set the split is called "the <split> split of <data set>"
+        split = data.evaluation.name.removeprefix("the ").split(" split of ")[0] if data.evaluation else None
         return {
             "tags": ["vision"],
             "dataset": self.data.name,
+            "dataset_split": None if files else split,
+            "evaluation_dataset": Path(files).stem if files else None,
             "finetuned_from": public_name(self.model.model_name_or_path),
         }
 

@@ -56,6 +56,7 @@ class DropKeyViTConfig(DropKeyConfigMixin, ViTConfig):
 
     def check_image_sides(self, height: int, width: int) -> None:
         """Nothing to check: ViT takes any sides, and leaves pixels that fill no patch out."""
+
     def validate_values(self) -> None:
         """Raises ValueError where a field has a value that no model can be made or trained with."""
         check_values(self)
