@@ -157,6 +157,9 @@ def read_image(cell: dict[str, Any] | None, row: int) -> Image.Image:
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise ValueError(f"{where} (no image)")
     path, content = cell["path"], cell["bytes"]
+    # a pipe would be waited for
+    if content is None and os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{where} (no regular file)")
     if content == b"" or (content is None and os.path.isfile(path) and os.path.getsize(path) == 0):
         raise ValueError(f"{where} (empty file)")
     try:
