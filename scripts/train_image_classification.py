@@ -31,7 +31,7 @@ from transformers import Trainer
 from hf_dropkey.classification.arguments import DataArguments
 from hf_dropkey.classification.data import load_image_data
 from hf_dropkey.classification.job import ClassificationJob
-from hf_dropkey.classification.model import set_classes
+from hf_dropkey.classification.model import fit_classes
 from hf_dropkey.hub.cards import shown_command
 from hf_dropkey.hub.trainer import HubTrainer, check_training_arguments, output_folder
 from hf_dropkey.training.checkpoints import check_same_model, prepare_output_folder, run_settings, tell_changes
@@ -100,7 +100,7 @@ def main() -> None:
             )
     with training.main_process_first(desc="loading the data"):
         data = load_image_data(job.data, training=training.do_train)
-    set_classes(job.config, job.model, data.label_names)
+    data = fit_classes(data, job.config, job.model)
     if checkpoint is not None:
         check_same_model(job.config, checkpoint)
         if training.should_log:

@@ -48,7 +48,7 @@ from transformers.trainer_utils import speed_metrics
 from hf_dropkey.classification.arguments import AugmentationArguments, DataArguments, DropKeyArguments, ModelArguments
 from hf_dropkey.classification.data import load_image_data
 from hf_dropkey.classification.metrics import classification_metrics
-from hf_dropkey.classification.model import image_size, make_config, make_image_processor, make_model, set_classes
+from hf_dropkey.classification.model import fit_classes, image_size, make_config, make_image_processor, make_model
 from hf_dropkey.classification.transform import ImageTransform, collate_images, transform_rows
 from hf_dropkey.hub.cards import RunFacts, shown_command, write_card
 from hf_dropkey.training.arguments import RunArguments, parse_arguments
@@ -502,7 +502,7 @@ def main() -> None:
             )
     with training_args.main_process_first(desc="loading the data"):
         data = load_image_data(data_args, training=training_args.do_train)
-    set_classes(config, model_args, data.label_names)
+    data = fit_classes(data, config, model_args)
     if checkpoint is not None:
         check_same_model(config, checkpoint)
         if training_args.should_log:

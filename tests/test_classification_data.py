@@ -189,7 +189,11 @@ def test_columns_that_are_not_there_are_told(find, features, wanted, told):
 @pytest.mark.parametrize(
     ("labels", "evaluation", "told"),
     [
-        (["cat", "dog"], ["cow", "cow", "cat"], r"2 of 3 labels in the validation split .*cow \(2 times, first in row 0\)"),
+        (
+            ["cat", "dog"],
+            ["cow", "cow", "cat"],
+            r"2 of 3 labels in the validation split .*cow \(2 times, first in row 0\)",
+        ),
         (["cat", None, "dog"], ["cat"], r"1 of 3 labels in the train split .*no label \(1 times, first in row 1\)"),
         ([0.5, 1.5], [0.5], "label column holds .*; allowed are ClassLabel, string and integer"),
     ],

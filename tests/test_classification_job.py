@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from hf_dropkey.classification.data import load_image_data
 from hf_dropkey.classification.job import ClassificationJob
-from hf_dropkey.classification.model import set_classes
+from hf_dropkey.classification.model import fit_classes
 
 
 class Ratios(TrainerCallback):
@@ -37,7 +37,7 @@ def parse(tmp_path: Path) -> Any:
 def test_the_last_steps_are_trained_without_dropkey(parse: Any, tmp_path: Path) -> None:
     job = parse("--dropkey_ratio", "0.4", "--dropkey_alignment", "0.5")
     data = load_image_data(job.data, training=True)
-    set_classes(job.config, job.model, data.label_names)
+    data = fit_classes(data, job.config, job.model)
     trainer, ratios = job.trainer(data), Ratios()
     trainer.add_callback(ratios)
     trainer.train()

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import (
 
 from hf_dropkey import apply_dropkey
 from hf_dropkey.detection.arguments import MODEL_TYPES, DetectionDropKeyArguments, DetectionModelArguments
-from hf_dropkey.detection.data import DetectionData
+from hf_dropkey.detection.data import DetectionData, DetectionSplit
 from hf_dropkey.detection.job import DetectionTrainer, backbone_parameters
 from hf_dropkey.detection.model import MASKED_TYPES, fit_classes, make_config, make_model, make_processor
 
@@ -149,10 +149,13 @@ def test_a_pretrained_model_keeps_its_classes_or_gets_new_ones_on_request(saved)
     arguments = DetectionModelArguments(model_name_or_path=str(saved))
     config = make_config(arguments)
     assert fit_classes(DATA, config, arguments).class_numbers == {9: 1, 3: 2}
-    other = DetectionData(None, None, ["cat", "cow"], [3, 9])
+    nothing = DetectionSplit("none", [], {}, [], lambda image: {})
+    other = DetectionData(nothing, None, ["cat", "cow"], [3, 9])
     with pytest.raises(ValueError, match=r"does not know: cow; .*new class scores with --ignore_mismatched_sizes"):
         fit_classes(other, config, arguments)
     arguments.ignore_mismatched_sizes = True
+    with pytest.raises(ValueError, match=r"--ignore_mismatched_sizes .* without --do_train random ones"):
+        fit_classes(replace(other, train=None), config, arguments)
     assert fit_classes(other, config, arguments).class_numbers == {3: 0, 9: 1}
     model: Any = make_model(config, arguments)
     assert model.class_labels_classifier.out_features == 3 and config.label2id == {"cat": 0, "cow": 1}

@@ -22,7 +22,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from ..classification.arguments import DataArguments
 from ..classification.data import ImageData, load_image_data
 from ..classification.job import ClassificationJob
-from ..classification.model import image_size, set_classes
+from ..classification.model import fit_classes, image_size
 from ..classification.transform import ImageTransform, collate_images
 from ..hub.cards import shown_command
 from ..inference import monte_carlo_predict
@@ -305,7 +305,7 @@ def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, d
         ValueError: The folder holds weights, or the start of a run, that were trained otherwise.
     """
     data = cached_data(**asdict(job.data))
-    set_classes(job.config, job.model, data.label_names)
+    data = fit_classes(data, job.config, job.model)
     told = job.told()
     facts: dict[str, Any] = {}
     for facts_file in (folder / DONE, folder / BEGUN):
@@ -411,10 +411,11 @@ def measure(
     trained, facts = train_cell(job, folder)
     model: Any = trained
     model.to(job.training.device)
-    found = cached_data(**asdict(job.data))
+    names = [str(model.config.id2label[number]) for number in range(model.config.num_labels)]
+    found = cached_data(**asdict(job.data)).with_label_names(names)
     evaluated = found
     if split == "test":
-        evaluated = data_to_test(job.data).with_label_names(found.label_names)
+        evaluated = data_to_test(job.data).with_label_names(names)
     pixel_values, labels = tensors(evaluated.evaluation, job, evaluated)
     pixel_values = pixel_values.to(job.training.device)
     rows = []
