@@ -248,8 +248,7 @@ def main() -> None:
     logger.info("%d classes, %d parameters", len(data.label_names), model.num_parameters())
     for name, split in (("training", data.train), ("evaluation", data.evaluation)):
         if split is not None:
-            boxes = sum(len(split.boxes[image["id"]]) for image in split.images)
-            logger.info("%s on %s: %d images, %d boxes", name, split.name, len(split), boxes)
+            logger.info("%s on %s: %d images, %d boxes", name, split.name, len(split), split.box_counts()[0])
 
     if training_args.do_train:
         train_and_save(trainer, checkpoint)

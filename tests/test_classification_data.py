@@ -13,13 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hf_dropkey.classification.arguments import DataArguments
-from hf_dropkey.classification.data import (
-    ImageData,
-    find_image_column,
-    find_label_column,
-    load_image_data,
-    stratified_share,
-)
+from hf_dropkey.classification.data import ImageData, load_image_data
+from hf_dropkey.classification.sources import find_image_column, find_label_column, stratified_share
 
 
 @pytest.fixture(autouse=True)

@@ -125,7 +125,8 @@ def shares(content: dict[str, Any]) -> None:
 STRUCTURE = {
     "list": (lambda content: [1], r"boxes.json has list; COCO's format is an object with the lists"),
     "part": (lambda content: content.pop("images") and None, r"has \['annotations', 'categories'\]; COCO's format"),
-    "field": (lambda content: content["annotations"][1].pop("bbox") and None, r"annotations\[1\] lacks \['bbox'\]"),
+    "field": (lambda content: content["images"][1].pop("width") and None, r"images\[1\] lacks \['width'\]"),
+    "no record": (lambda content: content["annotations"].append([1]), r"annotations\[4\] lacks fields: \[1\]"),
     "no images": (lambda content: {**content, "images": []}, "has no images"),
     "no boxes": (lambda content: {**content, "annotations": []}, "has no usable annotation"),
     "shares": (shares, r"no number in any bbox is above 1, for example \[0.1, 0.2, 0.5, 0.5\].*in pixels, multiply"),
@@ -133,8 +134,8 @@ STRUCTURE = {
     "category twice": (lambda c: c["categories"][0].update(id=3), r"categories' id must be unique, .*: '3'"),
     "name twice": (lambda c: c["categories"][0].update(name="cat"), r"categories' name must be unique, .*: 'cat'"),
     "annotation twice": (lambda c: c["annotations"][0].update(id=2), r"annotations' id must be unique, .*: '2'"),
-    "text id": (lambda c: c["images"][0].update(id="five"), r"the id 'five' in images is no whole number"),
-    "text category": (lambda c: c["annotations"][0].update(category_id="cat"), r"category_id 'cat' of an annotation"),
+    "negative id": (lambda c: c["images"][0].update(id=-5), r"the id -5 in images is no whole number from 0 on"),
+    "no id": (lambda c: c["categories"][0].update(id=None), r"the id None in categories is no whole number from 0 on"),
     "no size": (lambda c: c["images"][0].update(width=0), r"image 5 is 0 wide and 30 high"),
 }
 
