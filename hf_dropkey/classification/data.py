@@ -7,7 +7,7 @@ the same three columns whatever went in.
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,15 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
 from ..images.checks import drop_bad_images, name_some, with_named_images
-from ..images.sources import CHOICE_SEED, EVALUATION_SPLITS, check_known, near_names
+from ..images.sources import (
+    CHOICE_SEED,
+    EVALUATION_SPLITS,
+    check_known,
+    data_fingerprint,
+    image_bytes,
+    image_name,
+    near_names,
+)
 from .arguments import DataArguments
 from .sources import is_text, labels_of, load_splits, stratified_share
 
@@ -57,6 +65,18 @@ class ImageData:
         check_known(self.label_names, names)
         ids = {value: names.index(self.label_names[old]) for value, old in self.label_ids.items()}
         return replace(self, label_names=list(names), label_ids=ids)
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Rows, names, labels and sizes of the images to `train` and for `evaluation` (`data_fingerprint`)."""
+        splits = {"train": self.train, "evaluation": self.evaluation}
+        return {name: data_fingerprint(self._identities(split)) for name, split in splits.items() if split is not None}
+
+    def _identities(self, split: Dataset) -> Iterator[tuple[str, str, int]]:
+        undecoded = split.with_format(None).cast_column("image", datasets.Image(decode=False))
+        for row in undecoded:
+            cell = row["image"]
+            name = image_name(cell and cell["path"], row["row"])
+            yield name, self.label_names[self.label_ids[row["label"]]], image_bytes(cell)
 
     def class_counts(self, split: str) -> Counter[int]:
         """Number of images of each class id in `train` or `evaluation`."""

@@ -20,6 +20,7 @@ from ..images.folders import (
     METADATA_FILES,
     check_class_folders,
     check_classes_of_splits,
+    check_separate,
     local_class_folders,
     read_class_folders,
     tell_left_out,
@@ -120,13 +121,15 @@ def load_folders(folders: Mapping[str, Path], options: Mapping[str, str]) -> dic
     Raises:
         ValueError: A folder holds what cannot be meant; says what.
     """
+    evaluated = [split for split in folders if split != "train" and "train" in folders]
+    for split in evaluated:
+        check_separate(folders["train"], folders[split], options[split])
     found = {split: read_class_folders(folder) for split, folder in folders.items()}
     for split, classes in found.items():
         check_class_folders(classes, options[split])
-    for split, classes in found.items():
-        if split != "train" and "train" in found:
-            check_classes_of_splits(found["train"], classes, options[split])
         tell_left_out(classes, split)
+    for split in evaluated:
+        check_classes_of_splits(found["train"], found[split], options[split])
     names = sorted({name for classes in found.values() for name in classes.images})
     features = Features({"image": datasets.Image(), "label": ClassLabel(names=names)})
     splits = {}

@@ -11,7 +11,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from ..images.checks import (
     read_checked_image,
     warn_of_transparency,
 )
-from ..images.sources import CHOICE_SEED, EVALUATION_SPLITS, check_known, load_named
+from ..images.sources import CHOICE_SEED, EVALUATION_SPLITS, check_known, data_fingerprint, image_bytes, load_named
 from .annotations import TEXT_ID, checked_annotations
 from .arguments import DetectionDataArguments
 
@@ -73,6 +73,13 @@ class DetectionSplit:
         image = self.images[row]
         return read_checked_image(self.cell(image), image.get("row", image["id"])).convert("RGB")
 
+    def identities(self) -> Iterator[tuple[str, str, int]]:
+        """Name, boxes with their categories as text, and size in bytes of each image."""
+        names = {category["id"]: category["name"] for category in self.categories}
+        for image in self.images:
+            boxes = [(names[box["category_id"]], box["bbox"], box["iscrowd"]) for box in self.boxes[image["id"]]]
+            yield str(image["file_name"]), json.dumps(boxes), image_bytes(self.cell(image))
+
     def box_counts(self) -> tuple[int, int]:
         """Number of boxes that are trained on or looked for, and of crowd regions, which are not."""
         crowd = [box["iscrowd"] for image in self.images for box in self.boxes[image["id"]]]
@@ -103,6 +110,11 @@ class DetectionData:
     def class_numbers(self) -> dict[int, int]:
         """The model's class number of each category id."""
         return {category: number for number, category in enumerate(self.category_ids) if category is not None}
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Rows, names, boxes with their classes, and sizes of the images to `train` and for `evaluation`."""
+        splits = {"train": self.train, "evaluation": self.evaluation}
+        return {name: data_fingerprint(split.identities()) for name, split in splits.items() if split is not None}
 
     def with_label_names(self, names: Sequence[str]) -> "DetectionData":
         """The same data with the class numbers of a model whose classes are `names`, in that order.

@@ -182,20 +182,22 @@ def told_endings(endings: Mapping[str, int]) -> str:
     return ", ".join(f"{ending} {count}" for ending, count in sorted(endings.items()))
 
 
-def check_classes_of_splits(train: ClassFolders, other: ClassFolders, option: str) -> None:
-    """Raises ValueError if one folder lies in the other, or if a class has images to evaluate on but none to train on."""
-    one, two = Path(train.folder).resolve(), Path(other.folder).resolve()
+def check_separate(train: Path, other: Path, option: str) -> None:
+    """Raises ValueError if one folder of images lies in the other; one and the same is told."""
+    one, two = train.resolve(), other.resolve()
     if one == two:
         logger.warning(
-            "%s %s is the folder that is trained on: what is measured there says nothing of new images",
-            option,
-            other.folder,
+            "%s %s is the folder that is trained on: what is measured there says nothing of new images", option, other
         )
     elif one in two.parents or two in one.parents:
         raise ValueError(
-            f"--train_dir {train.folder} and {option} {other.folder}: one folder lies in the other, so images would be "
-            "trained and evaluated on; put them beside each other"
+            f"--train_dir {train} and {option} {other}: one folder lies in the other, so images would be trained and "
+            "evaluated on; name folders that lie beside each other"
         )
+
+
+def check_classes_of_splits(train: ClassFolders, other: ClassFolders, option: str) -> None:
+    """Raises ValueError if a class has images to evaluate on but none to train on."""
     names = list(train.images)
     only = [name for name in other.images if name not in names]
     if only:

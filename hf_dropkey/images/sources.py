@@ -1,20 +1,29 @@
 """What the data of every image task has in common: names of splits and classes, data sets by name, fingerprints."""
 
 import glob
+import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets.data_files import get_data_patterns
 
 from .checks import name_some
+from .folders import image_endings
 
 
 EVALUATION_SPLITS = ("validation", "valid", "test")
 CHOICE_SEED = 0
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 DIGEST_LENGTH = 16
+# what each hash of a fingerprint is of, as a message tells that it changed
+FINGERPRINT_PARTS = {
+    "names": "other file names, or in another order",
+    "labels": "other labels",
+    "sizes": "files of other sizes, so other images",
+}
 
 
 def load_named(name: str, config: str | None) -> datasets.DatasetDict:
@@ -31,7 +40,7 @@ def load_named(name: str, config: str | None) -> datasets.DatasetDict:
     patterns = get_data_patterns(base)
     files = {str(split): [f"{base}/{pattern}" for pattern in found] for split, found in patterns.items()}
     endings = {Path(file).suffix.lower() for file in glob.glob(f"{base}/**", recursive=True)}
-    images = endings & datasets.packaged_modules.imagefolder.imagefolder.ImageFolder.EXTENSIONS
+    images = endings & image_endings()
     kinds = sorted({BUILDERS[ending] for ending in endings & BUILDERS.keys()})
     if len(kinds) != 1 and not images:
         raise ValueError(
@@ -67,3 +76,49 @@ def near_names(names: Iterable[str]) -> list[tuple[str, str]]:
             pairs.append((seen[plain], name))
         seen.setdefault(plain, name)
     return pairs
+
+
+def data_fingerprint(rows: Iterable[tuple[str, str, int]]) -> dict[str, Any]:
+    """What tells two lists of labelled images apart, without a look at pixels: for the record of a run.
+
+    Args:
+        rows: Name, label and size in bytes of each image, in order.
+
+    Returns:
+        `rows`, their number, and the start of a SHA-256 of all `names`, `labels` and `sizes`, as JSON holds them.
+    """
+    count, parts = 0, {part: hashlib.sha256() for part in FINGERPRINT_PARTS}
+    for row in rows:
+        count += 1
+        for digest, value in zip(parts.values(), row, strict=True):
+            text = str(value).encode("utf-8", "surrogatepass")
+            # with its length, so that no two lists run together into the same bytes
+            digest.update(len(text).to_bytes(8, "little") + text)
+    return {"rows": count, **{part: digest.hexdigest()[:DIGEST_LENGTH] for part, digest in parts.items()}}
+
+
+def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints, in words; empty if nothing does. Parts that one lacks are not compared."""
+    words = []
+    if before.get("rows", now.get("rows")) != now.get("rows", before.get("rows")):
+        words.append(f"{now['rows']} images instead of {before['rows']}")
+    words += [
+        told
+        for part, told in FINGERPRINT_PARTS.items()
+        if part in before and part in now and before[part] != now[part]
+    ]
+    return words
+
+
+def image_name(path: str | None, row: int) -> str:
+    """What identifies an image wherever its folder lies: its file with the folder around it, else its row number."""
+    return f"row {row}" if not path else "/".join(Path(path).parts[-2:])
+
+
+def image_bytes(cell: Mapping[str, Any] | None) -> int:
+    """Size in bytes of an undecoded image; -1 where its file is not there."""
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        return -1
+    if cell["bytes"] is not None:
+        return len(cell["bytes"])
+    return os.path.getsize(cell["path"]) if os.path.isfile(cell["path"]) else -1

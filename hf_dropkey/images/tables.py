@@ -55,9 +55,11 @@ def labels_from_text(columns: Sequence[Sequence[str]]) -> list[list[Any]]:
     values = {value for column in columns for value in column if value}
     if values and all(map(is_whole_text, values)):
         return [[int(value) if value else None for value in column] for column in columns]
-    if values and all(map(is_number_text, values)) and not all(value.isdigit() for value in values):
+    numbers = [float(value) for value in values if is_number_text(value)]
+    fractions = [number for number in numbers if not number.is_integer()]
+    if fractions and len(numbers) == len(values):
         raise ValueError(
-            f"the labels are numbers such as {max(values)}; allowed are text and whole numbers, one for each class"
+            f"the labels are numbers such as {max(fractions)}; allowed are text and whole numbers, one for each class"
         )
     return [[value or None for value in column] for column in columns]
 
