@@ -60,7 +60,7 @@ def class_names(config: Any, source: str) -> list[str]:
         shown = name_some(f"{number} {name!r}" for number, name in sorted(ids.items()))
         raise ValueError(
             f"config.json of {source} numbers its {len(ids)} classes {shown} in id2label; the numbers must be 0 to "
-            f"{len(ids) - 1}, the places of the model's scores; repair it"
+            f"{len(ids) - 1}, the places of the model's scores; repair the file"
         )
     return [ids[number] for number in range(len(ids))]
 
@@ -89,11 +89,10 @@ def fit_classes(data: Data, config: Any, *, source: str | None, has_head: bool, 
     if source is not None and has_head:
         same = new_head and sorted(map(str, config.id2label.values())) == sorted(data.label_names)
         if same or not new_head:
+            names = class_names(config, source)
             try:
-                return data.with_label_names(class_names(config, source))
+                return data.with_label_names(names)
             except ValueError as error:
-                if same:
-                    raise
                 advice = (
                     "train new class scores with --ignore_mismatched_sizes" if trains else "train one on this data"
                 )

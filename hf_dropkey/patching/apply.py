@@ -8,7 +8,7 @@ drop keys; models of this package do so by themselves, and only their settings c
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,13 +19,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.attention import DROPKEY_BACKENDS
 from ..models.dropkey import PATTERNS, check_choice, layer_ratios
-from .dispatch import DropKeyConfigView
+from .dispatch import WINDOWED_PATTERNS, DropKeyConfigView, SeenPixels, takes_pixels
 from .legacy_names import convert_legacy_names
 from .report import DropKeyReport, RegularisedAttention
 from .sites import AttentionSite, UnreachedAttention, find_attention, idle_reason, transformers_model
 
 
-MODULE_STATE = ("config", "dropkey_ratio", "dropkey_pattern", "dropkey_window", "dropkey_mode", "dropkey_base_ratio")
+MODULE_STATE = (
+    "config",
+    "dropkey_ratio",
+    "dropkey_pattern",
+    "dropkey_window",
+    "dropkey_mode",
+    "dropkey_base_ratio",
+    "dropkey_pixels",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +127,13 @@ def _read(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 @dataclass
 class _Undo:
-    """What `remove_dropkey` needs: the state before the first call, the backends asked for, the loading hook."""
+    """What `remove_dropkey` needs: the state before the first call, the backends asked for, the hooks."""
 
     before: _Snapshot
     backends: list[tuple[PreTrainedConfig, str]]
     hook: RemovableHandle
+    pixels: SeenPixels = field(default_factory=SeenPixels)
+    pixel_hooks: list[RemovableHandle] = field(default_factory=list)
 
     def applied(self) -> dict[int, str]:
         return {id(config): backend for config, backend in self.backends}
@@ -193,17 +203,22 @@ def apply_dropkey(
     _check_backends(chosen, settings, backend)
     _check_attention_dropout(chosen, settings)
     undo: _Undo | None = vars(root).get(UNDO)
+    replaced = undo is not None
     if undo is None:
-        root._dropkey_undo = _Undo(
-            _Snapshot.take(root), [], root.register_load_state_dict_pre_hook(convert_legacy_names)
-        )
+        undo = _Undo(_Snapshot.take(root), [], root.register_load_state_dict_pre_hook(convert_legacy_names))
+        root._dropkey_undo = undo
     else:
         undo.before.restore({})
     if backend is not None:
         _move(root, chosen, backend)
     report = DropKeyReport(
-        type(root).__name__, settings.pattern, tuple(_install(chosen, settings)), tuple(unreached), undo is not None
+        type(root).__name__,
+        settings.pattern,
+        tuple(_install(chosen, settings, undo.pixels)),
+        tuple(unreached),
+        replaced,
     )
+    _watch_pixels(root, undo)
     settings.remember(root.config)
     if verbose and int(os.environ.get("RANK", 0)) == 0:
         print(report)
@@ -301,7 +316,9 @@ def _move(root: PreTrainedModel, chosen: list[AttentionSite], backend: str) -> N
     undo.backends += [(config, backend) for config in configs.values()]
 
 
-def _install(chosen: list[AttentionSite], settings: DropKeySettings) -> Iterator[RegularisedAttention]:
+def _install(
+    chosen: list[AttentionSite], settings: DropKeySettings, pixels: SeenPixels
+) -> Iterator[RegularisedAttention]:
     """Sets the chosen modules up, stack by stack in order of execution."""
     stacks: dict[str, list[AttentionSite]] = {}
     for site in chosen:
@@ -317,7 +334,26 @@ def _install(chosen: list[AttentionSite], settings: DropKeySettings) -> Iterator
             module.dropkey_window = settings.window
             if not site.native and not isinstance(module.config, DropKeyConfigView):
                 module.config = DropKeyConfigView(module.config, module)
+            if not site.native:
+                module.dropkey_pixels = pixels
             yield RegularisedAttention(site.name, depth, site.kind, site.side, ratio, _backend(site))
+
+
+def _watch_pixels(root: PreTrainedModel, undo: _Undo) -> None:
+    """Reads the size of images off the model's calls while a pattern of its stock attentions needs the patch grid."""
+    wanted = any(
+        "dropkey_pixels" in vars(module) and module.dropkey_pattern in WINDOWED_PATTERNS
+        for _, module in dropkey_modules(root)
+    )
+    if wanted and not undo.pixel_hooks:
+        undo.pixel_hooks = [
+            part.register_forward_pre_hook(undo.pixels, with_kwargs=True)
+            for part in root.modules()
+            if isinstance(part, PreTrainedModel) and takes_pixels(part)
+        ]
+    elif not wanted:
+        while undo.pixel_hooks:
+            undo.pixel_hooks.pop().remove()
 
 
 def remove_dropkey(model: nn.Module) -> None:
@@ -334,7 +370,8 @@ def remove_dropkey(model: nn.Module) -> None:
             "package becomes a plain one through export_plain."
         )
     undo.before.restore(undo.applied())
-    undo.hook.remove()
+    for hook in (undo.hook, *undo.pixel_hooks):
+        hook.remove()
 
 
 @contextmanager
@@ -354,6 +391,7 @@ def dropkey(model: nn.Module, ratio: float | None = None, **settings: Any) -> It
         elif undo is not None:
             before.restore(undo.applied())
             undo.backends = backends
+            _watch_pixels(root, undo)
 
 
 def dropkey_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
