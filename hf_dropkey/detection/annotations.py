@@ -5,6 +5,7 @@ https://cocodataset.org/#format-data.
 
 import logging
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -156,7 +157,7 @@ def is_box(box: Any) -> bool:
     return (
         isinstance(box, (list, tuple))
         and len(box) == 4
-        and all(isinstance(number, (int, float)) and abs(number) < math.inf for number in box)
+        and all(isinstance(number, (int, float)) and abs(number) <= sys.float_info.max for number in box)
     )
 
 
