@@ -4,7 +4,6 @@ import io
 import logging
 import random
 import re
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -137,7 +136,7 @@ def test_a_transparent_palette_colour_counts_too():
     assert transparency(Image.open(file)) is not None
 
 
-def test_transparent_images_are_counted_with_what_will_be_seen_and_the_next_step(caplog, tmp_path: Path):
+def test_transparent_images_are_counted_with_what_will_be_seen_and_the_next_step(caplog):
     contents = [GOOD[0]]
     for ground in (0, 0, 255):
         file = io.BytesIO()

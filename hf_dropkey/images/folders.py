@@ -162,10 +162,10 @@ def check_class_folders(found: ClassFolders, option: str) -> None:
             "sub-folder of its own"
         )
     if deeper:
-        files = next(iter(deeper.values()))
+        first = os.path.relpath(next(iter(deeper.values()))[0], folder)
         raise ValueError(
             f"{option} {folder}: {sum(map(len, deeper.values()))} images lie in folders inside the class folders "
-            f"{name_some(map(repr, deeper))}, such as {os.path.relpath(files[0], folder)}; classes are the first level, "
+            f"{name_some(map(repr, deeper))}, such as {first}; classes are the first level, "
             "so move images up into the folder of their class, or name them in a table (--train_file)"
         )
     empty = [name for name in names if not found.images[name]]
