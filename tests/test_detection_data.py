@@ -477,3 +477,9 @@ def test_a_fingerprint_tells_what_changed(files):
 def test_lists_of_different_lengths_are_named():
     with pytest.raises(ValueError, match=r"lists of different lengths in `objects`, \{'bbox': 1, 'category': 2\}"):
         as_records({"bbox": [[1, 2, 3, 4]], "category": [0, 1]})
+
+
+def test_sizes_with_a_fraction_of_nothing_or_as_text_are_read(files):
+    expected = load(files).train.images
+    changed(files, lambda content: [image.update(width=40.0, height="30") for image in content["images"]] and None)
+    assert load(files).train.images == expected

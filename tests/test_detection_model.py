@@ -226,3 +226,22 @@ def test_a_saved_configuration_is_plain(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert "auto_map" not in config and config["dropkey_ratio"] == 0.1
     assert type(AutoModelForObjectDetection.from_pretrained(tmp_path)) is DetrForObjectDetection
+
+
+def test_as_many_classes_of_other_names_get_new_scores_on_request(saved):
+    arguments = DetectionModelArguments(model_name_or_path=str(saved), ignore_mismatched_sizes=True)
+    before: Any = make_model(make_config(arguments), DetectionModelArguments(model_name_or_path=str(saved)))
+    nothing = DetectionSplit("none", [], {}, [], lambda image: {})
+    config = make_config(arguments)
+    data = fit_classes(DetectionData(nothing, None, ["bus", "car", "cow"], [1, 2, 3]), config, arguments)
+    assert data.class_numbers == {1: 0, 2: 1, 3: 2} and config.id2label[0] == "bus"
+    after: Any = make_model(config, arguments)
+    scores, boxes = "class_labels_classifier", "bbox_predictor.layers.0"
+    assert not torch.equal(after.get_submodule(scores).weight, before.get_submodule(scores).weight)
+    assert torch.equal(after.get_submodule(boxes).weight, before.get_submodule(boxes).weight)
+    # the same names in another order are the model's own
+    config = make_config(arguments)
+    same = fit_classes(DetectionData(nothing, None, ["N/A", "cat", "dog"], [1, 2, 3]), config, arguments)
+    assert same.class_numbers == {1: 0, 2: 2, 3: 1}
+    again: Any = make_model(config, arguments)
+    assert torch.equal(again.get_submodule(scores).weight, before.get_submodule(scores).weight)

@@ -237,3 +237,14 @@ def test_icons_on_a_transparent_ground_are_told(shared_cases: Path, caplog: Any)
     load(train_dir=str(root / "train"), validation_dir=str(root / "val"))
     assert "32 of 32 images in the train split have transparent pixels" in caplog.text
     assert "(black in 32); 32 of them become one plain colour" in caplog.text
+
+
+def test_a_name_that_is_no_text_is_told(tmp_path: Path) -> None:
+    folder = tree(tmp_path, *TWO)
+    name = os.fsencode(folder / "cat") + b"/\xff.png"
+    try:
+        Path(os.fsdecode(name)).write_bytes(image_of())
+    except OSError:
+        pytest.skip("this file system takes only names in UTF-8")
+    with pytest.raises(ValueError, match=r"'\\udcff.png' in .*cat is no name in UTF-8; rename it"):
+        load(train_dir=str(folder))

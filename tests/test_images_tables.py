@@ -152,3 +152,15 @@ def test_cases_that_failed_once(shared_cases: Path, tmp_path: Path, name: str, f
             load(file)
     else:
         assert load(file).label_names == found
+
+
+@pytest.mark.parametrize("folder", ["data", "data [v2]"])
+def test_tables_of_a_data_set_by_name_are_read_as_text_too(tmp_path: Path, folder: str, monkeypatch: Any) -> None:
+    table(tmp_path / folder / "train.csv", "None", "NA", "001")
+    table(tmp_path / folder / "test.csv", "NA")
+    monkeypatch.chdir(tmp_path / folder)
+    for file in (tmp_path / folder).glob("*.png"):
+        file.rename(tmp_path / file.name)
+    monkeypatch.chdir(tmp_path)
+    data = load_image_data(DataArguments(dataset_name=folder), training=True)
+    assert data.label_names == ["001", "NA", "None"] and data.evaluation_split == "test"

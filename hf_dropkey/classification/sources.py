@@ -25,7 +25,7 @@ from ..images.folders import (
     read_class_folders,
     tell_left_out,
 )
-from ..images.sources import load_named
+from ..images.sources import is_csv, load_named
 from ..images.tables import escaped, labels_from_text, matching_files, read_csv
 from .arguments import DataArguments
 
@@ -48,6 +48,8 @@ def load_splits(arguments: DataArguments) -> dict[str, Dataset]:
         else:
             found = load_folders(folders, dict.fromkeys(folders, "--dataset_name"))
         splits = usual_splits(found, arguments)
+        if is_csv(found):
+            splits = with_labels_from_text(splits)
     elif arguments.train_dir or arguments.validation_dir:
         splits = load_directories(arguments)
     else:
@@ -166,14 +168,19 @@ def load_files(patterns: Mapping[str, str | None], arguments: DataArguments) -> 
         )
     usual = {part: with_usual_columns(loaded[part], arguments, base=folder) for part, (_, folder, _) in parts.items()}
     if loader == "csv":
-        labels = labels_from_text([labels_of(rows) for rows in usual.values()])
-        usual = {
-            part: rows.remove_columns("label").add_column("label", column)
-            for (part, rows), column in zip(usual.items(), labels, strict=True)
-        }
+        usual = with_labels_from_text(usual)
     return {
         split: datasets.concatenate_datasets([usual[part] for part, about in parts.items() if about[0] == split])
         for split in files
+    }
+
+
+def with_labels_from_text(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """Splits of CSV files with labels in place of their text, all read alike."""
+    labels = labels_from_text([labels_of(rows) for rows in splits.values()])
+    return {
+        name: rows.remove_columns("label").add_column("label", column)
+        for (name, rows), column in zip(splits.items(), labels, strict=True)
     }
 
 

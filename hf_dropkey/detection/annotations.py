@@ -42,7 +42,8 @@ def checked_annotations(
     image_ids = whole_ids(document["images"], "images", source)
     category_ids = whole_ids(document["categories"], "categories", source)
     images = {
-        number: {**image, "id": number} for number, image in zip(image_ids.values(), document["images"], strict=True)
+        number: {**image, "id": number, **{side: usual_id(image[side]) for side in ("width", "height")}}
+        for number, image in zip(image_ids.values(), document["images"], strict=True)
     }
     categories = [
         {**category, "id": number} | ({} if number == text else {TEXT_ID: text})
@@ -85,7 +86,8 @@ def check_structure(document: Any, source: str) -> None:
         if not document[part]:
             raise ValueError(f"{source} has no {part}; add them")
     for image in document["images"]:
-        if not all(is_whole(image[side]) and image[side] > 0 for side in ("width", "height")):
+        sides = [usual_id(image[side]) for side in ("width", "height")]
+        if not all(is_whole(side) and 0 < side <= sys.maxsize for side in sides):
             raise ValueError(
                 f"{source}: image {image['id']} is {image['width']!r} wide and {image['height']!r} high; give pixels"
             )

@@ -98,6 +98,7 @@ def read_class_folders(folder: Path) -> ClassFolders:
     endings = image_endings()
     root = os.path.abspath(folder)
     for name in sorted(os.listdir(root)):
+        check_name(name, root)
         path = os.path.join(root, name)
         if os.path.isdir(path):
             if not is_hidden(name):
@@ -124,10 +125,25 @@ def read_class(found: ClassFolders, name: str, folder: str, endings: set[str]) -
             found.deeper[name].append(path)
 
 
+def stop(error: OSError) -> None:
+    """Raises what a walk would pass over, such as a folder that may not be read."""
+    raise error
+
+
+def check_name(name: str, folder: str) -> None:
+    """Raises ValueError for a name that is no text, which tables of paths cannot hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name!a} in {folder} is no name in UTF-8; rename it") from error
+
+
 def visible_files(folder: str) -> Iterator[str]:
     """All files below a folder that are not hidden, in order; a loop of links ends where it closes."""
     seen = {os.path.realpath(folder)}
-    for path, folders, files in os.walk(folder, followlinks=True):
+    for path, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        for name in (*folders, *files):
+            check_name(name, path)
         real = {name: os.path.realpath(os.path.join(path, name)) for name in sorted(folders) if not is_hidden(name)}
         folders[:] = [name for name in real if real[name] not in seen]
         seen.update(real.values())

@@ -33,7 +33,8 @@ def load_named(name: str, config: str | None) -> datasets.DatasetDict:
         ValueError: A configuration is asked for of such a folder.
     """
     if not (Path(name).is_dir() and glob.has_magic(name)):
-        return datasets.load_dataset(name, config)
+        found = datasets.load_dataset(name, config)
+        return load_as_text(found, name, name=config) if is_csv(found) else found
     if config is not None:
         raise ValueError(f"--dataset_config_name {config} of a folder with brackets in its name ({name}); rename it")
     base = glob.escape(os.path.abspath(name))
@@ -46,7 +47,21 @@ def load_named(name: str, config: str | None) -> datasets.DatasetDict:
         raise ValueError(
             f"{name} holds files of {kinds or 'no known kind'}; use files of one among {sorted(BUILDERS)}"
         )
-    return datasets.load_dataset("imagefolder" if images else kinds[0], data_files=files)
+    builder = "imagefolder" if images else kinds[0]
+    found = datasets.load_dataset(builder, data_files=files)
+    return load_as_text(found, builder, data_files=files) if is_csv(found) else found
+
+
+def is_csv(splits: datasets.DatasetDict) -> bool:
+    """Whether a data set was read from CSV files."""
+    return any(split.info.builder_name == "csv" for split in splits.values())
+
+
+def load_as_text(splits: datasets.DatasetDict, *source: str, **more: Any) -> datasets.DatasetDict:
+    """A data set of CSV files again, with every cell as the text that stands there."""
+    columns = next(iter(splits.values())).column_names
+    features = datasets.Features({column: datasets.Value("string") for column in columns})
+    return datasets.load_dataset(*source, **more, features=features, keep_default_na=False)
 
 
 def check_known(names: Sequence[str], known: Sequence[str]) -> None:
