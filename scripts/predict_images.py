@@ -68,7 +68,7 @@ def open_image(name: str) -> Image.Image:
         raise ValueError(f"--images {name} cannot be read as an image ({error}); give image files") from error
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"--images {name} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
-    if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+    if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         print(f"{name} has transparent pixels; the model sees the colour that the file stores there", file=sys.stderr)
     return shown
 

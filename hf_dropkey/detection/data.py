@@ -221,7 +221,7 @@ def hub_splits(arguments: DetectionDataArguments) -> dict[str, Callable[[], Dete
     Raises:
         ValueError: A split that the arguments name is not there, or one serves both ends.
     """
-    splits = load_named(arguments.dataset_name, arguments.dataset_config_name)
+    splits = load_named(str(arguments.dataset_name), arguments.dataset_config_name)
     usual = next((name for name in EVALUATION_SPLITS if name in splits), None)
     names = {"train": arguments.train_split_name, "validation": arguments.eval_split_name or usual}
     for option, name in (("--train_split_name", names["train"]), ("--eval_split_name", arguments.eval_split_name)):

@@ -10,7 +10,6 @@ from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from .checks import name_some
 
@@ -104,7 +103,7 @@ def fit_classes(data: Data, config: Any, *, source: str | None, has_head: bool, 
 
 @torch.no_grad()
 def renew_class_scores(
-    model: nn.Module, config: PreTrainedConfig, found: Mapping[str, Any], make: Callable[[Any], nn.Module]
+    model: nn.Module, config: Any, found: Mapping[str, Any], make: Callable[[Any], nn.Module]
 ) -> list[str]:
     """Gives the class scores of a pretrained model new weights where it was made for as many classes of other names.
 

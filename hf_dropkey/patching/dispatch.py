@@ -187,7 +187,7 @@ class SeenPixels:
             ValueError: The size changes between training steps under gradient checkpointing, where the backward pass of
                 one step may compute layers again after the forward pass of the next.
         """
-        pixels = args[0] if args else kwargs.get("pixel_values")
+        pixels: Any = args[0] if args else kwargs.get("pixel_values")
         is_image = isinstance(pixels, torch.Tensor) and pixels.ndim == 4
         size = (pixels.shape[-2], pixels.shape[-1]) if is_image else None
         if not model.training:
