@@ -104,8 +104,7 @@ class DetectionJob(TrainingJob[DetectionData]):
         logger.info("%d classes", len(data.label_names))
         for name, split in (("training", data.train), ("evaluation", data.evaluation)):
             if split is not None:
-                boxes = sum(len(split.boxes[image["id"]]) for image in split.images)
-                logger.info("%s on %s: %d images, %d boxes", name, split.name, len(split), boxes)
+                logger.info("%s on %s: %d images, %d boxes", name, split.name, len(split), split.box_counts()[0])
 
     def draw(self, trainer: GuardedTrainer, data: DetectionData) -> None:
         """Draws evaluation images with their boxes and the model's, if `--draw_images` is above 0."""

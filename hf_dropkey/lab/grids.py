@@ -21,7 +21,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, set_s
 from ..classification.arguments import DataArguments
 from ..classification.data import ImageData, load_image_data
 from ..classification.job import ClassificationJob
-from ..classification.model import image_size, set_classes
+from ..classification.model import fit_classes, image_size
 from ..classification.transform import ImageTransform, collate_images
 from ..extras import needed
 from ..hub.cards import shown_command
@@ -310,7 +310,7 @@ def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, d
         ValueError: The folder holds a run with other settings, finished or not.
     """
     data = cached_data(**asdict(job.data))
-    set_classes(job.config, job.model, data.label_names)
+    data = fit_classes(data, job.config, job.model)
     settings = job.settings()
     facts: dict[str, Any] = {}
     for facts_file in (folder / DONE, folder / BEGUN):
@@ -418,10 +418,11 @@ def measure(
     trained, facts = train_cell(job, folder)
     model: Any = trained
     model.to(job.training.device)
-    found = cached_data(**asdict(job.data))
+    names = [str(model.config.id2label[number]) for number in range(model.config.num_labels)]
+    found = cached_data(**asdict(job.data)).with_label_names(names)
     evaluated = found
     if split == "test":
-        evaluated = data_to_test(job.data).with_label_names(found.label_names)
+        evaluated = data_to_test(job.data).with_label_names(names)
     pixel_values, labels = tensors(evaluated.evaluation, job, evaluated)
     pixel_values = pixel_values.to(job.training.device)
     rows = []

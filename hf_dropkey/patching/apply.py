@@ -8,7 +8,7 @@ drop keys; models of this package do so by themselves, and only their settings c
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..models.attention import DROPKEY_BACKENDS
 from ..models.dropkey import PATTERNS, check_choice, hold_ratio_data, layer_ratios, release_ratio_data
-from .dispatch import DropKeyConfigView
+from .dispatch import WINDOWED_PATTERNS, DropKeyConfigView, SeenPixels, takes_pixels
 from .legacy_names import convert_legacy_names
 from .modes import check_owner, check_threads, held_mode, owned
 from .report import DropKeyReport, RegularisedAttention
@@ -30,7 +30,14 @@ from .sites import AttentionSite, UnreachedAttention, find_attention, idle_reaso
 # below Transformers' own logger, whose verbosity users set
 logger = logging.get_logger("transformers.dropkey")
 
-MODULE_STATE = ("config", "dropkey_ratio", "dropkey_pattern", "dropkey_window", "dropkey_base_ratio")
+MODULE_STATE = (
+    "config",
+    "dropkey_ratio",
+    "dropkey_pattern",
+    "dropkey_window",
+    "dropkey_base_ratio",
+    "dropkey_pixels",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +133,13 @@ def _read(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 @dataclass
 class _Undo:
-    """What `remove_dropkey` needs: the state before the first call, the backends asked for, the loading hook."""
+    """What `remove_dropkey` needs: the state before the first call, the backends asked for, the hooks."""
 
     before: _Snapshot
     backends: list[tuple[PreTrainedConfig, str]]
     hook: RemovableHandle
+    pixels: SeenPixels = field(default_factory=SeenPixels)
+    pixel_hooks: list[RemovableHandle] = field(default_factory=list)
 
     def applied(self) -> dict[int, str]:
         return {id(config): backend for config, backend in self.backends}
@@ -203,17 +212,22 @@ def apply_dropkey(
     _check_backends(chosen, settings, backend)
     _check_attention_dropout(chosen, settings)
     undo: _Undo | None = vars(root).get(UNDO)
+    replaced = undo is not None
     if undo is None:
-        root._dropkey_undo = _Undo(
-            _Snapshot.take(root), [], root.register_load_state_dict_pre_hook(convert_legacy_names)
-        )
+        undo = _Undo(_Snapshot.take(root), [], root.register_load_state_dict_pre_hook(convert_legacy_names))
+        root._dropkey_undo = undo
     else:
         undo.before.restore({})
     if backend is not None:
         _move(root, chosen, backend)
     report = DropKeyReport(
-        type(root).__name__, settings.pattern, tuple(_install(chosen, settings)), tuple(unreached), undo is not None
+        type(root).__name__,
+        settings.pattern,
+        tuple(_install(chosen, settings, undo.pixels)),
+        tuple(unreached),
+        replaced,
     )
+    _watch_pixels(root, undo)
     settings.remember(root.config)
     if int(os.environ.get("RANK", 0)) == 0:
         logger.info("%s", report)
@@ -307,7 +321,9 @@ def _move(root: PreTrainedModel, chosen: list[AttentionSite], backend: str) -> N
     undo.backends += [(config, backend) for config in configs.values()]
 
 
-def _install(chosen: list[AttentionSite], settings: DropKeySettings) -> Iterator[RegularisedAttention]:
+def _install(
+    chosen: list[AttentionSite], settings: DropKeySettings, pixels: SeenPixels
+) -> Iterator[RegularisedAttention]:
     """Sets the chosen modules up, stack by stack in order of execution."""
     stacks: dict[str, list[AttentionSite]] = {}
     for site in chosen:
@@ -325,7 +341,25 @@ def _install(chosen: list[AttentionSite], settings: DropKeySettings) -> Iterator
                 module.config = DropKeyConfigView(module.config, module)
             if not site.native:
                 hold_ratio_data(module)
+                module.dropkey_pixels = pixels
             yield RegularisedAttention(site.name, depth, site.kind, site.side, ratio, _backend(site))
+
+
+def _watch_pixels(root: PreTrainedModel, undo: _Undo) -> None:
+    """Reads the size of images off the model's calls while a pattern of its stock attentions needs the patch grid."""
+    wanted = any(
+        "dropkey_pixels" in vars(module) and module.dropkey_pattern in WINDOWED_PATTERNS
+        for _, module in dropkey_modules(root)
+    )
+    if wanted and not undo.pixel_hooks:
+        undo.pixel_hooks = [
+            part.register_forward_pre_hook(undo.pixels, with_kwargs=True)
+            for part in root.modules()
+            if isinstance(part, PreTrainedModel) and takes_pixels(part)
+        ]
+    elif not wanted:
+        while undo.pixel_hooks:
+            undo.pixel_hooks.pop().remove()
 
 
 def remove_dropkey(model: nn.Module) -> None:
@@ -344,7 +378,8 @@ def remove_dropkey(model: nn.Module) -> None:
             "package becomes a plain one through export_plain."
         )
     undo.before.restore(undo.applied())
-    undo.hook.remove()
+    for hook in (undo.hook, *undo.pixel_hooks):
+        hook.remove()
 
 
 @contextmanager
@@ -371,6 +406,7 @@ def dropkey(model: nn.Module, ratio: float | None = None, **settings: Any) -> It
             elif undo is not None:
                 before.restore(undo.applied())
                 undo.backends = backends
+                _watch_pixels(root, undo)
 
 
 def dropkey_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
