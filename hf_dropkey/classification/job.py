@@ -17,11 +17,12 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, 
 from ..images.augmentation import Augmentation, AugmentationEpoch
 from ..training.arguments import RampArguments, RunArguments
 from ..training.job import TrainingJob, public_name
+from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import AugmentationArguments, ClassificationDropKeyArguments, DataArguments, ModelArguments
 from .data import ImageData, load_image_data
 from .metrics import classification_metrics
-from .model import check_loss, is_native, made_size, make_config, make_image_processor, make_model, set_classes
+from .model import check_loss, fit_classes, is_native, made_size, make_config, make_image_processor, make_model
 from .pretrained import pretrained_model
 from .transform import collate_images, transform_rows
 
@@ -88,8 +89,7 @@ class ClassificationJob(TrainingJob[ImageData]):
     def load(self) -> ImageData:
         """The images; the configuration gets their classes."""
         data = load_image_data(self.data, training=self.training.do_train)
-        set_classes(self.config, self.model, data.label_names)
-        return data
+        return fit_classes(data, self.config, self.model)
 
     def make_model(self, data: ImageData) -> PreTrainedModel:
         """The model, with pretrained weights or new ones."""
@@ -111,6 +111,10 @@ class ClassificationJob(TrainingJob[ImageData]):
             callbacks=[AugmentationEpoch(transform), *self.callbacks],
             on_nonfinite_loss=self.run.on_nonfinite_loss,
         )
+
+    def fingerprint(self, data: ImageData) -> Fingerprint:
+        """Rows and hashes of names, labels and sizes of each split."""
+        return data.fingerprint()
 
     def describe(self, data: ImageData) -> None:
         """Logs the number of classes and of images."""

@@ -28,7 +28,7 @@ def shadowing_fields(cls: type, names: Iterable[str]) -> list[str]:
     Transformers puts every field that a configuration class does not declare on the instance, where it hides what the
     class has under that name: `_auto_class`, `attribute_map`, `to_dict`. Such a checkpoint decides what its reader saves.
     """
-    declared = {field.name for field in fields(cls)} | {"auto_map", "model_type"}  # type: ignore[arg-type]  # a dataclass
+    declared = {field.name for field in fields(cls)} | {"auto_map", "model_type"}
 
     def hidden(name: str) -> bool:
         found = getattr(cls, name, None)

@@ -8,7 +8,7 @@ drop keys; models of this package do so by themselves, and only their settings c
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..models.attention import DROPKEY_BACKENDS
-from ..models.dropkey import PATTERNS, check_choice, layer_ratios
-from .dispatch import DropKeyConfigView
+from ..models.dropkey import PATTERNS, check_choice, hold_ratio_data, layer_ratios, release_ratio_data
+from .dispatch import WINDOWED_PATTERNS, DropKeyConfigView, SeenPixels, takes_pixels
 from .legacy_names import convert_legacy_names
 from .modes import check_owner, check_threads, held_mode, owned
 from .report import DropKeyReport, RegularisedAttention
@@ -30,7 +30,14 @@ from .sites import AttentionSite, UnreachedAttention, find_attention, idle_reaso
 # below Transformers' own logger, whose verbosity users set
 logger = logging.get_logger("transformers.dropkey")
 
-MODULE_STATE = ("config", "dropkey_ratio", "dropkey_pattern", "dropkey_window", "dropkey_base_ratio")
+MODULE_STATE = (
+    "config",
+    "dropkey_ratio",
+    "dropkey_pattern",
+    "dropkey_window",
+    "dropkey_base_ratio",
+    "dropkey_pixels",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +109,7 @@ class _Snapshot:
     @classmethod
     def take(cls, root: PreTrainedModel) -> "_Snapshot":
         sites, _ = find_attention(root)
-        configs = {id(config): config for site in sites for config in _configs(site)} | {id(root.config): root.config}
+        configs = {id(config): config for site in sites for config in site.configs} | {id(root.config): root.config}
         states: list[tuple[Any, dict[str, Any]]] = [(site.module, _read(site.module, MODULE_STATE)) for site in sites]
         return cls(states + [(config, _read(config, CONFIG_STATE)) for config in configs.values()])
 
@@ -116,6 +123,8 @@ class _Snapshot:
                     setattr(owner, name, value)
                 elif name in vars(owner):
                     delattr(owner, name)
+            if "dropkey_ratio" not in vars(owner):
+                release_ratio_data(owner)
 
 
 def _read(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
@@ -124,11 +133,13 @@ def _read(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 @dataclass
 class _Undo:
-    """What `remove_dropkey` needs: the state before the first call, the backends asked for, the loading hook."""
+    """What `remove_dropkey` needs: the state before the first call, the backends asked for, the hooks."""
 
     before: _Snapshot
     backends: list[tuple[PreTrainedConfig, str]]
     hook: RemovableHandle
+    pixels: SeenPixels = field(default_factory=SeenPixels)
+    pixel_hooks: list[RemovableHandle] = field(default_factory=list)
 
     def applied(self) -> dict[int, str]:
         return {id(config): backend for config, backend in self.backends}
@@ -201,17 +212,22 @@ def apply_dropkey(
     _check_backends(chosen, settings, backend)
     _check_attention_dropout(chosen, settings)
     undo: _Undo | None = vars(root).get(UNDO)
+    replaced = undo is not None
     if undo is None:
-        root._dropkey_undo = _Undo(
-            _Snapshot.take(root), [], root.register_load_state_dict_pre_hook(convert_legacy_names)
-        )
+        undo = _Undo(_Snapshot.take(root), [], root.register_load_state_dict_pre_hook(convert_legacy_names))
+        root._dropkey_undo = undo
     else:
         undo.before.restore({})
     if backend is not None:
         _move(root, chosen, backend)
     report = DropKeyReport(
-        type(root).__name__, settings.pattern, tuple(_install(chosen, settings)), tuple(unreached), undo is not None
+        type(root).__name__,
+        settings.pattern,
+        tuple(_install(chosen, settings, undo.pixels)),
+        tuple(unreached),
+        replaced,
     )
+    _watch_pixels(root, undo)
     settings.remember(root.config)
     if int(os.environ.get("RANK", 0)) == 0:
         logger.info("%s", report)
@@ -255,14 +271,8 @@ def _left_out(site: AttentionSite, settings: DropKeySettings) -> str | None:
     return None
 
 
-def _configs(site: AttentionSite) -> list[PreTrainedConfig]:
-    """The configurations that name a site's backend: its own, and that of the model which makes its masks."""
-    own = getattr(site.module, "config", site.owner.config)
-    return [getattr(own, "dropkey_config", own), site.owner.config]
-
-
 def _backend(site: AttentionSite) -> str:
-    return _configs(site)[0]._attn_implementation or "eager"
+    return site.configs[0]._attn_implementation or "eager"
 
 
 def _check_backends(chosen: list[AttentionSite], settings: DropKeySettings, backend: str | None) -> None:
@@ -285,7 +295,7 @@ def _check_backends(chosen: list[AttentionSite], settings: DropKeySettings, back
 
 def _check_attention_dropout(chosen: list[AttentionSite], settings: DropKeySettings) -> None:
     for site in chosen:
-        config = _configs(site)[0]
+        config = site.configs[0]
         for name in ("attention_probs_dropout_prob", "attention_dropout"):
             dropout = getattr(config, name, 0.0)
             # 0.0 where a model has no such number (some keep a module or None under the name)
@@ -303,7 +313,7 @@ def _move(root: PreTrainedModel, chosen: list[AttentionSite], backend: str) -> N
 
     `set_attn_implementation` would move all sub-models, and raises where one is convolutional.
     """
-    configs = {id(config): config for site in chosen for config in _configs(site)}
+    configs = {id(config): config for site in chosen for config in site.configs}
     for config in configs.values():
         setattr(config, BACKEND_FIELD, backend)
     undo: _Undo = vars(root)[UNDO]
@@ -311,7 +321,9 @@ def _move(root: PreTrainedModel, chosen: list[AttentionSite], backend: str) -> N
     undo.backends += [(config, backend) for config in configs.values()]
 
 
-def _install(chosen: list[AttentionSite], settings: DropKeySettings) -> Iterator[RegularisedAttention]:
+def _install(
+    chosen: list[AttentionSite], settings: DropKeySettings, pixels: SeenPixels
+) -> Iterator[RegularisedAttention]:
     """Sets the chosen modules up, stack by stack in order of execution."""
     stacks: dict[str, list[AttentionSite]] = {}
     for site in chosen:
@@ -327,7 +339,27 @@ def _install(chosen: list[AttentionSite], settings: DropKeySettings) -> Iterator
             module.dropkey_window = settings.window
             if not site.native and not isinstance(module.config, DropKeyConfigView):
                 module.config = DropKeyConfigView(module.config, module)
+            if not site.native:
+                hold_ratio_data(module)
+                module.dropkey_pixels = pixels
             yield RegularisedAttention(site.name, depth, site.kind, site.side, ratio, _backend(site))
+
+
+def _watch_pixels(root: PreTrainedModel, undo: _Undo) -> None:
+    """Reads the size of images off the model's calls while a pattern of its stock attentions needs the patch grid."""
+    wanted = any(
+        "dropkey_pixels" in vars(module) and module.dropkey_pattern in WINDOWED_PATTERNS
+        for _, module in dropkey_modules(root)
+    )
+    if wanted and not undo.pixel_hooks:
+        undo.pixel_hooks = [
+            part.register_forward_pre_hook(undo.pixels, with_kwargs=True)
+            for part in root.modules()
+            if isinstance(part, PreTrainedModel) and takes_pixels(part)
+        ]
+    elif not wanted:
+        while undo.pixel_hooks:
+            undo.pixel_hooks.pop().remove()
 
 
 def remove_dropkey(model: nn.Module) -> None:
@@ -346,7 +378,8 @@ def remove_dropkey(model: nn.Module) -> None:
             "package becomes a plain one through export_plain."
         )
     undo.before.restore(undo.applied())
-    undo.hook.remove()
+    for hook in (undo.hook, *undo.pixel_hooks):
+        hook.remove()
 
 
 @contextmanager
@@ -373,6 +406,7 @@ def dropkey(model: nn.Module, ratio: float | None = None, **settings: Any) -> It
             elif undo is not None:
                 before.restore(undo.applied())
                 undo.backends = backends
+                _watch_pixels(root, undo)
 
 
 def dropkey_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:

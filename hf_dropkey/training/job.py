@@ -229,8 +229,10 @@ class TrainingJob(ABC, Generic[Data]):
         self.training.remove_unused_columns = False
         # without an accelerator there is nothing to pin for, and every data loader would warn
         self.training.dataloader_pin_memory &= torch.accelerator.is_available()
+        # before the data sets give tensors; one process writes checkpoints
+        kept = self.fingerprint(data) if self.training.do_train and self.training.should_save else {}
         trainer = self.make_trainer(model, data)
-        trainer.record.data = {split: dict(parts) for split, parts in self.fingerprint(data).items()}
+        trainer.record.data = {split: dict(parts) for split, parts in kept.items()}
         return trainer
 
     def settings(self) -> dict[str, str]:
