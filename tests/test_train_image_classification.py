@@ -275,8 +275,10 @@ def test_a_recipe_with_an_unknown_field_is_an_error(monkeypatch, tmp_path):
 
 
 def test_a_word_where_a_number_belongs_is_an_error(monkeypatch, tmp_path, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match=r'recipe\.json has dropkey_ratio: "much", which must be a number or null'):
         here(monkeypatch, tmp_path, recipe_in(tmp_path, dropkey_ratio="much"))
+    with pytest.raises(SystemExit):
+        here(monkeypatch, tmp_path, recipe_in(tmp_path), "--dropkey_ratio", "much")
     assert "--dropkey_ratio" in capsys.readouterr().err
 
 

@@ -37,7 +37,13 @@ class Rows(Dataset):
 
 
 def trainer_of(output: Path, **settings: Any) -> GuardedTrainer:
-    usual = {"per_device_train_batch_size": 4, "max_steps": 10, "save_steps": 3, "logging_steps": 4, "use_cpu": True}
+    usual: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 10,
+        "save_steps": 3,
+        "logging_steps": 4,
+        "use_cpu": True,
+    }
     usual |= {"save_strategy": "steps", "report_to": "none", "disable_tqdm": True, "learning_rate": 0.01, **settings}
     torch.manual_seed(0)
     model = DropKeyViTForImageClassification(DropKeyViTConfig(**SHAPE, dropkey_ratio=0.4))
@@ -75,7 +81,8 @@ def test_the_log_of_a_resumed_run_is_that_of_the_uninterrupted_one(tmp_path: Pat
             assert found.metrics["train_steps_per_second"] == pytest.approx(10 / runtime, abs=2e-3)
             images = 40 * settings.get("gradient_accumulation_steps", 1)
             assert found.metrics["train_samples_per_second"] == pytest.approx(images / runtime, abs=2e-3)
-            kept = resumed.state.stateful_callbacks["RunRecord"]
+            callbacks: Any = resumed.state.stateful_callbacks
+            kept = callbacks["RunRecord"]
             assert kept["attributes"]["resumed"] == [3, 6]
 
 
