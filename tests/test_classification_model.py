@@ -202,7 +202,7 @@ def classifier(folder: Path, id2label: dict[str, Any]) -> ModelArguments:
 
 
 def fitted(arguments: ModelArguments, names: list[str], *, training: bool = True) -> tuple[ImageData, Any]:
-    config = make_config(arguments, DropKeyArguments(), digits=True)
+    config = make_config(arguments, ClassificationDropKeyArguments(), digits=True)
     return fit_classes(data_of(names, training=training), config, arguments), config
 
 

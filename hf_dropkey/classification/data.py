@@ -30,6 +30,7 @@ from .sources import is_text, labels_of, load_splits, stratified_share
 
 
 with needed("train"):
+    import datasets
     from datasets import ClassLabel, Dataset, Value
 
 
