@@ -3,9 +3,13 @@
 import logging
 import os
 import struct
-from collections.abc import Iterable
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..extras import needed
@@ -21,6 +25,36 @@ logger = logging.getLogger(__name__)
 # more than eight bits have no agreed range, and a plain conversion would clip them to white without a word
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 NAMES_SHOWN = 20
+# what Pillow's readers raise for damaged files, each for some format: RuntimeError AVIF, NotImplementedError DDS and BLP
+READER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    EOFError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+# alpha from which on a pixel counts as visible
+VISIBLE_ALPHA = 128
+
+
+@dataclass(frozen=True)
+class Transparency:
+    """What a model sees in place of the transparent pixels of an image.
+
+    Attributes:
+        behind: Colour that the file stores there: "black", "white" or "other".
+        blank: The whole image becomes a single colour.
+    """
+
+    behind: str
+    blank: bool
 
 
 def drop_bad_images(split: Dataset, name: str, *, skip: bool = False, processes: int | None = None) -> Dataset:
@@ -31,32 +65,91 @@ def drop_bad_images(split: Dataset, name: str, *, skip: bool = False, processes:
     Raises:
         ValueError: Images cannot be used, and `skip` is off or would leave nothing; names and counts them.
     """
-    problems = split.cast_column("image", datasets.Image(decode=False)).map(
-        lambda row: {"problem": image_problem(row["image"], row["row"])},
+    found = split.cast_column("image", datasets.Image(decode=False)).map(
+        lambda row: look_at_image(row["image"], row["row"]),
         remove_columns=split.column_names,
-        features=Features({"problem": Value("string")}),
+        features=Features({"problem": Value("string"), "behind": Value("string"), "blank": Value("bool")}),
         num_proc=processes,
         # a file may have been repaired since the last look at it
         load_from_cache_file=False,
         desc=f"Checking the images of the {name} split",
-    )["problem"][:]
+    )
+    problems = found["problem"][:]
+    transparent = [
+        Transparency(behind, blank)
+        for behind, blank in zip(found["behind"], found["blank"], strict=True)
+        if behind is not None
+    ]
     bad = [problem for problem in problems if problem is not None]
+    if bad:
+        message = f"{len(bad)} of {len(split)} images in the {name} split cannot be used: {name_some(bad)}"
+        if not skip or len(bad) == len(split):
+            raise ValueError(f"{message}. Repair or remove them, or leave them out with --skip_bad_images")
+        logger.warning("%s. They are left out.", message)
+    warn_of_transparency(transparent, len(split) - len(bad), f"images in the {name} split")
     if not bad:
         return split
-    message = f"{len(bad)} of {len(split)} images in the {name} split cannot be used: {name_some(bad)}"
-    if not skip or len(bad) == len(split):
-        raise ValueError(f"{message}. Repair or remove them, or leave them out with --skip_bad_images")
-    logger.warning("%s. They are left out.", message)
     return split.select([row for row, problem in enumerate(problems) if problem is None])
+
+
+def look_at_image(cell: dict[str, Any] | None, row: int) -> dict[str, Any]:
+    """What is wrong with the undecoded image in `cell` (`problem`), or what its transparency hides (`behind`, `blank`)."""
+    nothing = {"problem": None, "behind": None, "blank": None}
+    try:
+        image = read_image(cell, row)
+    except ValueError as error:
+        return {**nothing, "problem": str(error)}
+    try:
+        seen = transparency(image)
+        # some files are read and cannot be converted
+        image.convert("RGB")
+    except READER_ERRORS as error:
+        return {**nothing, "problem": f"{place_of(cell, row)} ({error})"}
+    return nothing if seen is None else {**nothing, "behind": seen.behind, "blank": seen.blank}
 
 
 def image_problem(cell: dict[str, Any] | None, row: int) -> str | None:
     """Why the undecoded image in `cell` cannot be used, with its file or row number; None if it can."""
-    try:
-        read_image(cell, row)
-    except ValueError as error:
-        return str(error)
-    return None
+    problem: str | None = look_at_image(cell, row)["problem"]
+    return problem
+
+
+def transparency(image: Image.Image) -> Transparency | None:
+    """What a conversion to RGB, which models get, shows in place of the image's transparent pixels; None: it has none."""
+    if "A" not in image.getbands() and "a" not in image.getbands() and "transparency" not in image.info:
+        return None
+    pixels = np.asarray(image.convert("RGBA"))
+    hidden = pixels[pixels[..., 3] < VISIBLE_ALPHA][:, :3]
+    if not len(hidden):
+        return None
+    behind = "black" if not hidden.any() else "white" if (hidden == 255).all() else "other"
+    plain = all(low == high for low, high in map(Image.Image.getextrema, image.convert("RGB").split()))
+    return Transparency(behind, plain)
+
+
+def warn_of_transparency(found: Sequence[Transparency], total: int, what: str) -> None:
+    """Logs how many images have transparent pixels, what will be seen there, and what to do if that is not meant."""
+    if not found:
+        return
+    colours = Counter(one.behind for one in found)
+    seen = ", ".join(f"{'several colours' if name == 'other' else name} in {count}" for name, count in colours.items())
+    blank = sum(one.blank for one in found)
+    lost = f"; {blank} of them become one plain colour, in which nothing is left to see" if blank else ""
+    logger.warning(
+        "%d of %d %s have transparent pixels. A model sees no transparency but the colour that the file stores there "
+        "(%s)%s. If that is not meant, put them on a background and save them again: "
+        "Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA')).convert('RGB')",
+        len(found),
+        total,
+        what,
+        seen,
+        lost,
+    )
+
+
+def place_of(cell: dict[str, Any] | None, row: int) -> str:
+    """What to call an undecoded image in a message: its file, else its row number."""
+    return f"row {row}" if cell is None or cell["bytes"] is not None or cell["path"] is None else str(cell["path"])
 
 
 def read_image(cell: dict[str, Any] | None, row: int) -> Image.Image:
@@ -65,19 +158,21 @@ def read_image(cell: dict[str, Any] | None, row: int) -> Image.Image:
     Raises:
         ValueError: It cannot be used; the file or row number, and why.
     """
+    where = place_of(cell, row)
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
-        raise ValueError(f"row {row} (no image)")
+        raise ValueError(f"{where} (no image)")
     path, content = cell["path"], cell["bytes"]
-    where = path if content is None else f"row {row}"
+    # a pipe would be waited for
+    if content is None and os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{where} (no regular file)")
     if content == b"" or (content is None and os.path.isfile(path) and os.path.getsize(path) == 0):
         raise ValueError(f"{where} (empty file)")
     try:
         image: Image.Image = datasets.Image().decode_example(cell)
     except UnidentifiedImageError as error:
         raise ValueError(f"{where} (not an image file)") from error
-    # what Pillow's readers raise for damaged files, each for some format
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{where} ({error})") from error
+    except READER_ERRORS as error:
+        raise ValueError(f"{where} ({str(error) or type(error).__name__})") from error
     if image.mode in DEEP_MODES:
         raise ValueError(f"{where} (mode {image.mode}, more than 8 bits per channel; convert it to 8 bits)")
     return image

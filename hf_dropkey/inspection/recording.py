@@ -15,8 +15,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..inference import eval_mode
 from ..patching.apply import BACKEND_FIELD, dropkey_active, dropkey_disabled
 from ..patching.dispatch import leading_tokens
+from ..patching.modes import GENERATORS
 from ..patching.sites import AttentionSite, UnreachedAttention, find_attention, transformers_model
 
 
@@ -187,22 +189,24 @@ def observed(root: PreTrainedModel, seed: int) -> Iterator[None]:
     """Eval mode on `eager`, seeded and without gradients; restores all of it."""
     sites, _ = find_attention(root)
     configs = {id(config): config for site in sites for config in site.configs}.values()
-    backends = [(config, getattr(config, BACKEND_FIELD)) for config in configs]
-    modes = [(module, module.training) for module in root.modules()]
     device = next(root.parameters()).device
     devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if not devices else device.type), torch.no_grad():
+    # one thread after the other, or each would put back what the other one has set
+    with (
+        GENERATORS,
+        torch.random.fork_rng(devices, device_type="cuda" if not devices else device.type),
+        torch.no_grad(),
+        eval_mode(root),
+    ):
+        backends = [(config, getattr(config, BACKEND_FIELD)) for config in configs]
         torch.manual_seed(seed)
         try:
-            root.eval()
             for config, _ in backends:
                 setattr(config, BACKEND_FIELD, "eager")
             yield
         finally:
             for config, backend in backends:
                 setattr(config, BACKEND_FIELD, backend)
-            for module, training in modes:
-                module.training = training
 
 
 @contextmanager

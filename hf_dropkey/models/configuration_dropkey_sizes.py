@@ -6,6 +6,7 @@ This file travels with checkpoints: it imports the standard library and its neig
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+from .configuration_dropkey_values import check_values
 from .patterns import check_window
 
 
@@ -74,6 +75,10 @@ class PublishedSizesMixin:
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Patch rows and columns of an image of `height` x `width` pixels."""
         return height // PATCH_SIZE, width // PATCH_SIZE
+
+    def validate_values(self) -> None:
+        """Raises ValueError where a field has a value that no model can be made or trained with."""
+        check_values(self)
 
     def validate_image_size(self) -> None:
         """Raises ValueError unless the image size is a whole number of patches."""

@@ -12,7 +12,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
 from .configuration_dropkey import DropKeyConfigMixin
-from .configuration_dropkey_sizes import height_and_width
+from .configuration_dropkey_sizes import check_heads, height_and_width
+from .configuration_dropkey_values import check_patches, check_values
 from .patterns import check_window
 
 
@@ -56,10 +57,18 @@ class DropKeyViTConfig(DropKeyConfigMixin, ViTConfig):
     def check_image_sides(self, height: int, width: int) -> None:
         """Nothing to check: ViT takes any sides, and leaves pixels that fill no patch out."""
 
+    def validate_values(self) -> None:
+        """Raises ValueError where a field has a value that no model can be made or trained with."""
+        check_values(self)
+        check_heads(self.hidden_size, self.num_attention_heads, ("hidden_size", "num_attention_heads"))
+        check_patches(self.image_size, self.patch_size)
+
     def validate_dropkey(self) -> None:
         """As `DropKeyConfigMixin.validate_dropkey`; windows must fit the patch grid."""
         super().validate_dropkey()
         if self.dropkey_pattern in ("block", "cross"):
+            # a grid needs them, and checks run in the order of their names
+            check_patches(self.image_size, self.patch_size)
             check_window(self.dropkey_window, self.patch_grid)
 
     def modeling_file(self) -> Path:
