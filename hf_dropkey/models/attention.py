@@ -174,7 +174,8 @@ def _cleared_padding(
 def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Query, key and value in the dtype that autocast gives PyTorch's fused attention, which ours is not known to."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    # some devices, "meta" for one, have none to ask about
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     # autocast leaves float64 alone
