@@ -17,6 +17,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, 
 from ..images.augmentation import Augmentation, AugmentationEpoch
 from ..training.arguments import RampArguments, RunArguments
 from ..training.job import TrainingJob, public_name
+from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import AugmentationArguments, ClassificationDropKeyArguments, DataArguments, ModelArguments
 from .data import ImageData, load_image_data
@@ -110,6 +111,10 @@ class ClassificationJob(TrainingJob[ImageData]):
             callbacks=[AugmentationEpoch(transform), *self.callbacks],
             on_nonfinite_loss=self.run.on_nonfinite_loss,
         )
+
+    def fingerprint(self, data: ImageData) -> Fingerprint:
+        """Rows and hashes of names, labels and sizes of each split."""
+        return data.fingerprint()
 
     def describe(self, data: ImageData) -> None:
         """Logs the number of classes and of images."""
