@@ -28,13 +28,14 @@ from typing import Any
 
 from transformers import Trainer
 
-from hf_dropkey.cards import shown_command
-from hf_dropkey.checkpoints import check_same_model, prepare_output_folder, run_settings, tell_changes
-from hf_dropkey.classification import set_classes
-from hf_dropkey.classification_trainer import ClassificationJob
-from hf_dropkey.data import DataArguments, load_image_data
-from hf_dropkey.faults import check_devices
-from hf_dropkey.hub_trainer import HubTrainer, check_training_arguments, output_folder
+from hf_dropkey.classification.arguments import DataArguments
+from hf_dropkey.classification.data import load_image_data
+from hf_dropkey.classification.job import ClassificationJob
+from hf_dropkey.classification.model import set_classes
+from hf_dropkey.hub.cards import shown_command
+from hf_dropkey.hub.trainer import HubTrainer, check_training_arguments, output_folder
+from hf_dropkey.training.checkpoints import check_same_model, prepare_output_folder, run_settings, tell_changes
+from hf_dropkey.training.guards import check_devices
 
 
 logger = logging.getLogger(__name__)

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import (  # type: ignore[import-untyped]
+from accelerate import (
     Accelerator,
     DataLoaderConfiguration,
     DistributedType,
     skip_first_batches,
 )
-from accelerate.tracking import get_available_trackers  # type: ignore[import-untyped]
+from accelerate.tracking import get_available_trackers
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from transformers import (
@@ -45,9 +45,15 @@ from transformers import (
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import speed_metrics
 
-from hf_dropkey.callbacks import seed_process
-from hf_dropkey.cards import RunFacts, shown_command, write_card
-from hf_dropkey.checkpoints import (
+from hf_dropkey.classification.arguments import AugmentationArguments, DataArguments, DropKeyArguments, ModelArguments
+from hf_dropkey.classification.data import load_image_data
+from hf_dropkey.classification.metrics import classification_metrics
+from hf_dropkey.classification.model import image_size, make_config, make_image_processor, make_model, set_classes
+from hf_dropkey.classification.transform import ImageTransform, collate_images, transform_rows
+from hf_dropkey.hub.cards import RunFacts, shown_command, write_card
+from hf_dropkey.training.arguments import RunArguments, parse_arguments
+from hf_dropkey.training.callbacks import seed_process
+from hf_dropkey.training.checkpoints import (
     STATE,
     RunRecord,
     check_same_model,
@@ -56,25 +62,7 @@ from hf_dropkey.checkpoints import (
     step_of,
     tell_changes,
 )
-from hf_dropkey.classification import (
-    image_size,
-    make_config,
-    make_image_processor,
-    make_model,
-    set_classes,
-    transform_rows,
-)
-from hf_dropkey.classification_arguments import (
-    AugmentationArguments,
-    DropKeyArguments,
-    ModelArguments,
-    RunArguments,
-    parse_arguments,
-)
-from hf_dropkey.data import DataArguments, load_image_data
-from hf_dropkey.faults import LossGuard, check_devices, check_engine, named_save, note_where_to_resume
-from hf_dropkey.image_transform import ImageTransform, collate_images
-from hf_dropkey.metrics import classification_metrics
+from hf_dropkey.training.guards import LossGuard, check_devices, check_engine, named_save, note_where_to_resume
 
 
 logger = logging.getLogger(__name__)

@@ -32,26 +32,24 @@ import torch
 from torch.utils.data import Subset
 from transformers import BaseImageProcessor, TrainingArguments, set_seed
 
-from hf_dropkey.cards import shown_command
-from hf_dropkey.checkpoints import check_same_model, prepare_output_folder, run_settings, tell_changes
-from hf_dropkey.classification_arguments import RunArguments, parse_arguments
-from hf_dropkey.detection import (
+from hf_dropkey.detection.arguments import (
     MASKED_TYPES,
+    DetectionDataArguments,
     DetectionDropKeyArguments,
     DetectionModelArguments,
-    DetectionTrainer,
-    fit_classes,
-    make_config,
-    make_model,
-    make_processor,
 )
-from hf_dropkey.detection_data import DetectionData, DetectionDataArguments, DetectionSplit, load_detection_data
-from hf_dropkey.detection_metrics import CocoMetrics, check_coco_packages
-from hf_dropkey.detection_transform import BoxAugmentation, DetectionCollator, DetectionDataset
-from hf_dropkey.faults import check_devices
-from hf_dropkey.hub_trainer import check_training_arguments, output_folder
-from hf_dropkey.image_transform import AugmentationEpoch
-from hf_dropkey.plots import detections
+from hf_dropkey.detection.data import DetectionData, DetectionSplit, load_detection_data
+from hf_dropkey.detection.figures import detections
+from hf_dropkey.detection.job import DetectionTrainer
+from hf_dropkey.detection.metrics import CocoMetrics, check_coco_packages
+from hf_dropkey.detection.model import fit_classes, make_config, make_model, make_processor
+from hf_dropkey.detection.transform import BoxAugmentation, DetectionCollator, DetectionDataset
+from hf_dropkey.hub.cards import shown_command
+from hf_dropkey.hub.trainer import check_training_arguments, output_folder
+from hf_dropkey.images.augmentation import AugmentationEpoch
+from hf_dropkey.training.arguments import RunArguments, parse_arguments
+from hf_dropkey.training.checkpoints import check_same_model, prepare_output_folder, run_settings, tell_changes
+from hf_dropkey.training.guards import check_devices
 
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from small_runs import SHAPE
 from transformers import Trainer, TrainingArguments
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
-from hf_dropkey.cards import RunFacts, hand_written
-from hf_dropkey.hub_trainer import HubTrainer
+from hf_dropkey.hub.cards import RunFacts, hand_written
+from hf_dropkey.hub.trainer import HubTrainer
 
 
 NEEDED = {"config.json", "model.safetensors", "modeling_dropkey_vit.py", "dropkey.py", "README.md"}
