@@ -17,6 +17,10 @@ from .models import (
     DropKeyCeitForImageClassification,
     DropKeyCeitModel,
     DropKeyCeitPreTrainedModel,
+    DropKeyMeshConfig,
+    DropKeyMeshForBodyMesh,
+    DropKeyMeshModel,
+    DropKeyMeshPreTrainedModel,
     DropKeyT2TViTConfig,
     DropKeyT2TViTForImageClassification,
     DropKeyT2TViTModel,
@@ -53,6 +57,10 @@ for _config, _model, _classifier in (
     AutoModelForImageClassification.register(_config, _classifier, exist_ok=True)
 AutoModelForMaskedImageModeling.register(DropKeyViTConfig, DropKeyViTForMaskedImageModeling, exist_ok=True)
 
+# one class: the mesh is what people load
+AutoConfig.register(DropKeyMeshConfig.model_type, DropKeyMeshConfig, exist_ok=True)
+AutoModel.register(DropKeyMeshConfig, DropKeyMeshForBodyMesh, exist_ok=True)
+
 moved.install()
 
 # public names whose modules need more than the core, or that only some programs need: loaded when asked for
@@ -70,6 +78,10 @@ __all__ = [
     "DropKeyCeitModel",
     "DropKeyCeitPreTrainedModel",
     "DropKeyLogCallback",
+    "DropKeyMeshConfig",
+    "DropKeyMeshForBodyMesh",
+    "DropKeyMeshModel",
+    "DropKeyMeshPreTrainedModel",
     "DropKeyReport",
     "DropKeyScheduleCallback",
     "DropKeySeedCallback",

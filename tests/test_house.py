@@ -26,6 +26,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOADER_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)", re.MULTILINE)
 # whoever can load the checkpoint has these; transformers itself needs huggingface_hub
 TRAVELLING_IMPORTS = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
+# the loader of remote code does not ask for what a `try` imports
+OPTIONAL = {"triton", "PIL"}
 
 
 def imports(source: str) -> Iterator[tuple[str, bool]]:
@@ -47,7 +49,7 @@ def forbidden_imports(source: str, neighbours: set[str]) -> list[str]:
     found = []
     for module, in_try in imports(source):
         top = module.split(".")[0]
-        allowed = module[1:] in neighbours if not top else top in TRAVELLING_IMPORTS or (top == "triton" and in_try)
+        allowed = module[1:] in neighbours if not top else top in TRAVELLING_IMPORTS or (top in OPTIONAL and in_try)
         if not allowed:
             found.append(module)
     return found

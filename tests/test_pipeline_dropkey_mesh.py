@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mesh_models import random_body, tiny_config
 from PIL import Image
-from test_modeling_dropkey_mesh import tiny_config, random_body
 from transformers import ViTImageProcessorPil
 
 from hf_dropkey.models.loss_dropkey_mesh import project
@@ -40,9 +40,10 @@ assert torch.equal(torch.stack([one["vertices"] for one in found]), expected["bo
 assert bodies(image, boxes=[]) == []
 bodies.model.save_pretrained(again)
 assert type(AutoConfig.from_pretrained(again, trust_remote_code=True)).__name__ == "DropKeyMeshConfig"
-bodies = pipeline("body-mesh", model=AutoModel.from_pretrained(again, trust_remote_code=True),
-                  image_processor=bodies.image_processor, pipeline_class=type(bodies))
-assert torch.equal(bodies(image, boxes=[[10, 5, 20, 30]])[0]["vertices"], expected["bodies"][0])
+bodies.image_processor.save_pretrained(again)
+bodies = pipeline("body-mesh", model=again, trust_remote_code=True)
+# alone it is rounded otherwise than in a batch
+assert torch.allclose(bodies(image, boxes=[[10, 5, 20, 30]])[0]["vertices"], expected["bodies"][0], atol=1e-6)
 """
 
 
@@ -64,6 +65,7 @@ def bodies_of(folder: Path) -> BodyMeshPipeline:
     )
 
 
+@pytest.mark.slow
 def test_model_and_pipeline_in_a_process_without_the_package(folder: Path, tmp_path: Path) -> None:
     model = DropKeyMeshForBodyMesh.from_pretrained(folder)
     pixels = torch.randn(2, 3, 32, 32)

@@ -1,6 +1,7 @@
 """The models, and what they share: all that travels with a checkpoint."""
 
 from .configuration_dropkey_ceit import DropKeyCeitConfig
+from .configuration_dropkey_mesh import DropKeyMeshConfig
 from .configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
 from .configuration_dropkey_vit import DropKeyViTConfig
 from .configuration_dropkey_volo import DropKeyVoloConfig
@@ -8,6 +9,11 @@ from .modeling_dropkey_ceit import (
     DropKeyCeitForImageClassification,
     DropKeyCeitModel,
     DropKeyCeitPreTrainedModel,
+)
+from .modeling_dropkey_mesh import (
+    DropKeyMeshForBodyMesh,
+    DropKeyMeshModel,
+    DropKeyMeshPreTrainedModel,
 )
 from .modeling_dropkey_t2t_vit import (
     DropKeyT2TViTForImageClassification,
@@ -32,6 +38,10 @@ __all__ = [
     "DropKeyCeitForImageClassification",
     "DropKeyCeitModel",
     "DropKeyCeitPreTrainedModel",
+    "DropKeyMeshConfig",
+    "DropKeyMeshForBodyMesh",
+    "DropKeyMeshModel",
+    "DropKeyMeshPreTrainedModel",
     "DropKeyT2TViTConfig",
     "DropKeyT2TViTForImageClassification",
     "DropKeyT2TViTModel",

@@ -16,7 +16,6 @@ from .configuration_dropkey import DropKeyConfigMixin
 
 
 TOKEN_SOURCES = ("positions", "pooled")
-PIPELINE_FILE = "pipeline_dropkey_mesh.py"
 
 
 @strict
@@ -147,9 +146,7 @@ class DropKeyMeshConfig(DropKeyConfigMixin, PreTrainedConfig):
         # a configuration class of its own for every kind of backbone
         if self.backbone_config is None:
             stages = ["stage3", "stage4"] if self.use_grid_tokens else ["stage4"]
-            self.backbone_config = AutoConfig.for_model(
-                "resnet", out_features=stages, num_channels=self.num_channels
-            )
+            self.backbone_config = AutoConfig.for_model("resnet", out_features=stages, num_channels=self.num_channels)
         elif isinstance(self.backbone_config, dict):
             fields = dict(self.backbone_config)
             self.backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -241,17 +238,24 @@ class DropKeyMeshConfig(DropKeyConfigMixin, PreTrainedConfig):
 
     def modeling_file(self) -> Path:
         """The source file of the models of this family."""
-        # also read by the loader of checkpoint code, which so fetches the models and the pipeline with a configuration
+        # also read by the loader of checkpoint code, which so fetches the models with a configuration
         from .modeling_dropkey_mesh import DropKeyMeshModel
-        from .pipeline_dropkey_mesh import BodyMeshPipeline as _
 
         return DropKeyMeshModel.source_file()
+
+    def pipeline_file(self) -> Path:
+        """The source file of the pipeline of this family."""
+        # read by the loader, as above
+        from .pipeline_dropkey_mesh import BodyMeshPipeline
+
+        return BodyMeshPipeline.source_file()
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As `DropKeyConfigMixin.save_pretrained`, with the pipeline's code."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        source, target = self.modeling_file().with_name(PIPELINE_FILE), folder / PIPELINE_FILE
+        source = self.pipeline_file()
+        target = folder / source.name
         # a loaded checkpoint may be saved onto the very files it was loaded from
         if not target.exists() or not os.path.samefile(source, target):
             shutil.copyfile(source, target)
