@@ -8,9 +8,7 @@ import pytest
 from small_grids import RECIPE
 from transformers import TrainerCallback
 
-from hf_dropkey.classification.data import load_image_data
 from hf_dropkey.classification.job import ClassificationJob
-from hf_dropkey.classification.model import set_classes
 
 
 class Ratios(TrainerCallback):
@@ -36,9 +34,8 @@ def parse(tmp_path: Path) -> Any:
 
 def test_the_last_steps_are_trained_without_dropkey(parse: Any, tmp_path: Path) -> None:
     job = parse("--dropkey_ratio", "0.4", "--dropkey_alignment", "0.5")
-    data = load_image_data(job.data, training=True)
-    set_classes(job.config, job.model, data.label_names)
-    trainer, ratios = job.trainer(data), Ratios()
+    data = job.load()
+    trainer, ratios = job.trainer(job.make_model(data), data), Ratios()
     trainer.add_callback(ratios)
     trainer.train()
     assert ratios.seen == [0.4, 0.4, 0.0, 0.0]
@@ -48,8 +45,8 @@ def test_the_last_steps_are_trained_without_dropkey(parse: Any, tmp_path: Path) 
 
 
 def test_what_decided_about_the_weights_is_told(parse: Any, tmp_path: Path) -> None:
-    told = parse().told()
-    assert parse().told() == told and json.loads(json.dumps(told)) == told
+    told = parse().settings()
+    assert parse().settings() == told and json.loads(json.dumps(told)) == told
     for words in (
         ["--seed", "1"],
         ["--dropkey_alignment", "0.1"],
@@ -59,18 +56,18 @@ def test_what_decided_about_the_weights_is_told(parse: Any, tmp_path: Path) -> N
         ["--dataloader_drop_last", "True"],
         ["--on_nonfinite_loss", "skip"],
     ):
-        other = parse(*words).told()
+        other = parse(*words).settings()
         assert [name for name in told if told[name] != other[name]] == [words[0].removeprefix("--")]
     # where the files are does not matter, but what is in them
     file = "some-data/train.parquet"
-    assert parse("--train_file", file, "--train_split_name", "train").told()["train_file"] == "train.parquet"
+    assert parse("--train_file", file, "--train_split_name", "train").settings()["train_file"] == "train.parquet"
     names, contents = set(), {}
     for place, held in (("one", b"a"), ("two", b"a"), ("three", b"b")):
         there = tmp_path / place / "train-0.parquet"
         there.parent.mkdir()
         there.write_bytes(held)
         for given in ("train-0.parquet", "train-*.parquet"):
-            told = parse("--train_file", str(there.with_name(given)), "--train_split_name", "train").told()
+            told = parse("--train_file", str(there.with_name(given)), "--train_split_name", "train").settings()
             names.add(told["train_file"])
             contents[place, given] = told["train_file_contents"]
     assert names == {"train-0.parquet", "train-*.parquet"}
@@ -79,7 +76,7 @@ def test_what_decided_about_the_weights_is_told(parse: Any, tmp_path: Path) -> N
     )
     # images that are held out come from the training rows
     held_out = ["--train_file", str(tmp_path / "one" / "train-0.parquet"), "--hold_out_validation", "True"]
-    assert parse(*held_out).told() == parse(*held_out, "--validation_file", "test.parquet").told()
+    assert parse(*held_out).settings() == parse(*held_out, "--validation_file", "test.parquet").settings()
 
 
 def test_a_mistake_is_told_before_data_is_read(parse: Any) -> None:

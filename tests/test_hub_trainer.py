@@ -22,7 +22,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from transformers import TrainingArguments
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
-from hf_dropkey.hub_trainer import HubTrainer
+from hf_dropkey import HubTrainer
 
 shape, token, seen, api = json.loads(sys.argv[1]), sys.argv[2], {}, HfApi()
 data = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 3} for i in range(8)]
@@ -231,7 +231,7 @@ def test_a_card_is_written_and_written_again(tmp_path):
 def test_remains_of_a_killed_push_are_removed(tmp_path, monkeypatch):
     (tmp_path / "_push-old").mkdir()
     trainer = offline_trainer(tmp_path)
-    monkeypatch.setattr("hf_dropkey.hub_trainer.prepare_repository", lambda name, **settings: f"me/{name}")
+    monkeypatch.setattr("hf_dropkey.hub.trainer.prepare_repository", lambda name, **settings: f"me/{name}")
     trainer.init_hf_repo()
     assert not (tmp_path / "_push-old").exists() and trainer.hub_model_id == f"me/{tmp_path.name}"
 

@@ -1,67 +1,31 @@
-"""From what a training job for image classification was told to its `Trainer`, the same for whoever starts the job.
+"""From the arguments of a job for image classification to its model and `Trainer`, the same for every program that starts one.
 
-`scripts/train_image_classification.py` trains one model so, and `experiments.py` many, so that a cell of a grid is the run
+`scripts/train_image_classification.py` trains one model so, and `lab/grids.py` many, so that a cell of a grid is the run
 that its command names.
 """
 
 import glob
 import hashlib
-from collections.abc import Sequence
+import logging
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import BaseImageProcessor, PreTrainedConfig, TrainingArguments, set_seed
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..images.augmentation import Augmentation, AugmentationEpoch
-from ..training.arguments import RampArguments, RunArguments, parse_arguments
+from ..training.arguments import RampArguments, RunArguments
+from ..training.job import TrainingJob, public_name
 from ..training.trainer import GuardedTrainer
-from .arguments import AugmentationArguments, DataArguments, DropKeyArguments, ModelArguments
-from .data import ImageData
+from .arguments import AugmentationArguments, ClassificationDropKeyArguments, DataArguments, ModelArguments
+from .data import ImageData, load_image_data
 from .metrics import classification_metrics
-from .model import check_loss, image_size, make_config, make_image_processor, make_model
+from .model import check_loss, image_size, make_config, make_image_processor, make_model, set_classes
 from .transform import collate_images, transform_rows
 
 
-ARGUMENT_GROUPS: Any = (
-    ModelArguments,
-    DropKeyArguments,
-    RampArguments,
-    DataArguments,
-    AugmentationArguments,
-    RunArguments,
-    TrainingArguments,
-)
-# the arguments of `Trainer` without which a run cannot be told from another one
-DECISIVE = (
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "weight_decay",
-    "warmup_steps",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "optim",
-    "optim_args",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "bf16",
-    "fp16",
-    "seed",
-    "data_seed",
-    "dataloader_drop_last",
-    "train_sampling_strategy",
-    "load_best_model_at_end",
-    "metric_for_best_model",
-    "neftune_noise_alpha",
-)
+logger = logging.getLogger(__name__)
 
 
 @cache
@@ -85,34 +49,27 @@ def _contents(pattern: str) -> str:
 
 
 @dataclass
-class ClassificationJob:
-    """All that a job was told, one group of arguments each, and what of it can be made before the data is read.
+class ClassificationJob(TrainingJob[ImageData]):
+    """A training job for image classification.
 
     Attributes:
-        config: The configuration, without the classes.
+        config: The configuration; without the classes until the data is loaded.
         augmentation: How training images vary.
         processor: The image processor.
     """
 
+    TASK = "image-classification"
+
     model: ModelArguments
-    dropkey: DropKeyArguments
+    dropkey: ClassificationDropKeyArguments
     ramp: RampArguments
     data: DataArguments
     augmentation_arguments: AugmentationArguments
     run: RunArguments
     training: TrainingArguments
 
-    @classmethod
-    def parse(cls, command: Sequence[str]) -> "ClassificationJob":
-        """Reads a recipe, if the first word names one, and arguments.
-
-        Raises:
-            ValueError: An argument or a field of the recipe is not known or not allowed.
-        """
-        return cls(*parse_arguments(ARGUMENT_GROUPS, command))
-
     def check(self) -> None:
-        """Makes what needs no data, so that what is wrong with it is told before any is read.
+        """Makes configuration, augmentation and image processor.
 
         Raises:
             ValueError, FileNotFoundError: As `make_config`, `check_loss` and `make_image_processor`.
@@ -126,32 +83,19 @@ class ClassificationJob:
         self.processor: BaseImageProcessor = make_image_processor(self.config, self.model, digits=digits)
         self.callbacks = self.ramp.callbacks()
 
-    def told(self) -> dict[str, Any]:
-        """What decides about the trained weights, by name: values as JSON holds them, paths by last part and contents."""
-        groups = (self.model, self.dropkey, self.ramp, self.data, self.augmentation_arguments)
-        values = {name: value for group in groups for name, value in asdict(group).items()}
-        # a release of Transformers need not have all
-        values |= {name: getattr(self.training, name, None) for name in DECISIVE}
-        values["on_nonfinite_loss"] = self.run.on_nonfinite_loss
-        values = {name: str(getattr(value, "value", value)) for name, value in values.items()}
-        for name in ("train_file", "validation_file", "train_dir", "validation_dir"):
-            if self.data.hold_out_validation and name.startswith("validation"):
-                # other images than those of the training rows are not looked at
-                del values[name]
-                continue
-            values[f"{name}_contents"], values[name] = _contents(values[name]), Path(values[name]).name
-        return values
+    def load(self) -> ImageData:
+        """The images; the configuration gets their classes."""
+        data = load_image_data(self.data, training=self.training.do_train)
+        set_classes(self.config, self.model, data.label_names)
+        return data
 
-    def trainer(self, data: ImageData) -> GuardedTrainer:
-        """The seeded model and its `Trainer`, for a checked job whose configuration has the classes of the data."""
-        set_seed(self.training.seed)
-        model = make_model(self.config, self.model)
-        seed = self.training.seed if self.training.data_seed is None else self.training.data_seed
-        transform = transform_rows(data, self.processor, self.config, self.augmentation, seed=seed)
-        # the transform reads columns that the model does not take
-        self.training.remove_unused_columns = False
-        # nothing to pin for, and every data loader would warn
-        self.training.dataloader_pin_memory &= torch.accelerator.is_available()
+    def make_model(self, data: ImageData) -> PreTrainedModel:
+        """The model, with pretrained weights or new ones."""
+        return make_model(self.config, self.model)
+
+    def make_trainer(self, model: PreTrainedModel, data: ImageData) -> GuardedTrainer:
+        """The `Trainer`; the data sets give tensors from now on."""
+        transform = transform_rows(data, self.processor, self.config, self.augmentation, seed=self.data_seed)
         return GuardedTrainer(
             model=model,
             args=self.training,
@@ -163,3 +107,36 @@ class ClassificationJob:
             callbacks=[AugmentationEpoch(transform), *self.callbacks],
             on_nonfinite_loss=self.run.on_nonfinite_loss,
         )
+
+    def describe(self, data: ImageData) -> None:
+        """Logs the number of classes and of images."""
+        logger.info("%d classes", len(data.label_names))
+        logger.info("evaluation on %s: %d images", data.evaluation_split, len(data.evaluation))
+
+    def card(self, data: ImageData) -> dict[str, Any]:
+        """Data set and starting point."""
+        return {
+            "tags": ["vision"],
+            "dataset": self.data.name,
+            "dataset_tags": self.dataset_id,
+            "dataset_split": data.evaluation_split,
+            "finetuned_from": public_name(self.model.model_name_or_path),
+        }
+
+    @property
+    def dataset_id(self) -> str | None:
+        """The data set's id on the Hub; None for others."""
+        return self.data.dataset_name if self.data.dataset_name == self.data.name and not self.data.is_digits else None
+
+    def settings(self) -> dict[str, str]:
+        """All settings that determine the trained weights, as JSON values; data files by name and content hash."""
+        groups = (self.model, self.dropkey, self.ramp, self.data, self.augmentation_arguments)
+        values = {name: str(value) for group in groups for name, value in asdict(group).items()}
+        values |= super().settings()
+        for name in ("train_file", "validation_file", "train_dir", "validation_dir"):
+            if self.data.hold_out_validation and name.startswith("validation"):
+                # other images than those of the training rows are not looked at
+                del values[name]
+                continue
+            values[f"{name}_contents"], values[name] = _contents(values[name]), Path(values[name]).name
+        return values

@@ -1,14 +1,11 @@
 """The arguments of a detection job: model, DropKey, data."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from transformers import PreTrainedModel
-
 from ..images.sources import EVALUATION_SPLITS
-from ..patching.apply import apply_dropkey
-from ..patching.report import DropKeyReport
+from ..training.arguments import DropKeyArguments
 
 
 ModelType = Literal["detr", "conditional_detr", "yolos", "rt_detr"]
@@ -25,7 +22,8 @@ DEFAULT_SHAPE = {
     "num_queries": 50,
     "patch_size": 16,
 }
-DEFAULT_RATIO = 0.1
+# what the run draws its predictions into
+FIGURE = "predictions.png"
 
 
 @dataclass
@@ -107,46 +105,15 @@ class DetectionModelArguments:
 
 
 @dataclass
-class DetectionDropKeyArguments:
+class DetectionDropKeyArguments(DropKeyArguments):
     """DropKey. What is not given is as the model's configuration remembers it, else as `apply_dropkey` has it."""
 
-    _argument_group_name = "DropKey"
-
-    dropkey_ratio: float | None = field(
-        default=None,
-        metadata={"help": f"Largest drop ratio of a layer, in [0, 1); 0 trains without. Default: {DEFAULT_RATIO}."},
-    )
-    dropkey_final_ratio: float | None = field(
-        default=None, metadata={"help": "The other end of the schedule, from 0 to the ratio. Default: 0."}
-    )
-    dropkey_schedule: str | None = field(
-        default=None,
-        metadata={"help": "Over the depth of encoder and decoder each: decreasing (default), constant or increasing."},
-    )
-    dropkey_pattern: str | None = field(
-        default=None, metadata={"help": "Dropped together: score (default, the paper's), key, token, block or cross."}
-    )
-    dropkey_window: int | None = field(default=None, metadata={"help": "Patches of a block's side or a cross's arm."})
     dropkey_cross_attention: bool | None = field(
         default=None, metadata={"help": "Drop keys where queries attend to the image too."}
-    )
-    dropkey_with_attention_dropout: bool | None = field(
-        default=None, metadata={"help": "Allows plain dropout on attention weights beside DropKey."}
     )
     dropkey_backend: str | None = field(
         default=None, metadata={"help": "Attention backend of the layers that drop keys. Default: the model's own."}
     )
-
-    def apply(self, model: PreTrainedModel) -> DropKeyReport:
-        """Puts DropKey on a model and prints the report.
-
-        Raises:
-            ValueError: A setting is not allowed, or reaches nothing.
-        """
-        given = {name.removeprefix("dropkey_"): value for name, value in asdict(self).items()}
-        if given["ratio"] is None and getattr(model.config, "dropkey_ratio", None) is None:
-            given["ratio"] = DEFAULT_RATIO
-        return apply_dropkey(model, **given)
 
 
 @dataclass
@@ -213,3 +180,41 @@ class DetectionDataArguments:
             if self.dataset_name and Path(self.dataset_name).is_dir()
             else (self.dataset_name or "")
         )
+
+
+@dataclass
+class BoxAugmentationArguments:
+    """How training images vary."""
+
+    _argument_group_name = "Augmentation"
+
+    flip_probability: float = field(default=0.5, metadata={"help": "Probability of a mirror image, [0, 1]."})
+    crop_scale: float = field(
+        default=1.0, metadata={"help": "Smallest share of the area that a random crop keeps, (0, 1]; 1: no crops."}
+    )
+    color_jitter: float = field(
+        default=0.0, metadata={"help": "Largest change of brightness, contrast and saturation, [0, 1]."}
+    )
+
+
+@dataclass
+class DetectionRunArguments:
+    """How the model is trained and what is drawn."""
+
+    _argument_group_name = "Detection"
+
+    backbone_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the backbone. Default: --learning_rate. DETR: a tenth of it."},
+    )
+    draw_images: int = field(
+        default=8, metadata={"help": f"Validation images drawn in {FIGURE} with their boxes; 0: no figure."}
+    )
+    draw_threshold: float = field(default=0.5, metadata={"help": "Smallest score of a drawn box, [0, 1]."})
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers outside their range."""
+        if self.draw_images < 0:
+            raise ValueError(f"draw_images={self.draw_images} is below 0")
+        if not 0 <= self.draw_threshold <= 1:
+            raise ValueError(f"draw_threshold={self.draw_threshold} is outside [0, 1]")

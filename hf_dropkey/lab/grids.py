@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
 
 from ..classification.arguments import DataArguments
 from ..classification.data import ImageData, load_image_data
@@ -306,7 +306,7 @@ def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, d
     """
     data = cached_data(**asdict(job.data))
     set_classes(job.config, job.model, data.label_names)
-    told = job.told()
+    told = job.settings()
     facts: dict[str, Any] = {}
     for facts_file in (folder / DONE, folder / BEGUN):
         if not facts_file.is_file():
@@ -335,7 +335,8 @@ def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, d
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"told": told, "git_sha": trained_at}
     write_facts(folder / BEGUN, facts)
-    trainer = job.trainer(data)
+    set_seed(job.training.seed)
+    trainer = job.trainer(job.make_model(data), data)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
     trainer.save_state()
