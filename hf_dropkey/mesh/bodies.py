@@ -20,6 +20,10 @@ JOINT_NAMES = (
 JOINT_ROWS = (3, 2, 1, 4, 5, 6, 16, 15, 14, 11, 12, 13, 8, 10)
 
 
+# what vertices of a body may belong to, for clothes
+PARTS = ("skin", "shirt", "trousers", "shoes", "hair")
+
+
 class Body(Protocol):
     """What a body model must have. All arrays are NumPy's, in metres, y down.
 
@@ -152,14 +156,14 @@ class ProceduralBody:
     numbers `[N, 5]` around 0 (`SHAPE_NAMES`), each the logarithm of a factor.
 
     Args:
-        step: About the length of an edge in metres; 0.036 gives 1,600 vertices.
+        step: About the length of an edge in metres; 0.036 gives 1,914 vertices.
     """
 
     name = "procedural"
 
     def __init__(self, step: float = 0.036):
-        if not 0.02 <= step <= 0.045:
-            raise ValueError(f"step must lie in [0.02, 0.045] metres, got {step}. Wider ones lose the wrists.")
+        if not 0.02 <= step <= 0.04:
+            raise ValueError(f"step must lie in [0.02, 0.04] metres, got {step}. Wider ones lose the wrists.")
         self._read_bones()
         vertices, faces = body_surface(_cones(), BLEND, step)
         # a half turn keeps the orientation of triangles
@@ -169,6 +173,7 @@ class ProceduralBody:
         flipped = self.template[self.mirror] * np.array([-1.0, 1.0, 1.0])
         self.template = (self.template + flipped) / 2
         self.weights = self._skinning()
+        self.parts = self._parts()
         self.joint_regressor = self._fit_regressor()
 
     def _read_bones(self) -> None:
@@ -197,6 +202,18 @@ class ProceduralBody:
         soft = smoothed(hard, edges_of(self.faces), 7)
         soft = (soft + soft[self.mirror][:, self._other_side()]) / 2
         return soft / soft.sum(1, keepdims=True)
+
+    def _parts(self) -> np.ndarray:
+        """The number in `PARTS` of each vertex, `[V]`."""
+        of_bone = {"thigh": "trousers", "calf": "trousers", "pelvis": "trousers", "foot": "shoes", "spine": "shirt",
+                   "chest": "shirt", "upper_arm": "shirt"}  # fmt: skip
+        names = [of_bone.get(name.removeprefix("left_").removeprefix("right_"), "skin") for name in self.bones]
+        parts = np.array([PARTS.index(name) for name in names])[self.weights.argmax(1)]
+        # the back and the top of the head; y points down and z away from the face
+        _, y, z = (self.template - self.joints[self.bones.index("head")]).T
+        hair = (self.weights.argmax(1) == self.bones.index("head")) & (y < -0.03) & (y + 0.11 < 0.9 * z + 0.03)
+        parts[hair] = PARTS.index("hair")
+        return parts
 
     def _other_side(self) -> list[int]:
         """The bone of the other side for each bone."""
