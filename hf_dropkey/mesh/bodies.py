@@ -196,8 +196,8 @@ class ProceduralBody:
         distance = np.linalg.norm(relative - share[..., None] * along, axis=-1)
         # shoulders and hips are wider than the bones beside them, which would take their flesh
         reach = np.ones(len(self.bones))
-        for name in ("pelvis", "chest"):
-            reach[self.bones.index(name)] = 1.9
+        for name, factor in (("pelvis", 1.9), ("chest", 1.5), ("head", 1.2)):
+            reach[self.bones.index(name)] = factor
         hard = np.eye(len(self.bones))[(distance / reach).argmin(1)]
         soft = smoothed(hard, edges_of(self.faces), 7)
         soft = (soft + soft[self.mirror][:, self._other_side()]) / 2

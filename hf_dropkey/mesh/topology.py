@@ -168,10 +168,12 @@ def check_body(template: np.ndarray, faces: np.ndarray, joint_regressor: np.ndar
 def _check_directions(joint: dict[str, np.ndarray]) -> None:
     """Raises ValueError where a rest pose stands on its head, or left and right are swapped."""
     ankles = (joint["left_ankle"] + joint["right_ankle"]) / 2
-    if joint["head"][1] > ankles[1]:
+    down = ankles - joint["head"]
+    if down[1] < 0.7 * np.linalg.norm(down):
         raise ValueError(
-            f"A body's head lies at y = {joint['head'][1]:.2f} and its ankles at {ankles[1]:.2f}, but y must grow "
-            "downwards, as in images. Turn the body by 180 degrees about x: y and z change their signs."
+            f"A body's head lies at {joint['head'].round(2).tolist()} and its ankles at {ankles.round(2).tolist()}, but "
+            "the rest pose must stand upright along y, and y must grow downwards, as in images. Where y points up, change "
+            "the signs of y and z; where z does, (x, y, z) becomes (x, -z, y)."
         )
     up = joint["head"] - joint["pelvis"]
     front = joint["nose"] - (joint["head"] + joint["neck"]) / 2
