@@ -47,7 +47,7 @@ def test_a_turned_box_has_the_area_of_its_shadow() -> None:
 
 
 def test_nearer_things_hide_farther_ones_whatever_their_order() -> None:
-    near, far = box(0.2, 0.2, 0.1) - [0, 0, 0.5], box(0.6, 0.6, 0.1) + [0, 0, 0.5]
+    near, far = box(0.2, 0.2, 0.1) - np.array([0, 0, 0.5]), box(0.6, 0.6, 0.1) + np.array([0, 0, 0.5])
     red, blue = np.tile([1.0, 0, 0], (8, 1)), np.tile([0, 0, 1.0], (8, 1))
     pictures = []
     for first, second, colors in ((near, far, (red, blue)), (far, near, (blue, red))):
@@ -66,11 +66,13 @@ def test_nearer_things_hide_farther_ones_whatever_their_order() -> None:
 
 def test_triangles_of_all_sizes_and_outside_the_image() -> None:
     # one triangle over everything, one outside, one of no area
-    vertices = np.array([[-9, -9, 0], [30, -9, 0], [-9, 30, 0], [5, 5, 1], [6, 5, 1], [5, 6, 1], [0, 0, 0]], dtype=float)
+    vertices = np.array(
+        [[-9, -9, 0], [30, -9, 0], [-9, 30, 0], [5, 5, 1], [6, 5, 1], [5, 6, 1], [0, 0, 0]], dtype=float
+    )
     faces = np.array([[0, 1, 2], [3, 4, 5], [6, 6, 6]])
     drawn = render(vertices, faces, np.array([4.0, 0.0, 0.0]), (16, 12))
     assert drawn.coverage.shape == (16, 12) and drawn.coverage.min() == 1.0
-    empty = render(vertices + [100, 0, 0], faces[1:], np.array([4.0, 0.0, 0.0]), (16, 12))
+    empty = render(vertices + np.array([100, 0, 0]), faces[1:], np.array([4.0, 0.0, 0.0]), (16, 12))
     assert empty.coverage.max() == 0.0
 
 

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from .bodies import JOINT_NAMES, nearby_regressor, rotation_matrices, rotation_vectors
-
 
 # topologies of few vertices, whose caches are small and which need no download
 ANNY_TOPOLOGIES = ("notoes_collapse3pc", "notoes_collapse5pc", "notoes_collapse10pc")

@@ -36,7 +36,9 @@ class MeshModelArguments:
             "a new one, a ResNet-50 or nano's ConvNeXt."
         },
     )
-    image_size: int | None = field(default=None, metadata={"help": "Side of the crops in pixels. Default: 224, nano 64."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the crops in pixels. Default: 224, nano 64."}
+    )
     mesh_levels: list[int] | None = field(
         default=None,
         metadata={
@@ -111,7 +113,8 @@ class MeshDataArguments:
         default=False, metadata={"help": "Leave out and count rows that cannot be used, instead of stopping."}
     )
     generated_seed: int = field(
-        default=0, metadata={"help": "Generated people of another seed are others. Held-out ones are of no seed's training."}
+        default=0,
+        metadata={"help": "Generated people of another seed are others. Held-out ones are of no seed's training."},
     )
     backgrounds: str | None = field(
         default=None, metadata={"help": "Folder of photographs to draw generated people on. Default: coloured shapes."}
@@ -120,7 +123,9 @@ class MeshDataArguments:
     def __post_init__(self) -> None:
         """Raises ValueError where what is given concerns no generated people, or is too small."""
         if self.dataset_name is not None and self.backgrounds is not None:
-            raise ValueError(f"--backgrounds is for generated people; leave it out with --dataset_name {self.dataset_name}")
+            raise ValueError(
+                f"--backgrounds is for generated people; leave it out with --dataset_name {self.dataset_name}"
+            )
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -374,4 +374,3 @@ def nearby_regressor(
 def procedural_body(step: float = 0.036) -> ProceduralBody:
     """The one procedural body of a process; making it takes a second."""
     return ProceduralBody(step)
-

@@ -266,9 +266,7 @@ class RowPeople:
                 raise ValueError(f"{message}. Repair or remove them, or leave them out with --skip_bad_rows")
             logger.warning("%s. They are left out.", message)
         if self.outside:
-            logger.warning(
-                "%d joints of %s lie outside their images and count as not seen.", self.outside, self.name
-            )
+            logger.warning("%d joints of %s lie outside their images and count as not seen.", self.outside, self.name)
         self._check_directions()
 
     def __len__(self) -> int:

@@ -87,7 +87,9 @@ def with_joints(image: Image.Image, joints: np.ndarray) -> Image.Image:
     return drawn
 
 
-def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], *, side: int = 192, gap: int = 6) -> Image.Image:
+def sheet(
+    rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], *, side: int = 192, gap: int = 6
+) -> Image.Image:
     """Pictures in rows of equal squares, with a title above each column."""
     head = 16
     width = len(titles) * (side + gap) + gap

@@ -26,7 +26,7 @@ from .arguments import (
     MeshRunArguments,
 )
 from .bodies import Body, mirror_of
-from .data import GeneratedPeople, MeshData, MeshSplit, RowPeople, background_files, mean_vertices
+from .data import GeneratedPeople, MeshData, RowPeople, background_files, mean_vertices
 from .figures import PREDICTION_TITLES, prediction_row, sheet
 from .metrics import METRICS, body_mesh_errors
 from .model import image_processor, make_body, make_config, make_model

@@ -75,7 +75,9 @@ def feature_grid(backbone: Any, image_size: int, num_channels: int) -> list[int]
     return list(shape[-2:])
 
 
-def make_config(model: MeshModelArguments, dropkey: DropKeyArguments, body: Body) -> tuple[DropKeyMeshConfig, Topology | None]:
+def make_config(
+    model: MeshModelArguments, dropkey: DropKeyArguments, body: Body
+) -> tuple[DropKeyMeshConfig, Topology | None]:
     """The configuration, and the body's meshes for a model from scratch.
 
     Raises:
@@ -197,4 +199,3 @@ def image_processor(config: DropKeyMeshConfig) -> BaseImageProcessor:
         image_std=IMAGENET_DEFAULT_STD if color else [0.5],
         do_convert_rgb=color,
     )
-

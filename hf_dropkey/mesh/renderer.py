@@ -81,7 +81,9 @@ def render(
     if not np.isfinite(vertices).all():
         raise ValueError("The vertices to draw hold NaN or infinity.")
     if len(faces) and (faces.min() < 0 or faces.max() >= len(vertices)):
-        raise ValueError(f"The triangles name vertices from {faces.min()} to {faces.max()}, but there are {len(vertices)}.")
+        raise ValueError(
+            f"The triangles name vertices from {faces.min()} to {faces.max()}, but there are {len(vertices)}."
+        )
     height, width = (side * antialias for side in size)
     normals = vertex_normals(vertices, faces)
     lamp = np.asarray(light, dtype=np.float64) / np.linalg.norm(light)
@@ -119,7 +121,9 @@ def _nearest(
         # triangles grouped by the side of a square that holds them
         chosen = np.flatnonzero(visible & (extent <= side) & (extent > side // 2))
         for start in range(0, len(chosen), max(1, FRAGMENTS // side**2)):
-            found.append(_fragments(corners, low, high, chosen[start : start + max(1, FRAGMENTS // side**2)], side, width))
+            found.append(
+                _fragments(corners, low, high, chosen[start : start + max(1, FRAGMENTS // side**2)], side, width)
+            )
         side *= 2
     if not found:
         return np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64), np.empty((0, 3))

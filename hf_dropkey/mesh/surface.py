@@ -105,7 +105,7 @@ def _net_quads(inside: np.ndarray, index: np.ndarray) -> np.ndarray:
                 cell[:, v] += dv
                 quad.append(index[tuple(cell.T)])
             if not outward:
-                quad = quad[::-1]
+                quad.reverse()
             quads.append(np.stack(quad, 1))
     return np.concatenate(quads)
 

@@ -53,7 +53,9 @@ class MeshAugmentation:
         turned = generator.random() < self.rotation_probability
         angle = float(np.clip(self.rotation_std * generator.standard_normal(), -2 * self.rotation_std,
                               2 * self.rotation_std))  # fmt: skip
-        scale = float(np.clip(1 + self.scale_std * generator.standard_normal(), 1 - self.scale_std, 1 + self.scale_std))
+        scale = float(
+            np.clip(1 + self.scale_std * generator.standard_normal(), 1 - self.scale_std, 1 + self.scale_std)
+        )
         colors = generator.uniform(1 - self.color_noise, 1 + self.color_noise, 3)
         return View(flip, angle if turned else 0.0, scale, tuple(map(float, colors)))
 
@@ -206,4 +208,3 @@ class MeshDataset(torch.utils.data.Dataset):
             crop = Image.fromarray(noisy.clip(0, 255).round().astype(np.uint8))
         pixels = self.processor(crop.convert(self.mode), return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, **targets(person, square, self.num_vertices)}
-
