@@ -17,6 +17,8 @@ from .models import (
     DropKeyCeitForImageClassification,
     DropKeyCeitModel,
     DropKeyCeitPreTrainedModel,
+    DropKeyFeaturesConfig,
+    DropKeyFeaturesForImageClassification,
     DropKeyMeshConfig,
     DropKeyMeshForBodyMesh,
     DropKeyMeshModel,
@@ -35,8 +37,8 @@ from .models import (
     DropKeyVoloModel,
     DropKeyVoloPreTrainedModel,
 )
-from .models.attention import default_backend
-from .models.dropkey import layer_ratios
+from .models.attention import default_backend, dropkey_attention
+from .models.dropkey import DropKey, drop_keys, layer_ratios
 from .patching import DropKeyReport, apply_dropkey, dropkey, dropkey_active, dropkey_disabled, remove_dropkey
 from .version import __version__
 
@@ -44,7 +46,12 @@ from .version import __version__
 if TYPE_CHECKING:
     from .hub.push import push_folder
     from .hub.trainer import HubTrainer
-    from .training.callbacks import DropKeyLogCallback, DropKeyScheduleCallback, DropKeySeedCallback
+    from .training.callbacks import (
+        DropKeyGuardCallback,
+        DropKeyLogCallback,
+        DropKeyScheduleCallback,
+        DropKeySeedCallback,
+    )
 
 for _config, _model, _classifier in (
     (DropKeyViTConfig, DropKeyViTModel, DropKeyViTForImageClassification),
@@ -55,6 +62,8 @@ for _config, _model, _classifier in (
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForImageClassification.register(_config, _classifier, exist_ok=True)
+AutoConfig.register(DropKeyFeaturesConfig.model_type, DropKeyFeaturesConfig, exist_ok=True)
+AutoModelForImageClassification.register(DropKeyFeaturesConfig, DropKeyFeaturesForImageClassification, exist_ok=True)
 AutoModelForMaskedImageModeling.register(DropKeyViTConfig, DropKeyViTForMaskedImageModeling, exist_ok=True)
 
 # one class: the mesh is what people load
@@ -65,6 +74,7 @@ moved.install()
 
 # public names whose modules need more than the core, or that only some programs need: loaded when asked for
 LAZY = {
+    "DropKeyGuardCallback": "training.callbacks",
     "DropKeyLogCallback": "training.callbacks",
     "DropKeyScheduleCallback": "training.callbacks",
     "DropKeySeedCallback": "training.callbacks",
@@ -73,10 +83,14 @@ LAZY = {
 }
 
 __all__ = [
+    "DropKey",
     "DropKeyCeitConfig",
     "DropKeyCeitForImageClassification",
     "DropKeyCeitModel",
     "DropKeyCeitPreTrainedModel",
+    "DropKeyFeaturesConfig",
+    "DropKeyFeaturesForImageClassification",
+    "DropKeyGuardCallback",
     "DropKeyLogCallback",
     "DropKeyMeshConfig",
     "DropKeyMeshForBodyMesh",
@@ -103,8 +117,10 @@ __all__ = [
     "__version__",
     "apply_dropkey",
     "default_backend",
+    "drop_keys",
     "dropkey",
     "dropkey_active",
+    "dropkey_attention",
     "dropkey_disabled",
     "export_plain",
     "layer_ratios",

@@ -45,11 +45,9 @@ from transformers import (
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import speed_metrics
 
-from hf_dropkey.classification.arguments import ModelArguments
 from hf_dropkey.classification.data import ImageData
 from hf_dropkey.classification.job import ClassificationJob
 from hf_dropkey.classification.metrics import classification_metrics
-from hf_dropkey.classification.model import make_model
 from hf_dropkey.classification.transform import ImageTransform, collate_images, transform_rows
 from hf_dropkey.hub.cards import RunFacts, shown_command, write_card
 from hf_dropkey.training.callbacks import seed_process
@@ -493,9 +491,8 @@ def main() -> None:
     checkpoint = job.begin()
     model, data = job.prepare(checkpoint)
     if checkpoint is not None and (checkpoint / "model.safetensors").is_file():
-        saved = make_model(job.config, ModelArguments(model_name_or_path=str(checkpoint)))
         # copied, because a file in memory is aligned otherwise, and with it the rounding of products
-        model.load_state_dict(saved.state_dict())
+        model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
     loop = make_loop(job, model, data)
 
     metrics = {}

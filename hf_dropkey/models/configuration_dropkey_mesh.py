@@ -4,6 +4,7 @@
 from .compatibility import check_transformers as check_transformers  # first: the next imports fail on old releases
 # isort: on
 
+import inspect
 import os
 import shutil
 from pathlib import Path
@@ -241,26 +242,26 @@ class DropKeyMeshConfig(DropKeyConfigMixin, PreTrainedConfig):
         # also read by the loader of checkpoint code, which so fetches the models with a configuration
         from .modeling_dropkey_mesh import DropKeyMeshModel
 
-        return DropKeyMeshModel.source_file()
+        return Path(inspect.getfile(DropKeyMeshModel))
 
     def pipeline_file(self) -> Path:
         """The source file of the pipeline of this family."""
         # read by the loader, as above
         from .pipeline_dropkey_mesh import BodyMeshPipeline
 
-        return BodyMeshPipeline.source_file()
+        return Path(inspect.getfile(BodyMeshPipeline))
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As `DropKeyConfigMixin.save_pretrained`, with the pipeline's code."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        source = self.pipeline_file()
+        source = type(self).pipeline_file(self)
         target = folder / source.name
         # a loaded checkpoint may be saved onto the very files it was loaded from
         if not target.exists() or not os.path.samefile(source, target):
             shutil.copyfile(source, target)
         # `pipeline()` puts classes, which are no JSON, into the configuration it loads
-        self.custom_pipelines = {name: dict(about) for name, about in self.family_pipelines.items()}
+        self.custom_pipelines = {name: dict(about) for name, about in type(self).family_pipelines.items()}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

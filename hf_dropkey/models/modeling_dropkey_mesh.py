@@ -9,7 +9,6 @@ Coordinates are metres around the pelvis: x to the right of the image, y down, z
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -21,9 +20,9 @@ from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import dropkey_attention_forward, dropkey_is_active
+from .attention import dropkey_attention_forward
 from .configuration_dropkey_mesh import DropKeyMeshConfig
-from .dropkey import layer_ratios
+from .dropkey import DropKeyRatioMixin, dropkey_is_active, layer_ratios
 from .loss_dropkey_mesh import MeshTargets, body_mesh_losses
 from .modeling_dropkey import DropKeyModelMixin
 
@@ -134,7 +133,7 @@ class DropKeyMeshBody(nn.Module):
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-class DropKeyMeshSelfAttention(BertSelfAttention):
+class DropKeyMeshSelfAttention(DropKeyRatioMixin, BertSelfAttention):
     """BERT's self-attention, with DropKey in training.
 
     Attributes:
@@ -410,11 +409,6 @@ class DropKeyMeshPreTrainedModel(DropKeyModelMixin, PreTrainedModel):
         else:
             weight[:3] *= SMALL_START / self.config.initializer_range
         init.copy_(linear.weight, weight)
-
-    @staticmethod
-    def source_file() -> Path:
-        """This file."""
-        return Path(__file__)
 
 
 class DropKeyMeshModel(DropKeyMeshPreTrainedModel):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,11 +103,6 @@ class BodyMeshPipeline(Pipeline):
     _load_image_processor = True
     _load_feature_extractor = False
     _load_tokenizer = False
-
-    @staticmethod
-    def source_file() -> Path:
-        """This file."""
-        return Path(__file__)
 
     def _sanitize_parameters(  # type: ignore[override]  # each pipeline has its own parameters
         self, boxes: Sequence[Sequence[float]] | None = None, timeout: float | None = None
