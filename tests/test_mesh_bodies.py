@@ -1,5 +1,6 @@
 """Bodies: closed surfaces that move as people do, exact joints, and clear errors for bodies that cannot be right."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from hf_dropkey.mesh.bodies import (
     rotation_vectors,
 )
 from hf_dropkey.mesh.data import SWAPPED_JOINTS
+from hf_dropkey.mesh.model import make_body
 from hf_dropkey.mesh.surface import Cone, body_surface, edges_of
 from hf_dropkey.mesh.topology import (
     check_body,
@@ -310,3 +312,31 @@ def test_layers_that_cannot_be_right_are_refused(body: ProceduralBody) -> None:
         make_topology(layer_body(body, up="-y", unit=0.01), (48, 240))
     with pytest.raises(ValueError, match="centimetres"):
         make_topology(layer_body(body, unit=1.0), (48, 240))
+
+
+# --- Anny ------------------------------------------------------------------------------------------------------------
+
+
+def test_anny_is_a_body() -> None:
+    pytest.importorskip("anny", reason="needs the extra [body]")
+    own = make_body("anny")
+    assert own.template.shape == (369, 3) and own.faces.shape == (734, 3)
+    make_topology(own, (24, 92))
+    mirror_of(own.template)
+    pose, shape = own.sample(20, np.random.default_rng(0))
+    vertices, joints = own(pose, shape)
+    assert vertices.shape == (20, 369, 3) and np.isfinite(vertices).all()
+    assert (joints[:, JOINT_NAMES.index("head"), 1] < joints[:, JOINT_NAMES.index("left_ankle"), 1]).all()
+    # a turn of the root turns everything
+    turned = pose.copy()
+    turn = rotation_matrices(np.array([0.0, 0.7, 0.0]))
+    turned[:, 0] = rotation_vectors(turn @ rotation_matrices(pose[:, 0]))
+    assert np.abs(own(turned, shape)[0] - vertices @ turn.T).max() < 1e-4
+
+
+def test_annys_large_meshes_are_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="anny:smplx is not offered. Choose anny:notoes_collapse3pc"):
+        make_body("anny:smplx")
+    monkeypatch.setitem(sys.modules, "anny", None)
+    with pytest.raises(ImportError, match="hf_dropkey\\[body\\]"):
+        make_body("anny:notoes_collapse5pc")
