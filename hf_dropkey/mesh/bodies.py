@@ -24,6 +24,9 @@ JOINT_ROWS = (3, 2, 1, 4, 5, 6, 16, 15, 14, 11, 12, 13, 8, 10)
 PARTS = ("skin", "shirt", "trousers", "shoes", "hair")
 
 
+Point = tuple[float, float, float]
+
+
 class Body(Protocol):
     """What a body model must have. All arrays are NumPy's, in metres, y down.
 
@@ -144,9 +147,14 @@ def _to_camera(points: Any) -> np.ndarray:
     return np.asarray(points, dtype=np.float64) * np.array([1.0, -1.0, -1.0])
 
 
-def _mirrored(points: Any) -> tuple[float, ...]:
+def _same(point: Point) -> Point:
+    """The left side."""
+    return point
+
+
+def _mirrored(point: Point) -> Point:
     """The other side."""
-    return (-points[0], *points[1:])
+    return -point[0], point[1], point[2]
 
 
 class ProceduralBody:
@@ -179,7 +187,7 @@ class ProceduralBody:
     def _read_bones(self) -> None:
         """Sets `bones`, `parents`, `joints`, `tips` from the tables."""
         rows = list(_CENTRE_BONES)
-        for side, turn in (("left", tuple), ("right", _mirrored)):
+        for side, turn in (("left", _same), ("right", _mirrored)):
             for name, parent, joint, tip in _SIDE_BONES:
                 own = parent if parent in ("pelvis", "chest") else f"{side}_{parent}"
                 rows.append((f"{side}_{name}", own, turn(joint), turn(tip)))
@@ -325,7 +333,7 @@ def _cones() -> list[Cone]:
     for start, end, radii, depth in _FLESH:
         cones.append(Cone(start, end, radii, depth))
         if start[0] > 0:
-            cones.append(Cone(_mirrored(start), _mirrored(end), radii, depth))  # type: ignore[arg-type]  # three numbers
+            cones.append(Cone(_mirrored(start), _mirrored(end), radii, depth))
     return cones
 
 

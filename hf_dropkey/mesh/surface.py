@@ -60,7 +60,7 @@ def surface_nets(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         Vertices `[V, 3]` in grid steps, and quadrilaterals `[Q, 4]` that are seen counter-clockwise from outside, in a
         right-handed frame.
     """
-    inside = values < 0
+    inside = np.less(values, 0)
     corners = [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)]
     size = np.array(values.shape) - 1
 
