@@ -4,7 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+
+from .extras import needed
+
+
+with needed("train"):
+    from scipy import stats
 
 
 LEVEL = 0.95

@@ -8,13 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from .extras import needed
 from .moved import forward
+
+
+with needed("plots"):
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
 
 
 RIGHT_COLOR, WRONG_COLOR = "#0072B2", "#D55E00"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 from packaging.requirements import Requirement
 
 import hf_dropkey
@@ -122,7 +123,7 @@ def test_scripts_are_imported_by_nothing() -> None:
 
 # from the ground up: a file imports from floors below its own, and from its own room or file
 FLOORS = (
-    ("version", "moved"),
+    ("version", "moved", "extras"),
     ("models", "images", "intervals", "plots", "reference"),
     ("patching",),
     ("inference", "saved"),
@@ -209,7 +210,9 @@ def test_the_public_names() -> None:
         "push_folder",
     }
     others = {"DropKeyViTForMaskedImageModeling", "__version__"}
+    others |= {"drop_keys", "DropKey", "dropkey_attention"}
     others |= {"DropKeyFeaturesConfig", "DropKeyFeaturesForImageClassification"}
+    others |= {f"DropKeyMesh{part}" for part in ("Config", "Model", "ForBodyMesh", "PreTrainedModel")}
     assert set(hf_dropkey.__all__) == models | patching | inference | training | others
     for name in hf_dropkey.__all__:
         assert getattr(hf_dropkey, name) is not None and name in dir(hf_dropkey)
@@ -283,7 +286,7 @@ def broken_links(page: Path, text: str) -> list[str]:
     return broken
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES[1:], *ROOT.glob("*.md")], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     assert not broken_links(page, page.read_text(encoding="utf-8"))
 
@@ -304,8 +307,9 @@ def test_the_readme_and_the_pages_link_to_each_other() -> None:
         assert "](../README.md)" in page.read_text(encoding="utf-8"), f"docs/{page.name} does not link to README.md"
 
 
-def test_the_readme_is_short() -> None:
+def test_the_readme_is_short_and_of_this_version() -> None:
     assert len(readme().splitlines()) < 150
+    assert f"\nVersion {hf_dropkey.__version__.rpartition('.')[0]}. " in readme()
 
 
 @pytest.mark.parametrize("command", ["bash scripts/quickstart.sh", "bash scripts/test.sh"])
@@ -351,6 +355,13 @@ def test_the_tested_versions_lie_in_the_ranges(floor: bool) -> None:
     for found in map(Requirement, PROJECT["dependencies"] + optional):
         if found.name != PROJECT["name"]:
             assert found.specifier.contains(versions[found.name.lower().replace("-", "_")]), found
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = hf_dropkey.__version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] == version
 
 
 def endless_calls(source: str) -> list[int]:

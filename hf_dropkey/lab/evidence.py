@@ -5,8 +5,7 @@ Each table compares cells that differ in one setting, seed by seed.
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from matplotlib.figure import Figure
-
+from ..extras import needed
 from ..hub.metric_names import METRICS
 from ..intervals import Interval, difference, interval
 from .figures import Curve, curves, differences
@@ -15,6 +14,9 @@ from .robustness import OCCLUDED_FRACTIONS
 from .rows import CELL_COLUMNS, Row, by_cell, choose, warnings
 from .tables import markdown
 
+
+with needed("plots"):
+    from matplotlib.figure import Figure
 
 PLAIN = {"schedule": "none", "pattern": "none", "alignment": "none", "train_images": "all"}
 DROPKEY = {**PLAIN, "regulariser": "dropkey", "schedule": "decreasing", "pattern": "score"}

@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from ..extras import needed
 from ..intervals import Interval, interval
 from ..plots import LINE_COLORS, LINE_STYLES, MARKERS
+
+
+with needed("plots"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 Curve = Mapping[float, Interval]
