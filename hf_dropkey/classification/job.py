@@ -4,7 +4,6 @@
 that its command names.
 """
 
-import glob
 import hashlib
 import logging
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..images.augmentation import Augmentation, AugmentationEpoch
+from ..images.tables import matching_files
 from ..training.arguments import RampArguments, RunArguments
 from ..training.job import TrainingJob, public_name
 from ..training.record import Fingerprint
@@ -43,7 +43,7 @@ def _contents(pattern: str) -> str:
         )
         return hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
     found = hashlib.sha256()
-    files = sorted(glob.glob(pattern))
+    files = matching_files(pattern)
     for file in files:
         with Path(file).open("rb") as data:
             found.update(hashlib.file_digest(data, "sha256").digest())
