@@ -19,6 +19,10 @@ from .models import (
     DropKeyCeitPreTrainedModel,
     DropKeyFeaturesConfig,
     DropKeyFeaturesForImageClassification,
+    DropKeyMeshConfig,
+    DropKeyMeshForBodyMesh,
+    DropKeyMeshModel,
+    DropKeyMeshPreTrainedModel,
     DropKeyT2TViTConfig,
     DropKeyT2TViTForImageClassification,
     DropKeyT2TViTModel,
@@ -62,6 +66,10 @@ AutoConfig.register(DropKeyFeaturesConfig.model_type, DropKeyFeaturesConfig, exi
 AutoModelForImageClassification.register(DropKeyFeaturesConfig, DropKeyFeaturesForImageClassification, exist_ok=True)
 AutoModelForMaskedImageModeling.register(DropKeyViTConfig, DropKeyViTForMaskedImageModeling, exist_ok=True)
 
+# one class: the mesh is what people load
+AutoConfig.register(DropKeyMeshConfig.model_type, DropKeyMeshConfig, exist_ok=True)
+AutoModel.register(DropKeyMeshConfig, DropKeyMeshForBodyMesh, exist_ok=True)
+
 moved.install()
 
 # public names whose modules need more than the core, or that only some programs need: loaded when asked for
@@ -84,6 +92,10 @@ __all__ = [
     "DropKeyFeaturesForImageClassification",
     "DropKeyGuardCallback",
     "DropKeyLogCallback",
+    "DropKeyMeshConfig",
+    "DropKeyMeshForBodyMesh",
+    "DropKeyMeshModel",
+    "DropKeyMeshPreTrainedModel",
     "DropKeyReport",
     "DropKeyScheduleCallback",
     "DropKeySeedCallback",

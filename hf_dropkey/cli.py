@@ -19,6 +19,7 @@ from .version import __version__
 TASKS = {
     "classification": ("classification.job", "ClassificationJob"),
     "detection": ("detection.job", "DetectionJob"),
+    "mesh": ("mesh.job", "MeshJob"),
 }
 
 

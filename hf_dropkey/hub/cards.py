@@ -34,6 +34,7 @@ TASKS = {
     "ForObjectDetection": ("object-detection", "AutoModelForObjectDetection"),
     "ForSemanticSegmentation": ("image-segmentation", "AutoModelForSemanticSegmentation"),
     "ForVideoClassification": ("video-classification", "AutoModelForVideoClassification"),
+    "ForBodyMesh": ("image-to-3d", "AutoModel"),
     "Model": ("image-feature-extraction", "AutoModel"),
 }
 SETTINGS = {
@@ -345,6 +346,12 @@ def _usage(folder: Path, config: dict[str, Any], repo_id: str | None, revision: 
         call = f'pipeline("image-classification", model={source}{pin}{trust})'
         lines += ["```python", "from transformers import pipeline", "", f"classify = {call}"]
         lines += ['print(classify("image.jpg"))', "```"]
+    if "custom_pipelines" in config and (folder / "preprocessor_config.json").is_file():
+        # the pipelines of a family travel with its checkpoints
+        (name,) = config["custom_pipelines"]
+        call = f'pipeline("{name}", model={source}{pin}{trust})'
+        lines += ["```python", "from transformers import pipeline", "", f"find = {call}"]
+        lines += ['print(find("image.jpg"))', "```"]
     lines += ["With the package, which runs no code of this repository:", "```python"]
     if carries_code:
         lines += ["import hf_dropkey", f"from transformers import {auto}", ""]

@@ -1,4 +1,4 @@
-"""Finds image files that are empty, damaged or of a kind that would be misread, before training time is spent."""
+"""Finds image files that are empty, damaged or of a mode that would be misread, before training starts."""
 
 import logging
 import os
@@ -22,10 +22,10 @@ with needed("train"):
 
 logger = logging.getLogger(__name__)
 
-# more than eight bits have no agreed range, and a plain conversion would clip them to white without a word
+# more than eight bits have no agreed range, and a plain conversion would silently clip them to white
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 NAMES_SHOWN = 20
-# what Pillow's readers raise for damaged files, each for some format: RuntimeError AVIF, NotImplementedError DDS and BLP
+# the errors of Pillow's readers for damaged files of the various formats: RuntimeError AVIF, NotImplementedError DDS and BLP
 READER_ERRORS = (
     OSError,
     SyntaxError,
@@ -46,7 +46,7 @@ VISIBLE_ALPHA = 128
 
 @dataclass(frozen=True)
 class Transparency:
-    """What a model sees in place of the transparent pixels of an image.
+    """The pixels that a model sees where an image is transparent.
 
     Attributes:
         behind: Colour that the file stores there: "black", "white" or "other".
@@ -58,19 +58,19 @@ class Transparency:
 
 
 def drop_bad_images(split: Dataset, name: str, *, skip: bool = False, processes: int | None = None) -> Dataset:
-    """Reads every image of a split once; with `skip`, what comes back lacks those that cannot be used.
+    """Reads every image of a split once; with `skip`, returns the split without the images that cannot be used.
 
-    The split has its images in `image` and their row numbers in `row`.
+    The split has the columns `image` and `row`, the row number.
 
     Raises:
-        ValueError: Images cannot be used, and `skip` is off or would leave nothing; names and counts them.
+        ValueError: Images cannot be used, and `skip` is off or would leave no image; lists and counts them.
     """
     found = split.cast_column("image", datasets.Image(decode=False)).map(
         lambda row: look_at_image(row["image"], row["row"]),
         remove_columns=split.column_names,
         features=Features({"problem": Value("string"), "behind": Value("string"), "blank": Value("bool")}),
         num_proc=processes,
-        # a file may have been repaired since the last look at it
+        # a file may have been repaired since it was last checked
         load_from_cache_file=False,
         desc=f"Checking the images of the {name} split",
     )
@@ -93,7 +93,7 @@ def drop_bad_images(split: Dataset, name: str, *, skip: bool = False, processes:
 
 
 def look_at_image(cell: dict[str, Any] | None, row: int) -> dict[str, Any]:
-    """What is wrong with the undecoded image in `cell` (`problem`), or what its transparency hides (`behind`, `blank`)."""
+    """The problem of the undecoded image in `cell` (`problem`), or its transparency (`behind`, `blank`)."""
     nothing = {"problem": None, "behind": None, "blank": None}
     try:
         image = read_image(cell, row)
@@ -115,7 +115,7 @@ def image_problem(cell: dict[str, Any] | None, row: int) -> str | None:
 
 
 def transparency(image: Image.Image) -> Transparency | None:
-    """What a conversion to RGB, which models get, shows in place of the image's transparent pixels; None: it has none."""
+    """The transparent pixels of an image after its conversion to RGB, which models see; None if it has none."""
     if "A" not in image.getbands() and "a" not in image.getbands() and "transparency" not in image.info:
         return None
     pixels = np.asarray(image.convert("RGBA"))
@@ -128,41 +128,44 @@ def transparency(image: Image.Image) -> Transparency | None:
 
 
 def warn_of_transparency(found: Sequence[Transparency], total: int, what: str) -> None:
-    """Logs how many images have transparent pixels, what will be seen there, and what to do if that is not meant."""
+    """Logs the number of images with transparent pixels, what a model sees there, and how to change it."""
     if not found:
         return
     colours = Counter(one.behind for one in found)
     seen = ", ".join(f"{'several colours' if name == 'other' else name} in {count}" for name, count in colours.items())
     blank = sum(one.blank for one in found)
     lost = f"; {blank} of them become one plain colour, in which nothing is left to see" if blank else ""
+    # a ground that sets off what the file's own colour hides
+    ground = "white" if colours.most_common(1)[0][0] == "black" else "gray"
     logger.warning(
         "%d of %d %s have transparent pixels. A model sees no transparency but the colour that the file stores there "
         "(%s)%s. If that is not meant, put them on a background and save them again: "
-        "Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA')).convert('RGB')",
+        "Image.alpha_composite(Image.new('RGBA', image.size, '%s'), image.convert('RGBA')).convert('RGB')",
         len(found),
         total,
         what,
         seen,
         lost,
+        ground,
     )
 
 
 def place_of(cell: dict[str, Any] | None, row: int) -> str:
-    """What to call an undecoded image in a message: its file, else its row number."""
+    """The name of an undecoded image in messages: its file, else its row number."""
     return f"row {row}" if cell is None or cell["bytes"] is not None or cell["path"] is None else str(cell["path"])
 
 
 def read_image(cell: dict[str, Any] | None, row: int) -> Image.Image:
-    """The image in an undecoded cell, turned as its file says.
+    """The image in an undecoded cell, with the rotation of its EXIF data.
 
     Raises:
-        ValueError: It cannot be used; the file or row number, and why.
+        ValueError: It cannot be used; the message has the file or row number, and the reason.
     """
     where = place_of(cell, row)
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise ValueError(f"{where} (no image)")
     path, content = cell["path"], cell["bytes"]
-    # a pipe would be waited for
+    # opening a pipe would wait for its writer
     if content is None and os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{where} (no regular file)")
     if content == b"" or (content is None and os.path.isfile(path) and os.path.getsize(path) == 0):
@@ -179,7 +182,7 @@ def read_image(cell: dict[str, Any] | None, row: int) -> Image.Image:
 
 
 def read_checked_image(cell: dict[str, Any] | None, row: int) -> Image.Image:
-    """As `read_image`, in the middle of a run: the error says what to do next."""
+    """As `read_image`, during a run: the error says what to do next."""
     try:
         return read_image(cell, row)
     except ValueError as error:
@@ -190,14 +193,14 @@ def read_checked_image(cell: dict[str, Any] | None, row: int) -> Image.Image:
 
 
 def read_images(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Rows whose `image` is not decoded, with images there; what is one already stays, and so do other columns.
+    """Decodes the `image` column of a batch of rows; decoded images and other columns stay as they are.
 
     Raises:
         ValueError: As `read_checked_image`.
     """
     if "image" not in batch:
         return batch
-    # a column that is asked for alone comes from its first row on
+    # without the column `row`, the batch starts at the first row
     rows = batch.get("row") or range(len(batch["image"]))
     images = [
         cell if isinstance(cell, Image.Image) else read_checked_image(cell, row)
@@ -207,12 +210,12 @@ def read_images(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def with_named_images(split: Dataset) -> Dataset:
-    """The split, whose images are read by `read_images`, which unlike the library's own reading names a bad one."""
+    """The split with images decoded by `read_images`, whose errors name the image."""
     return split.cast_column("image", datasets.Image(decode=False)).with_transform(read_images)
 
 
 def name_some(names: Iterable[str]) -> str:
-    """Names for a message: the first ones, and how many more there are."""
+    """Names for a message: the first ones, and the number of the others."""
     names = list(names)
     more = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

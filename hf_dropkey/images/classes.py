@@ -1,7 +1,7 @@
 """Which number each class of the data has in a model: one rule for classification and detection.
 
 Names that a pretrained model knows keep the model's numbers, because its class scores are in that order. Other names
-need new class scores, which must be asked for and trained.
+need new class scores, which must be requested and trained.
 """
 
 import copy
@@ -23,7 +23,7 @@ class ClassifiedData(Protocol):
 
     @property
     def train(self) -> Any:
-        """What to train on; None if only evaluation was asked for."""
+        """The training data; None if only evaluation was requested."""
 
     def with_label_names(self, names: Sequence[str]) -> Self:
         """The same data with the numbers of a model whose classes are `names`; ValueError if it does not know some."""
@@ -72,10 +72,10 @@ def fit_classes(data: Data, config: Any, *, source: str | None, has_head: bool, 
         config: Of the model; changed where the class scores will be new.
         source: Where pretrained weights come from; None for a model from scratch.
         has_head: They have class scores.
-        new_head: New scores were asked for (--ignore_mismatched_sizes).
+        new_head: New scores were requested (--ignore_mismatched_sizes).
 
     Raises:
-        ValueError: The model does not know the classes and new scores were not asked for, or they would be evaluated
+        ValueError: The model does not know the classes and new scores were not requested, or they would be evaluated
             without training; or the model's own class numbers cannot be used.
     """
     trains = data.train is not None

@@ -1,8 +1,8 @@
-"""Image folders with one sub-folder per class: which files they hold, and what in them cannot be meant.
+"""Image folders with one sub-folder per class: their files, and errors for contents that look like a mistake.
 
-The folder is walked here rather than by a library, so that nothing is left out or made up without a word: names are
-taken as they are (brackets, leading underscores), links are followed, every ending that Pillow reads counts, and what
-does not count is told by its ending.
+The folder is walked here rather than by a library, which silently ignores or invents classes: names are taken as they
+are (brackets, leading underscores), links are followed, every ending that Pillow reads is used, and the endings of
+unused files are logged.
 """
 
 import logging
@@ -30,7 +30,7 @@ SPLIT_NAMES = {
 SPLIT_WORDS = {word for words in SPLIT_NAMES.values() for word in words}
 # Pillow knows these files and reads no pixels from them
 WITHOUT_READER = ("BUFR", "GRIB", "HDF5", "MPEG")
-# beside hidden folders, what unpacking a zip file of macOS leaves behind
+# beside hidden folders, those of zip files of macOS
 NO_CLASSES = ("__MACOSX",)
 OTHER_DATA = (
     ".parquet",
@@ -51,7 +51,7 @@ OTHER_DATA = (
 
 @dataclass
 class ClassFolders:
-    """What a folder with one sub-folder per class holds.
+    """The contents of a folder with one sub-folder per class.
 
     Attributes:
         folder: The folder.
@@ -83,7 +83,7 @@ def image_endings() -> set[str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is none of the user's, such as .DS_Store, .ipynb_checkpoints and __MACOSX."""
+    """Whether a file or folder was made by the system, such as .DS_Store, .ipynb_checkpoints and __MACOSX."""
     return name.startswith(".") or name in NO_CLASSES
 
 
@@ -112,7 +112,7 @@ def read_class_folders(folder: Path) -> ClassFolders:
 
 
 def read_class(found: ClassFolders, name: str, folder: str, endings: set[str]) -> None:
-    """Adds the files of a class folder to what was found."""
+    """Adds the files of a class folder."""
     found.images[name], found.deeper[name], found.endings[name] = [], [], Counter()
     for path in visible_files(folder):
         ending = ending_of(path)
@@ -126,12 +126,12 @@ def read_class(found: ClassFolders, name: str, folder: str, endings: set[str]) -
 
 
 def stop(error: OSError) -> None:
-    """Raises what a walk would pass over, such as a folder that may not be read."""
+    """Raises an error that a walk would ignore, such as that of a folder without read permission."""
     raise error
 
 
 def check_name(name: str, folder: str) -> None:
-    """Raises ValueError for a name that is no text, which tables of paths cannot hold."""
+    """Raises ValueError for a name that is not text, which tables of paths cannot hold."""
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -199,7 +199,7 @@ def told_endings(endings: Mapping[str, int]) -> str:
 
 
 def check_separate(train: Path, other: Path, option: str) -> None:
-    """Raises ValueError if one folder of images lies in the other; one and the same is told."""
+    """Raises ValueError if one folder of images is inside the other; warns if both are the same."""
     one, two = train.resolve(), other.resolve()
     if one == two:
         logger.warning(
@@ -218,9 +218,9 @@ def check_classes_of_splits(train: ClassFolders, other: ClassFolders, option: st
     only = [name for name in other.images if name not in names]
     if only:
         near = {name: get_close_matches(name, names, n=1) for name in only}
-        told = (f"{name!r}" + (f" (there is {near[name][0]!r} to train on)" if near[name] else "") for name in only)
+        shown = (f"{name!r}" + (f" (there is {near[name][0]!r} to train on)" if near[name] else "") for name in only)
         raise ValueError(
-            f"{option} {other.folder} has {len(only)} classes without images to train on: {name_some(told)}; give them "
+            f"{option} {other.folder} has {len(only)} classes without images to train on: {name_some(shown)}; give them "
             f"the names of the training classes, {name_some(map(repr, names))}, or remove them"
         )
 
@@ -261,6 +261,6 @@ def local_class_folders(folder: Path) -> dict[str, Path] | None:
 
 
 def split_of(name: str) -> str | None:
-    """The split that the name of a folder tells, as the library for data sets reads it; None if it tells none."""
+    """The split that the name of a folder stands for, as in the library for data sets; None if it is another name."""
     words = re.split(r"[-._ 0-9]+", name)
     return next((split for split, known in SPLIT_NAMES.items() if any(word in known for word in words)), None)

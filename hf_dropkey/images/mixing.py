@@ -46,7 +46,7 @@ class Mixing:
         Args:
             pixel_values: The images.
             labels: Targets `[B, classes]` that sum to 1.
-            generator: Draws which method, and how much.
+            generator: Draws the method and the weight.
         """
         mixed, cut = generator.random() < self.probability, generator.random() < 0.5
         cut = bool(self.cutmix_alpha) and (cut or not self.mixup_alpha)
@@ -64,8 +64,8 @@ class Mixing:
 def paste_box(images: torch.Tensor, kept: float, generator: np.random.Generator) -> tuple[torch.Tensor, float]:
     """Images `[B, C, H, W]` with a box of the reversed batch pasted in, and the fraction of pixels that stayed.
 
-    The box has the images' aspect ratio and about `1 - kept` of their area; its centre is uniform, and what lies outside
-    the image is cut off.
+    The box has the images' aspect ratio and about `1 - kept` of their area; its centre is uniform, and what lies
+    outside the image is cut off.
     """
     height, width = images.shape[-2:]
     rows, columns = round(height * (1 - kept) ** 0.5), round(width * (1 - kept) ** 0.5)
@@ -82,10 +82,10 @@ class MixingCollator:
 
     Args:
         collate: Makes a batch with `pixel_values` `[B, C, H, W]` and `labels` `[B]` from rows.
-        mixing: How much.
+        mixing: The settings.
         classes: Number of classes.
         transform: The training transform, which knows the epoch (`epoch`).
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class MixingCollator:
         transform: Any,
         seed: int,
     ) -> None:
-        """As the class says."""
+        """Arguments as in the class docstring."""
         self.collate, self.mixing, self.classes = collate, mixing, classes
         self.transform, self.seed = transform, seed
 
@@ -115,8 +115,8 @@ class MixingCollator:
 def mixed_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
     """Cross-entropy of logits `[B, C]` and targets `[B, C]`, or labels `[B]`; for `Trainer(compute_loss_func=...)`.
 
-    `num_items_in_batch` is what `Trainer` counts in the labels of all accumulated batches: with targets it is the number
-    of their entries, B times C.
+    `num_items_in_batch` is what `Trainer` counts in the labels of all accumulated batches: with targets it is the
+    number of their entries, B times C.
     """
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
     if num_items_in_batch is None:

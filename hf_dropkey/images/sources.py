@@ -21,7 +21,7 @@ EVALUATION_SPLITS = ("validation", "valid", "test")
 CHOICE_SEED = 0
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 DIGEST_LENGTH = 16
-# what each hash of a fingerprint is of, as a message tells that it changed
+# for each hash of a fingerprint, the words for a change of it
 FINGERPRINT_PARTS = {
     "names": "other file names, or in another order",
     "labels": "other labels",
@@ -30,10 +30,10 @@ FINGERPRINT_PARTS = {
 
 
 def load_named(name: str, config: str | None) -> datasets.DatasetDict:
-    """A data set of the hub or in a folder, also where the folder's name looks like a glob pattern.
+    """A data set of the Hub or in a folder, whose name may look like a glob pattern.
 
     Raises:
-        ValueError: A configuration is asked for of such a folder.
+        ValueError: A configuration is requested of such a folder.
     """
     if not (Path(name).is_dir() and glob.has_magic(name)):
         found = datasets.load_dataset(name, config)
@@ -61,7 +61,7 @@ def is_csv(splits: datasets.DatasetDict) -> bool:
 
 
 def load_as_text(splits: datasets.DatasetDict, *source: str, **more: Any) -> datasets.DatasetDict:
-    """A data set of CSV files again, with every cell as the text that stands there."""
+    """Loads a data set of CSV files again, with every cell as text."""
     columns = next(iter(splits.values())).column_names
     features = datasets.Features({column: datasets.Value("string") for column in columns})
     return datasets.load_dataset(*source, **more, features=features, keep_default_na=False)
@@ -97,7 +97,7 @@ def near_names(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def data_fingerprint(rows: Iterable[tuple[str, str, int]]) -> dict[str, Any]:
-    """What tells two lists of labelled images apart, without a look at pixels: for the record of a run.
+    """A fingerprint of a list of labelled images without their pixels, for the record of a run.
 
     Args:
         rows: Name, label and size in bytes of each image, in order.
@@ -110,31 +110,31 @@ def data_fingerprint(rows: Iterable[tuple[str, str, int]]) -> dict[str, Any]:
         count += 1
         for digest, value in zip(parts.values(), row, strict=True):
             text = str(value).encode("utf-8", "surrogatepass")
-            # with its length, so that no two lists run together into the same bytes
+            # with its length, so that different lists never give the same bytes
             digest.update(len(text).to_bytes(8, "little") + text)
     return {"rows": count, **{part: digest.hexdigest()[:DIGEST_LENGTH] for part, digest in parts.items()}}
 
 
 def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two fingerprints, in words; empty if nothing does. Parts that one lacks are not compared."""
+    """The differences between two fingerprints, in words. Parts that one of them lacks are not compared."""
     words = []
     if before.get("rows", now.get("rows")) != now.get("rows", before.get("rows")):
         words.append(f"{now['rows']} images instead of {before['rows']}")
     words += [
-        told
-        for part, told in FINGERPRINT_PARTS.items()
+        change
+        for part, change in FINGERPRINT_PARTS.items()
         if part in before and part in now and before[part] != now[part]
     ]
     return words
 
 
 def image_name(path: str | None, row: int) -> str:
-    """What identifies an image wherever its folder lies: its file with the folder around it, else its row number."""
+    """The name of an image without local paths: its file with its folder, else its row number."""
     return f"row {row}" if not path else "/".join(Path(path).parts[-2:])
 
 
 def image_bytes(cell: Mapping[str, Any] | None) -> int:
-    """Size in bytes of an undecoded image; -1 where its file is not there."""
+    """Size in bytes of an undecoded image; -1 where its file is missing."""
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         return -1
     if cell["bytes"] is not None:

@@ -14,10 +14,10 @@ def read_csv(file: Path) -> dict[str, list[str]]:
     """The columns of a CSV file with a header, all as text.
 
     Raises:
-        ValueError: The file is no CSV in UTF-8, a column repeats, or a line has other columns than the header.
+        ValueError: The file is not CSV in UTF-8, a column repeats, or a line has other columns than the header.
     """
     try:
-        # a byte order mark is no part of the first column's name
+        # a byte order mark is not part of the first column's name
         with file.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines, strict=True)
             header = next((row for row in reader if row), [])
@@ -50,7 +50,7 @@ def labels_from_text(columns: Sequence[Sequence[str]]) -> list[list[Any]]:
     `columns` are those of all splits, which are read alike.
 
     Raises:
-        ValueError: All labels are numbers with a fraction, which are no classes.
+        ValueError: All labels are numbers with a fraction, which are not classes.
     """
     values = {value for column in columns for value in column if value}
     if values and all(map(is_whole_text, values)):

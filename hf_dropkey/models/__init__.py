@@ -2,6 +2,7 @@
 
 from .configuration_dropkey_ceit import DropKeyCeitConfig
 from .configuration_dropkey_features import DropKeyFeaturesConfig
+from .configuration_dropkey_mesh import DropKeyMeshConfig
 from .configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
 from .configuration_dropkey_vit import DropKeyViTConfig
 from .configuration_dropkey_volo import DropKeyVoloConfig
@@ -11,6 +12,11 @@ from .modeling_dropkey_ceit import (
     DropKeyCeitPreTrainedModel,
 )
 from .modeling_dropkey_features import DropKeyFeaturesForImageClassification
+from .modeling_dropkey_mesh import (
+    DropKeyMeshForBodyMesh,
+    DropKeyMeshModel,
+    DropKeyMeshPreTrainedModel,
+)
 from .modeling_dropkey_t2t_vit import (
     DropKeyT2TViTForImageClassification,
     DropKeyT2TViTModel,
@@ -36,6 +42,10 @@ __all__ = [
     "DropKeyCeitPreTrainedModel",
     "DropKeyFeaturesConfig",
     "DropKeyFeaturesForImageClassification",
+    "DropKeyMeshConfig",
+    "DropKeyMeshForBodyMesh",
+    "DropKeyMeshModel",
+    "DropKeyMeshPreTrainedModel",
     "DropKeyT2TViTConfig",
     "DropKeyT2TViTForImageClassification",
     "DropKeyT2TViTModel",
