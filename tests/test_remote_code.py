@@ -28,6 +28,7 @@ CODE = {
     "compatibility.py",
     "configuration_dropkey.py",
     "configuration_dropkey_sizes.py",
+    "configuration_dropkey_values.py",
     "configuration_dropkey_vit.py",
     "counter_hash.py",
     "cpu_attention.py",

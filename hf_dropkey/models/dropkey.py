@@ -173,7 +173,7 @@ def _with_ratio_data(cls: type) -> type:
     made: Any = type(
         cls.__name__, (DropKeyRatioMixin, cls), {**body, "__reduce_ex__": reduce, "dropkey_plain_class": cls}
     )
-    return made  # type: ignore[no-any-return]  # a class
+    return made
 
 
 def _new_with_ratio_data(cls: type) -> Any:
