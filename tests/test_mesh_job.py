@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hf_dropkey.hub.cards import model_card
 from hf_dropkey.mesh import prediction
 from hf_dropkey.mesh.arguments import FIGURE, MeshModelArguments
 from hf_dropkey.mesh.bodies import procedural_body
-from hf_dropkey.mesh.figures import alone, overlay, sheet, with_joints, write_obj
+from hf_dropkey.mesh.figures import alone, overlay, sheet, with_joints, write_glb, write_obj
 from hf_dropkey.mesh.job import MeshJob, mesh_metrics
 from hf_dropkey.mesh.metrics import METRICS
 from hf_dropkey.mesh.model import check_same_body, make_body, make_config, make_model, published_levels
@@ -260,3 +261,14 @@ def test_pictures_of_a_body(tmp_path: Path) -> None:
 
 def test_cards_show_the_pipeline(trained: Path) -> None:
     assert 'pipeline("body-mesh"' in str(model_card(trained))
+
+
+def test_glb_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = procedural_body()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "trimesh", None)
+        with pytest.raises(ImportError, match="hf_dropkey\\[body\\]"):
+            write_glb(tmp_path / "body.glb", body.template, body.faces)
+    trimesh = pytest.importorskip("trimesh", reason="needs the extra [body]")
+    write_glb(tmp_path / "body.glb", body.template, body.faces)
+    assert trimesh.load(tmp_path / "body.glb", force="mesh").is_watertight

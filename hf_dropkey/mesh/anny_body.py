@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..extras import needed
 from .bodies import JOINT_NAMES, nearby_regressor, procedural_body, rotation_matrices
 
 
@@ -119,10 +120,8 @@ class AnnyBody:
             raise ValueError(
                 f"--body anny:{topology} is not offered. Choose anny:{' or anny:'.join(ANNY_TOPOLOGIES)}."
             )
-        try:
+        with needed("body"):
             import anny  # type: ignore[import-not-found,unused-ignore]  # optional, ships no types
-        except ImportError as error:
-            raise ImportError("--body anny needs Anny. Run `pip install 'hf_dropkey[body]'`.") from error
         self.name = f"anny:{topology}"
         logger.info("making Anny's body; the first time it writes 550 MB to ANNY_CACHE_DIR or ~/.cache/anny")
         self.model = anny.Anny(topology=topology)

@@ -8,8 +8,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..extras import needed
 from .surface import Cone, body_surface, edges_of, smoothed
 
+
+with needed("train"):
+    from scipy.optimize import nnls
+    from scipy.spatial import cKDTree
 
 # rows of a joint regressor, in the order that METRO takes from Human3.6M
 JOINT_NAMES = (
@@ -343,8 +348,6 @@ def mirror_of(template: np.ndarray, tolerance: float = 0.005) -> np.ndarray:
     Raises:
         ValueError: Some vertex has no counterpart within `tolerance` metres.
     """
-    from scipy.spatial import cKDTree
-
     distance, partner = cKDTree(template).query(template * np.array([-1.0, 1.0, 1.0]))
     if distance.max() > tolerance or len(set(partner.tolist())) != len(template):
         raise ValueError(
@@ -366,8 +369,6 @@ def nearby_regressor(
         rest: The joint there, `[3]`.
         count: How many vertices may take part.
     """
-    from scipy.optimize import nnls
-
     near = np.argsort(np.linalg.norm(template - rest, axis=1), kind="stable")[:count]
     matrix = (vertices[:, near] - joints[:, None]).transpose(0, 2, 1).reshape(-1, count)
     # a heavy row of ones holds the sum

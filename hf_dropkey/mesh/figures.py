@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..extras import needed
 from .data import SWAPPED_JOINTS
 from .renderer import project_points, render
 
@@ -159,9 +160,7 @@ def write_glb(file: Path, vertices: np.ndarray, faces: np.ndarray) -> None:
     Raises:
         ImportError: trimesh is not installed.
     """
-    try:
+    with needed("body"):
         import trimesh  # type: ignore[import-not-found,unused-ignore]  # optional
-    except ImportError as error:
-        raise ImportError("GLB files need trimesh. Run `pip install 'hf_dropkey[body]'`.") from error
     turned = np.asarray(vertices, dtype=np.float64) * np.array([1.0, -1.0, -1.0])
     trimesh.Trimesh(turned, faces, process=False).export(file)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 
+from ..extras import needed
 from ..hub.trainer import output_folder
 from ..images.augmentation import AugmentationEpoch
 from ..images.sources import EVALUATION_SPLITS
@@ -33,6 +33,9 @@ from .model import image_processor, make_body, make_config, make_model
 from .renderer import crop_camera
 from .transform import MeshAugmentation, MeshDataset, SquareView, View
 
+
+with needed("train"):
+    import datasets
 
 logger = logging.getLogger(__name__)
 

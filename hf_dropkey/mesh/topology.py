@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
 
+from ..extras import needed
 from .bodies import JOINT_NAMES, Body
 from .surface import edges_of
 
+
+with needed("train"):
+    from scipy.spatial import cKDTree
 
 NEIGHBOURS = 3
 # an adult in metres, from small and bent to tall with raised arms
