@@ -3,6 +3,7 @@
 This file travels with checkpoints: it imports transformers, huggingface_hub and its neighbours only.
 """
 
+import copy
 import operator
 import os
 import shutil
@@ -107,13 +108,18 @@ class DropKeyConfigMixin(RemotePickleMixin):
 
     # Auto class -> "module.Class", for every class of the family
     family_auto_map: ClassVar[dict[str, str]] = {}
+    # task -> what Transformers' `custom_pipelines` says of it, for every pipeline of the family
+    family_pipelines: ClassVar[dict[str, dict[str, Any]]] = {}
     # the same, or what a loaded checkpoint says
     auto_map: ClassVar[dict[str, str]]
+    custom_pipelines: ClassVar[dict[str, dict[str, Any]]]
 
     def __post_init__(self, **kwargs: Any) -> None:
         # a plain checkpoint's "model_type" would shadow the class attribute that Transformers looks conversions up by
         kwargs.pop("model_type", None)
         kwargs.setdefault("auto_map", dict(self.family_auto_map))
+        if self.family_pipelines:
+            kwargs.setdefault("custom_pipelines", copy.deepcopy(self.family_pipelines))
         super().__post_init__(**kwargs)  # type: ignore[misc]  # the configuration class this is mixed into has it
 
     def validate_dropkey(self) -> None:
@@ -139,7 +145,8 @@ class DropKeyConfigMixin(RemotePickleMixin):
         """Saves the configuration with the code of the whole family and an `auto_map` that names every class of it.
 
         Models save their configuration through this, so any saved folder loads with `trust_remote_code=True` through
-        each Auto class, without this package. Entries that a user's own registered class has just added are kept.
+        each Auto class, and runs in each pipeline of the family, without this package. Entries that a user's own
+        registered class has just added are kept.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,6 +162,10 @@ class DropKeyConfigMixin(RemotePickleMixin):
             if "--" not in name and (folder / f"{name.split('.')[0]}.py").is_file()
         }
         self.auto_map = {**self.family_auto_map, **own}  # type: ignore[misc]  # an instance attribute, but no field
+        if self.family_pipelines:
+            # a checkpoint loaded from the hub names its pipelines with the repository in front
+            known = {**getattr(self, "custom_pipelines", {}), **copy.deepcopy(self.family_pipelines)}
+            self.custom_pipelines = known  # type: ignore[misc]  # as above
         try:
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]  # as above
         finally:
