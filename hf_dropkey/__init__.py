@@ -1,8 +1,11 @@
 """DropKey for Hugging Face Transformers.
 
 Importing the package registers its models with the Auto classes, so `AutoModelForImageClassification.from_pretrained`
-loads their checkpoints without `trust_remote_code`.
+loads their checkpoints without `trust_remote_code`. `__all__` is the public interface; everything else is internal.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoConfig,
@@ -13,30 +16,44 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from . import moved
 from .export import export_plain
-from .inference import monte_carlo_predict
-from .models.attention import default_backend
-from .models.configuration_dropkey_ceit import DropKeyCeitConfig
-from .models.configuration_dropkey_hoi import HOI_TASK, DropKeyHoiConfig
-from .models.configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
-from .models.configuration_dropkey_vit import DropKeyViTConfig
-from .models.configuration_dropkey_volo import DropKeyVoloConfig
-from .models.dropkey import layer_ratios
-from .models.modeling_dropkey_ceit import DropKeyCeitForImageClassification, DropKeyCeitModel
-from .models.modeling_dropkey_hoi import DropKeyHoiForObjectDetection, DropKeyHoiModel
-from .models.modeling_dropkey_t2t_vit import DropKeyT2TViTForImageClassification, DropKeyT2TViTModel
-from .models.modeling_dropkey_vit import (
+from .inference import MonteCarloPrediction, monte_carlo_predict
+from .models import (
+    DropKeyCeitConfig,
+    DropKeyCeitForImageClassification,
+    DropKeyCeitModel,
+    DropKeyCeitPreTrainedModel,
+    DropKeyHoiConfig,
+    DropKeyHoiForObjectDetection,
+    DropKeyHoiModel,
+    DropKeyHoiPreTrainedModel,
+    DropKeyT2TViTConfig,
+    DropKeyT2TViTForImageClassification,
+    DropKeyT2TViTModel,
+    DropKeyT2TViTPreTrainedModel,
+    DropKeyViTConfig,
     DropKeyViTForImageClassification,
     DropKeyViTForMaskedImageModeling,
     DropKeyViTModel,
     DropKeyViTPreTrainedModel,
+    DropKeyVoloConfig,
+    DropKeyVoloForImageClassification,
+    DropKeyVoloModel,
+    DropKeyVoloPreTrainedModel,
+    HoiPipeline,
 )
-from .models.modeling_dropkey_volo import DropKeyVoloForImageClassification, DropKeyVoloModel
-from .models.pipeline_dropkey_hoi import HoiPipeline
-from .patching import apply_dropkey, dropkey_active, dropkey_disabled, remove_dropkey
+from .models.attention import default_backend
+from .models.configuration_dropkey_hoi import HOI_TASK
+from .models.dropkey import layer_ratios
+from .patching import DropKeyReport, apply_dropkey, dropkey, dropkey_active, dropkey_disabled, remove_dropkey
+from .version import __version__
 
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .hub.push import push_folder
+    from .hub.trainer import HubTrainer
+    from .training.callbacks import DropKeyLogCallback, DropKeyScheduleCallback, DropKeySeedCallback
 
 for _config, _model, _classifier in (
     (DropKeyViTConfig, DropKeyViTModel, DropKeyViTForImageClassification),
@@ -56,16 +73,34 @@ if HOI_TASK not in PIPELINE_REGISTRY.get_supported_tasks():
     )
 AutoModelForMaskedImageModeling.register(DropKeyViTConfig, DropKeyViTForMaskedImageModeling, exist_ok=True)
 
+moved.install()
+
+# public names whose modules need more than the core, or that only some programs need: loaded when asked for
+LAZY = {
+    "DropKeyLogCallback": "training.callbacks",
+    "DropKeyScheduleCallback": "training.callbacks",
+    "DropKeySeedCallback": "training.callbacks",
+    "HubTrainer": "hub.trainer",
+    "push_folder": "hub.push",
+}
+
 __all__ = [
     "DropKeyCeitConfig",
     "DropKeyCeitForImageClassification",
     "DropKeyCeitModel",
+    "DropKeyCeitPreTrainedModel",
     "DropKeyHoiConfig",
     "DropKeyHoiForObjectDetection",
     "DropKeyHoiModel",
+    "DropKeyHoiPreTrainedModel",
+    "DropKeyLogCallback",
+    "DropKeyReport",
+    "DropKeyScheduleCallback",
+    "DropKeySeedCallback",
     "DropKeyT2TViTConfig",
     "DropKeyT2TViTForImageClassification",
     "DropKeyT2TViTModel",
+    "DropKeyT2TViTPreTrainedModel",
     "DropKeyViTConfig",
     "DropKeyViTForImageClassification",
     "DropKeyViTForMaskedImageModeling",
@@ -74,13 +109,32 @@ __all__ = [
     "DropKeyVoloConfig",
     "DropKeyVoloForImageClassification",
     "DropKeyVoloModel",
+    "DropKeyVoloPreTrainedModel",
     "HoiPipeline",
+    "HubTrainer",
+    "MonteCarloPrediction",
+    "__version__",
     "apply_dropkey",
     "default_backend",
+    "dropkey",
     "dropkey_active",
     "dropkey_disabled",
     "export_plain",
     "layer_ratios",
     "monte_carlo_predict",
+    "push_folder",
     "remove_dropkey",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The lazy public names, and the modules of version 0.1."""
+    if name in LAZY:
+        return getattr(import_module(f"hf_dropkey.{LAZY[name]}"), name)
+    if name in moved.MOVED and name not in moved.IN_PLACE:
+        return import_module(f"hf_dropkey.{name}")
+    raise AttributeError(f"module 'hf_dropkey' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})

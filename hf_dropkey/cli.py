@@ -25,7 +25,7 @@ def main(command: Sequence[str] | None = None) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Prints whether a checkpoint can be trusted."""
-    from .release_check import check_release
+    from .hub.release_check import check_release
 
     report = check_release(arguments.target, revision=arguments.revision)
     print(report)
@@ -34,8 +34,8 @@ def check(arguments: argparse.Namespace) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     """Writes a plain Transformers checkpoint."""
-    from .checkpoints import check_model_folder
     from .export import export_plain
+    from .saved import check_model_folder
 
     check_model_folder(arguments.folder)
     model = export_plain(arguments.folder, arguments.out)
@@ -45,7 +45,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 def push(arguments: argparse.Namespace) -> int:
     """Uploads a folder."""
-    from .hub import push_folder
+    from .hub.push import push_folder
 
     done = push_folder(
         arguments.folder,
@@ -64,7 +64,7 @@ def push(arguments: argparse.Namespace) -> int:
 
 def card(arguments: argparse.Namespace) -> int:
     """Writes or renews a model card."""
-    from .cards import RunFacts, write_card
+    from .hub.cards import RunFacts, write_card
 
     names = ("dataset", "dataset_id", "dataset_split", "base_model", "license", "command_line")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
@@ -77,7 +77,7 @@ def card(arguments: argparse.Namespace) -> int:
 
 def info(arguments: argparse.Namespace) -> int:
     """Prints where DropKey acts in a saved model."""
-    from .inspection import inspect_folder
+    from .inspection.saved import inspect_folder
 
     print(inspect_folder(arguments.folder))
     return 0

@@ -1,7 +1,6 @@
 """A checkpoint that any Transformers opens, from a model of this package or a patched one: `export_plain`.
 
-DropKey has no parameters and acts in training only, so the plain model computes the same. May import Transformers and
-this package.
+DropKey has no parameters and acts in training only, so the plain model computes the same.
 """
 
 import copy
@@ -11,27 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .patching import UNDO, remove_dropkey
-from .sites import transformers_model
-
-
-# what a pipeline needs besides the model
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-)
+from .patching.apply import UNDO, remove_dropkey
+from .patching.sites import transformers_model
+from .saved import PROCESSOR_FILES, saved_class
 
 
 def export_plain(model_or_folder: nn.Module | str | os.PathLike, out: str | os.PathLike) -> PreTrainedModel:
@@ -124,15 +108,6 @@ def _has(module: Any, path: str) -> bool:
 
 def _load(folder: Path) -> PreTrainedModel:
     """The model in a folder, by the class it was saved as."""
-    import hf_dropkey
-
-    config = AutoConfig.from_pretrained(folder)
-    names = config.architectures or []
-    for name in names:
-        cls = getattr(hf_dropkey, name, None) or getattr(transformers, name, None)
-        if cls is not None:
-            return cls.from_pretrained(folder)
-    raise ValueError(
-        f"{folder} was saved as {', '.join(names) or 'no named class'}, which neither hf_dropkey nor Transformers has. "
-        "Load the model yourself and pass it instead of the folder."
-    )
+    cls: Any = saved_class(AutoConfig.from_pretrained(folder), folder)
+    model: PreTrainedModel = cls.from_pretrained(folder)
+    return model

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .patching import dropkey_active
+from .patching.apply import dropkey_active
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
-from hf_dropkey.benchmark import append_rows, interleaved_times, origin, peak_memory, ratios, spread
+from hf_dropkey.lab.timing import append_rows, interleaved_times, origin, peak_memory, ratios, spread
 from hf_dropkey.models.attention import TRITON_NAME, dropkey_attention_forward
 from hf_dropkey.models.counter_hash import draw_seed
 from hf_dropkey.models.dropkey import dropped_scores, reference_attention

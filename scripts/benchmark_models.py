@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser
 
-from hf_dropkey.benchmark import append_rows, interleaved_times, origin, ratios, spread
-from hf_dropkey.families import FAMILIES
+from hf_dropkey.classification.families import FAMILIES
+from hf_dropkey.lab.timing import append_rows, interleaved_times, origin, ratios, spread
 
 
 # variants are "backend/regulariser"

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
-from hf_dropkey.families import image_processor
+from hf_dropkey.classification.families import image_processor
 from hf_dropkey.models.configuration_dropkey_ceit import DropKeyCeitConfig
 from hf_dropkey.models.configuration_dropkey_sizes import PATCH_SIZE
 from hf_dropkey.models.configuration_dropkey_t2t_vit import DropKeyT2TViTConfig

@@ -31,7 +31,11 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, HfArgumentParser
 
 from hf_dropkey import __version__, apply_dropkey, monte_carlo_predict
-from hf_dropkey.attention_analysis import (
+from hf_dropkey.classification.arguments import DataArguments
+from hf_dropkey.classification.data import load_image_data
+from hf_dropkey.classification.transform import IMAGE_MODES
+from hf_dropkey.images.checks import image_problem
+from hf_dropkey.inspection.analysis import (
     accuracy_when_kept,
     attention_distance,
     attention_entropy,
@@ -41,13 +45,10 @@ from hf_dropkey.attention_analysis import (
     measured_drops,
     rollout_map,
 )
-from hf_dropkey.attention_plots import drop_fractions, entropy_and_distance, maps_over_images, uncertain_images
-from hf_dropkey.attention_recording import AttentionRecord, UnreadableAttentionError, record_attention
-from hf_dropkey.checkpoints import check_model_folder
-from hf_dropkey.data import DataArguments, load_image_data
-from hf_dropkey.image_checks import image_problem
-from hf_dropkey.image_transform import IMAGE_MODES
-from hf_dropkey.patching import dropkey_modules
+from hf_dropkey.inspection.figures import drop_fractions, entropy_and_distance, maps_over_images, uncertain_images
+from hf_dropkey.inspection.recording import AttentionRecord, UnreadableAttentionError, record_attention
+from hf_dropkey.patching.apply import dropkey_modules
+from hf_dropkey.saved import check_model_folder
 
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_dropkey.checkpoints import STATE
-from hf_dropkey.result_plots import training_curves
+from hf_dropkey.lab.figures import training_curves
+from hf_dropkey.training.checkpoints import STATE
 
 
 @dataclass

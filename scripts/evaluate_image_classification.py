@@ -22,10 +22,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_dropkey.checkpoints import check_model_folder
-from hf_dropkey.data import DataArguments, load_image_data
-from hf_dropkey.image_transform import ImageTransform, collate_images
-from hf_dropkey.metrics import classification_metrics
+from hf_dropkey.classification.arguments import DataArguments
+from hf_dropkey.classification.data import load_image_data
+from hf_dropkey.classification.metrics import classification_metrics
+from hf_dropkey.classification.transform import ImageTransform, collate_images
+from hf_dropkey.saved import check_model_folder
 
 
 @dataclass

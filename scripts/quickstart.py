@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hf_dropkey.data import DataArguments, ImageData, load_image_data
+from hf_dropkey.classification.arguments import DataArguments
+from hf_dropkey.classification.data import ImageData, load_image_data
 from hf_dropkey.plots import predictions_with_attention
 
 

@@ -11,8 +11,15 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_dropkey.evidence import difference_figure, occlusion_figure, ratio_figure, report, size_figure, with_summary
-from hf_dropkey.results import read_rows
+from hf_dropkey.lab.evidence import (
+    difference_figure,
+    occlusion_figure,
+    ratio_figure,
+    report,
+    size_figure,
+    with_summary,
+)
+from hf_dropkey.lab.rows import read_rows
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -29,10 +29,10 @@ import transformers
 from filelock import FileLock, Timeout
 from transformers import HfArgumentParser
 
-from hf_dropkey.benchmark import append_rows, check_columns, commit, origin
-from hf_dropkey.cards import shown_command
-from hf_dropkey.experiments import Cell, Grid, chosen_cells, job_of, measure, missing_cells
-from hf_dropkey.results import COLUMNS, choose, read_rows, warnings
+from hf_dropkey.hub.cards import shown_command
+from hf_dropkey.lab.grids import Cell, Grid, chosen_cells, job_of, measure, missing_cells
+from hf_dropkey.lab.rows import COLUMNS, choose, read_rows, warnings
+from hf_dropkey.lab.timing import append_rows, check_columns, commit, origin
 
 
 ROOT = Path(__file__).resolve().parents[1]

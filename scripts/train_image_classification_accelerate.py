@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import (  # type: ignore[import-untyped]
+from accelerate import (
     Accelerator,
     DataLoaderConfiguration,
     DistributedType,
     skip_first_batches,
 )
-from accelerate.tracking import get_available_trackers  # type: ignore[import-untyped]
+from accelerate.tracking import get_available_trackers
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
     BaseImageProcessor,
     DefaultFlowCallback,
@@ -45,48 +45,21 @@ from transformers import (
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import speed_metrics
 
-from hf_dropkey.callbacks import seed_process
-from hf_dropkey.cards import RunFacts, shown_command, write_card
-from hf_dropkey.checkpoints import (
-    STATE,
-    RunRecord,
-    check_same_model,
-    prepare_output_folder,
-    run_settings,
-    step_of,
-    tell_changes,
-)
-from hf_dropkey.classification import (
-    image_size,
-    make_config,
-    make_image_processor,
-    make_model,
-    set_classes,
-    transform_rows,
-)
-from hf_dropkey.classification_arguments import (
-    AugmentationArguments,
-    DropKeyArguments,
-    ModelArguments,
-    RunArguments,
-    parse_arguments,
-)
-from hf_dropkey.data import DataArguments, load_image_data
-from hf_dropkey.faults import LossGuard, check_devices, check_engine, named_save, note_where_to_resume
-from hf_dropkey.image_transform import ImageTransform, collate_images
-from hf_dropkey.metrics import classification_metrics
+from hf_dropkey.classification.arguments import ModelArguments
+from hf_dropkey.classification.data import ImageData
+from hf_dropkey.classification.job import ClassificationJob
+from hf_dropkey.classification.metrics import classification_metrics
+from hf_dropkey.classification.model import make_model
+from hf_dropkey.classification.transform import ImageTransform, collate_images, transform_rows
+from hf_dropkey.hub.cards import RunFacts, shown_command, write_card
+from hf_dropkey.training.callbacks import seed_process
+from hf_dropkey.training.checkpoints import STATE, RunRecord, run_settings, step_of
+from hf_dropkey.training.guards import LossGuard, check_devices, check_engine, named_save, note_where_to_resume
+from hf_dropkey.training.job import started_command
 
 
 logger = logging.getLogger(__name__)
 
-ARGUMENT_GROUPS: Any = (
-    ModelArguments,
-    DropKeyArguments,
-    DataArguments,
-    AugmentationArguments,
-    RunArguments,
-    TrainingArguments,
-)
 # what the loop below does with the arguments of Trainer; the others must be left alone
 KNOWN_ARGUMENTS = {
     "output_dir",
@@ -164,6 +137,14 @@ def check_training_arguments(training: TrainingArguments) -> None:
         )
 
 
+class LoopJob(ClassificationJob):
+    """The job of `train_image_classification.py`, with the arguments of `Trainer` that the loop below has."""
+
+    def check_training_arguments(self) -> None:
+        """As the function of that name."""
+        check_training_arguments(self.training)
+
+
 @dataclass
 class Loop:
     """A run on this process, with what it has in common with the other processes."""
@@ -180,6 +161,7 @@ class Loop:
     guard: LossGuard
     max_steps: int
     record: RunRecord
+    callbacks: list[Any]
     state: TrainerState = field(default_factory=TrainerState)
 
     def __post_init__(self) -> None:
@@ -208,6 +190,16 @@ class Loop:
         found: PreTrainedModel = self.accelerator.unwrap_model(self.model)
         return found
 
+    def start(self, checkpoint: Path | None) -> None:
+        """Gives each process its own masks, and goes on from a checkpoint if there is one."""
+        step = 0 if checkpoint is None else step_of(checkpoint) or 0
+        if self.accelerator.num_processes > 1 or step:
+            # a checkpoint's random states replace them
+            index, count = self.accelerator.process_index, self.accelerator.num_processes
+            seed_process(self.args.seed, index + count * step)
+        if checkpoint is not None:
+            self.resume(checkpoint)
+
     def resume(self, checkpoint: Path) -> None:
         """Takes up optimiser, schedule, random states, step and log; the weights too where they are in parts."""
         self.accelerator.load_state(checkpoint)
@@ -225,6 +217,8 @@ class Loop:
             self.evaluate()
         while self.state.global_step < self.max_steps:
             for batches in self.updates(*divmod(self.state.global_step, steps)):
+                for callback in self.callbacks:
+                    callback.on_step_begin(self.args, self.state, self.control, model=self.unwrapped())
                 total += self.update(batches)
                 self.state.global_step += 1
                 self.state.epoch = self.state.global_step / steps
@@ -234,6 +228,8 @@ class Loop:
                     break
             self.flow.on_epoch_end(self.args, self.state, self.control)
             self.act()
+        for callback in self.callbacks:
+            callback.on_train_end(self.args, self.state, self.control, model=self.unwrapped())
         done = self.state.global_step - first
         images = self.accelerator.gather(torch.tensor(self.images, device=self.accelerator.device)).sum().item()
         metrics = speed_metrics("train", start, num_samples=images, num_steps=done)
@@ -379,17 +375,11 @@ class Loop:
                 self.state.save_to_json(str(self.output / STATE))
 
 
-def make_loop(
-    training: TrainingArguments,
-    run: RunArguments,
-    model: PreTrainedModel,
-    processor: BaseImageProcessor,
-    transform: ImageTransform,
-    *,
-    train: Dataset | None,
-    evaluation: Dataset,
-) -> Loop:
-    """Optimiser, schedule and loaders, prepared by accelerate."""
+def make_loop(job: LoopJob, model: PreTrainedModel, data: ImageData) -> Loop:
+    """Optimiser, schedule and loaders, prepared by accelerate; trackers are started."""
+    training = job.training
+    transform = transform_rows(data, job.processor, job.config, job.augmentation, seed=job.data_seed)
+    set_seed(training.seed)
     accelerator = Accelerator(
         cpu=training.use_cpu,
         mixed_precision="bf16" if training.bf16 else "fp16" if training.fp16 else None,
@@ -415,18 +405,20 @@ def make_loop(
         "prefetch_factor": training.dataloader_prefetch_factor,
     }
     train_batches, max_steps = None, 0
-    if train is not None:
+    if data.train is not None:
+        train: Any = data.train
         train_batches = accelerator.prepare(
             DataLoader(
                 train,
                 training.per_device_train_batch_size,
-                sampler=RandomSampler(train),  # type: ignore[arg-type]  # it has a length
+                sampler=RandomSampler(train),
                 drop_last=training.dataloader_drop_last,
                 **workers,
             )
         )
         steps = math.ceil(len(train_batches) / training.gradient_accumulation_steps)
         max_steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps)
+    evaluation: Any = data.evaluation
     evaluation_batches = accelerator.prepare(DataLoader(evaluation, training.per_device_eval_batch_size, **workers))
     optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(training, model)
     optimizer = optimizer_class(decay_groups(model, training.weight_decay), **settings)
@@ -440,19 +432,22 @@ def make_loop(
             scheduler_specific_kwargs=training.lr_scheduler_kwargs,  # type: ignore[arg-type]  # read by now
         )
     )
+    if training.report_to:
+        accelerator.init_trackers(training.run_name or "hf_dropkey", run_settings(training))
     return Loop(
         accelerator,
         training,
         model,
-        processor,
+        job.processor,
         optimizer,
         scheduler,
         train_batches,
         evaluation_batches,
         transform,
-        LossGuard(run.on_nonfinite_loss),
+        LossGuard(job.run.on_nonfinite_loss),
         max_steps,
         RunRecord(run_settings(training)),
+        job.callbacks,
     )
 
 
@@ -475,88 +470,48 @@ def save_results(output: Path, split: str, metrics: dict[str, float]) -> None:
         file.write_text(json.dumps(values, indent=4, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def facts_of(data: DataArguments, model: ModelArguments, *, split: str) -> RunFacts:
+def facts_of(job: LoopJob, data: ImageData) -> RunFacts:
     """What the card says about the run."""
-    source = model.model_name_or_path
+    facts = job.card(data)
     return RunFacts(
-        dataset=data.name,
-        dataset_id=data.dataset_name if data.dataset_name == data.name and not data.is_digits else None,
-        dataset_split=split,
-        base_model=Path(source).resolve().name if source and Path(source).is_dir() else source,
-        from_scratch=source is None,
-        command=shown_command(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        tags=["vision"],
+        dataset=facts["dataset"],
+        dataset_id=facts["dataset_tags"],
+        dataset_split=facts["dataset_split"],
+        base_model=facts["finetuned_from"],
+        from_scratch=facts["finetuned_from"] is None,
+        command=shown_command(started_command()),
+        tags=facts["tags"],
     )
 
 
 def main() -> None:
     """Runs the job."""
     check_devices(os.environ, sys.argv[1:])
-    model_args, dropkey_args, data_args, augmentation_args, run_args, training_args = parse_arguments(
-        ARGUMENT_GROUPS, sys.argv[1:]
-    )
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO if training_args.should_log else "WARN")
-    # it tells of every file that it writes
+    job = LoopJob.parse(sys.argv[1:])
+    # accelerate logs every file that it writes
     logging.getLogger("accelerate").setLevel("WARN")
-    output = Path(str(training_args.output_dir))
-
-    # everything that can be wrong is looked at first, from the cheapest on
-    check_training_arguments(training_args)
-    config = make_config(model_args, dropkey_args, digits=data_args.is_digits)
-    augmentation = augmentation_args.augmentation(image_size(config), digits=data_args.is_digits)
-    processor = make_image_processor(config, model_args, digits=data_args.is_digits)
-    checkpoint = None
-    if training_args.do_train:
-        # one process renames and deletes, and the others find it done
-        with training_args.main_process_first(local=False, desc="preparing the output folder"):
-            checkpoint = prepare_output_folder(
-                output, resume=training_args.resume_from_checkpoint, overwrite=run_args.overwrite_output_dir
-            )
-    with training_args.main_process_first(desc="loading the data"):
-        data = load_image_data(data_args, training=training_args.do_train)
-    set_classes(config, model_args, data.label_names)
-    if checkpoint is not None:
-        check_same_model(config, checkpoint)
-        if training_args.should_log:
-            tell_changes(checkpoint, run_settings(training_args))
-
-    set_seed(training_args.seed)
-    model = make_model(config, model_args)
+    checkpoint = job.begin()
+    model, data = job.prepare(checkpoint)
     if checkpoint is not None and (checkpoint / "model.safetensors").is_file():
-        saved = make_model(config, ModelArguments(model_name_or_path=str(checkpoint)))
+        saved = make_model(job.config, ModelArguments(model_name_or_path=str(checkpoint)))
         # copied, because a file in memory is aligned otherwise, and with it the rounding of products
         model.load_state_dict(saved.state_dict())
-    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    transform = transform_rows(data, processor, config, augmentation, seed=seed)
-    set_seed(training_args.seed)
-    loop = make_loop(
-        training_args, run_args, model, processor, transform, train=data.train, evaluation=data.evaluation
-    )
-    if training_args.report_to:
-        loop.accelerator.init_trackers(training_args.run_name or "hf_dropkey", run_settings(training_args))
-    logger.info("%d classes, %d parameters", len(data.label_names), model.num_parameters())
-    logger.info("evaluation on %s: %d images", data.evaluation_split, len(data.evaluation))
+    loop = make_loop(job, model, data)
 
     metrics = {}
-    if training_args.do_train:
-        with note_where_to_resume(output):
-            step = 0 if checkpoint is None else step_of(checkpoint) or 0
-            if loop.accelerator.num_processes > 1 or step:
-                # other masks on each process; a checkpoint's random states replace them
-                index, count = loop.accelerator.process_index, loop.accelerator.num_processes
-                seed_process(training_args.seed, index + count * step)
-            if checkpoint is not None:
-                loop.resume(checkpoint)
+    if job.training.do_train:
+        with note_where_to_resume(job.output):
+            loop.start(checkpoint)
             metrics["train"] = {**loop.train(), "parameters": model.num_parameters()}
             loop.save_model()
-    if training_args.do_eval:
+    if job.training.do_eval:
         metrics["eval"] = loop.evaluate()
     if loop.accelerator.is_main_process:
         for split, values in metrics.items():
             logger.info("%s: %s", split, values)
-            save_results(output, split, values)
-        if training_args.do_train:
-            write_card(output, facts=facts_of(data_args, model_args, split=data.evaluation_split))
+            save_results(job.output, split, values)
+        if job.training.do_train:
+            write_card(job.output, facts=facts_of(job, data))
     # not end_training, which ends the process group while the model still uses it: gloo hangs then
     for tracker in loop.accelerator.trackers:
         tracker.finish()

@@ -20,10 +20,10 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from hf_dropkey.cards import model_card
-from hf_dropkey.evidence_cards import MEASURED, CardEntry, facts_of_card, values_of
-from hf_dropkey.experiments import DONE, Grid, measure
-from hf_dropkey.results import Row, read_rows
+from hf_dropkey.hub.cards import model_card
+from hf_dropkey.lab.cards import MEASURED, CardEntry, facts_of_card, values_of
+from hf_dropkey.lab.grids import DONE, Grid, measure
+from hf_dropkey.lab.rows import Row, read_rows
 
 
 ROOT = Path(__file__).resolve().parents[1]

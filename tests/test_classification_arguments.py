@@ -5,13 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_dropkey.classification_arguments import (
-    AugmentationArguments,
-    DropKeyArguments,
-    ModelArguments,
-    RampArguments,
-    parse_arguments,
-)
+from hf_dropkey.classification.arguments import AugmentationArguments, DropKeyArguments, ModelArguments
+from hf_dropkey.training.arguments import RampArguments, parse_arguments
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "scripts" / "recipes"

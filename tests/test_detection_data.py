@@ -10,12 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_dropkey.detection_data import (
-    DetectionDataArguments,
-    load_detection_data,
-    read_coco,
-    read_rows,
-)
+from hf_dropkey.detection.arguments import DetectionDataArguments
+from hf_dropkey.detection.data import load_detection_data, read_coco, read_rows
 
 
 # the second category comes first: classes are numbered by category id

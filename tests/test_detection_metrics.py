@@ -15,8 +15,8 @@ from transformers import (
     YolosImageProcessorPil,
 )
 
-from hf_dropkey.detection_data import DetectionSplit
-from hf_dropkey.detection_metrics import (
+from hf_dropkey.detection.data import DetectionSplit
+from hf_dropkey.detection.metrics import (
     COCO_METRICS,
     CocoMetrics,
     check_coco_packages,

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from transformers import DetrImageProcessorPil, RTDetrImageProcessorPil
 
-from hf_dropkey.detection_data import DetectionSplit
-from hf_dropkey.detection_transform import BoxAugmentation, DetectionCollator, DetectionDataset
+from hf_dropkey.detection.data import DetectionSplit
+from hf_dropkey.detection.transform import BoxAugmentation, DetectionCollator, DetectionDataset
 
 
 NUMBERS = {3: 0, 9: 1}

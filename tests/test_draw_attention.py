@@ -15,7 +15,7 @@ import transformers as hf
 from PIL import Image
 from stock_architectures import ENCODER, quiet
 
-from hf_dropkey.families import FAMILIES, image_processor
+from hf_dropkey.classification.families import FAMILIES, image_processor
 
 
 pytestmark = pytest.mark.usefixtures("auto_image_processor")

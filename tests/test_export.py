@@ -21,7 +21,7 @@ from hf_dropkey import (
     DropKeyViTModel,
 )
 from hf_dropkey.export import export_plain
-from hf_dropkey.patching import apply_dropkey, dropkey_modules
+from hf_dropkey.patching.apply import apply_dropkey, dropkey_modules
 
 
 CLASSES = {

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,8 @@ from hf_dropkey.models.compatibility import MINIMUM_TRANSFORMERS, NEXT_TRANSFORM
 
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = ROOT / "hf_dropkey" / "models"
+PACKAGE = ROOT / "hf_dropkey"
+MODELS = PACKAGE / "models"
 MODEL_FILES = sorted(MODELS.glob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -26,6 +26,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOADER_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)", re.MULTILINE)
 # whoever can load the checkpoint has these; transformers itself needs huggingface_hub
 TRAVELLING_IMPORTS = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
+# inside a `try`: nothing but speed or training needs them
+OPTIONAL_IMPORTS = {"triton", "scipy"}
 
 
 def imports(source: str) -> Iterator[tuple[str, bool]]:
@@ -47,7 +49,8 @@ def forbidden_imports(source: str, neighbours: set[str]) -> list[str]:
     found = []
     for module, in_try in imports(source):
         top = module.split(".")[0]
-        allowed = module[1:] in neighbours if not top else top in TRAVELLING_IMPORTS or (top == "triton" and in_try)
+        optional = top in OPTIONAL_IMPORTS and in_try
+        allowed = module[1:] in neighbours if not top else top in TRAVELLING_IMPORTS or optional
         if not allowed:
             found.append(module)
     return found
@@ -115,64 +118,80 @@ def test_scripts_are_imported_by_nothing() -> None:
         assert not found, f"{path.relative_to(ROOT)} imports {found}; move what it needs into hf_dropkey/"
 
 
-def listed_tree(text: str) -> dict[str, str]:
-    """The paths in the block under "## The tree", each with its folder.
-
-    One entry a line, two spaces deeper than its folder, a folder's name ends with a slash. `a.py, b.py` are two
-    entries, `<family>` stands for any text, and what follows two spaces is the description.
-    """
-    block = re.search(r"^## The tree\n.*?^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert block, "README.md has no fenced block under '## The tree'"
-    listed, folders = {}, [""]
-    for line in filter(str.strip, block[1].splitlines()):
-        depth, odd = divmod(len(line) - len(line.lstrip()), 2)
-        assert not odd and depth < len(folders), f"indent {line!r} by two spaces more than its folder"
-        del folders[depth + 1 :]
-        for name in re.split(r" {2,}", line.strip())[0].split(", "):
-            path = folders[depth] + re.sub(r"<\w+>", "*", name)
-            listed[path] = folders[depth]
-            if name.endswith("/"):
-                folders.append(path)
-    return listed
+# from the ground up: a file imports from floors below its own, and from its own room or file
+FLOORS = (
+    ("version", "moved"),
+    ("models", "images", "intervals", "plots"),
+    ("patching",),
+    ("inference", "saved"),
+    ("export", "inspection"),
+    ("hub",),
+    ("training",),
+    ("classification", "detection", "hoi", "mesh", "segmentation"),
+    ("lab", "demo", "cli"),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# `__init__` names the public face of all floors, and `moved` the old names of all of them
+PACKAGE_FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
 
 
-def tree_errors(listed: dict[str, str], tracked: list[str]) -> list[str]:
-    """Entries of the tree that match no file, and files that its listed folders leave out."""
-    entries = {
-        f"{'/'.join(parts[: n + 1])}{'/' if n + 1 < len(parts) else ''}"
-        for parts in map(split, tracked)
-        for n in range(len(parts))
-    }
-    errors = [f"{path} is in the tree but not in git" for path in listed if not any(fnmatch(e, path) for e in entries)]
-    # a folder without listed contents stands for all of them; names with a leading dot need no entry
-    detailed = set(listed.values())
-    for entry in sorted(entries):
-        parent = entry.rstrip("/").rpartition("/")[0]
-        parent = f"{parent}/" if parent else ""
-        name = entry.removeprefix(parent)
-        if (
-            parent in detailed
-            and not name.startswith((".", "__init__"))
-            and not any(fnmatch(entry, p) for p in listed)
-        ):
-            errors.append(f"{entry} is in git but not in the tree")
-    return errors
+def room_of(module: str) -> str:
+    """The room, or the file at the top, of a dotted name below the package; "" for the package itself."""
+    return module.split(".")[0]
 
 
-def split(path: str) -> list[str]:
-    return path.split("/")
+def rooms_used(source: str, own: str) -> set[str]:
+    """The rooms that a file of the package, `own` by its dotted name, imports from."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = own.split(".")[: -node.level]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {room_of(".".join([*above, name])) for name in names}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            found |= {
+                room_of(module.partition(".")[2]) for module in modules if module.partition(".")[0] == PROJECT["name"]
+            }
+    return found
 
 
-def test_the_tree_in_the_readme_is_true() -> None:
-    assert not tree_errors(listed_tree(readme()), tracked_files())
+def above_or_beside(source: str, own: str) -> list[str]:
+    """The rooms that a file must not import from: of floors above, other ones on its own, and the package itself."""
+    room = room_of(own)
+    return sorted(
+        used for used in rooms_used(source, own) if used != room and (not used or FLOOR[used] >= FLOOR[room])
+    )
 
 
-def test_a_wrong_tree_is_found() -> None:
-    tree = "## The tree\n```\na/            a folder\n  one.py, x_<name>.py   two files\n  c/  more\nREADME.md\n```\n"
-    tracked = ["README.md", ".gitignore", "a/__init__.py", "a/one.py", "a/x_b.py", "a/c/deep.py"]
-    assert tree_errors(listed_tree(tree), tracked) == []
-    assert tree_errors(listed_tree(tree), [*tracked, "a/two.py"]) == ["a/two.py is in git but not in the tree"]
-    assert tree_errors(listed_tree(tree), tracked[:-1]) == ["a/c/ is in the tree but not in git"]
+@pytest.mark.parametrize("path", PACKAGE_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    own = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    allowed = {"moved"} if path.name == "__init__.py" else set()
+    assert set(above_or_beside(path.read_text(), own)) <= allowed
+
+
+def test_an_import_of_a_floor_above_is_found() -> None:
+    assert above_or_beside("from ..hub.push import api", "patching.apply") == ["hub"]
+    assert above_or_beside("def late():\n    from .cli import main", "saved") == ["cli"]
+    assert above_or_beside("from ..classification.data import digits", "detection.data") == ["classification"]
+    assert above_or_beside("import hf_dropkey\nfrom .. import models", "hub.push") == [""]
+    assert above_or_beside("from hf_dropkey.lab.rows import Row", "training.job") == ["lab"]
+    assert not above_or_beside("from ..models import attention\nfrom .sites import find_attention", "patching.apply")
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts)) for path in PACKAGE_FILES}
+    assert rooms <= set(FLOOR)
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    missing = [room for room in rooms if not re.search(rf"^  (.*  )?{room}(/|\.py)", contributing, re.MULTILINE)]
+    assert not missing, f"name {missing} in the house of CONTRIBUTING.md"
+
+
+def test_no_test_file_imports_from_another() -> None:
+    for path in (ROOT / "tests").glob("*.py"):
+        found = [name for name, _ in imports(path.read_text()) if re.match(r"(tests)?\.?(test_|conftest)", name)]
+        assert not found, f"{path.name} imports {found}; move what it needs to tests/support/"
 
 
 def test_the_examples_in_the_readme_run(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from small_runs import SHAPE
 from transformers import Trainer, TrainingArguments
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
-from hf_dropkey.cards import RunFacts, hand_written
-from hf_dropkey.hub_trainer import HubTrainer
+from hf_dropkey.hub.cards import RunFacts, hand_written
+from hf_dropkey.hub.trainer import HubTrainer
 
 
 NEEDED = {"config.json", "model.safetensors", "modeling_dropkey_vit.py", "dropkey.py", "README.md"}
@@ -231,7 +231,7 @@ def test_a_card_is_written_and_written_again(tmp_path):
 def test_remains_of_a_killed_push_are_removed(tmp_path, monkeypatch):
     (tmp_path / "_push-old").mkdir()
     trainer = offline_trainer(tmp_path)
-    monkeypatch.setattr("hf_dropkey.hub_trainer.prepare_repository", lambda name, **settings: f"me/{name}")
+    monkeypatch.setattr("hf_dropkey.hub.trainer.prepare_repository", lambda name, **settings: f"me/{name}")
     trainer.init_hf_repo()
     assert not (tmp_path / "_push-old").exists() and trainer.hub_model_id == f"me/{tmp_path.name}"
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
 from hf_dropkey.inference import entropy, monte_carlo_predict
-from hf_dropkey.patching import apply_dropkey, dropkey_active
+from hf_dropkey.patching.apply import apply_dropkey, dropkey_active
 
 
 def model_of(kind: str, ratio: float = 0.5, **settings: Any) -> nn.Module:

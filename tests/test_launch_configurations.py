@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands.config.config_args import (  # type: ignore[import-untyped]
+from accelerate.commands.config.config_args import (
     ClusterConfig,
     load_config_from_file,
 )
 
-from hf_dropkey.families import FAMILIES
+from hf_dropkey.classification.families import FAMILIES
 
 
 ROOT = Path(__file__).resolve().parents[1]

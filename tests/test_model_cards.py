@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from small_grids import RECIPE
 
-from hf_dropkey.cards import SECTION
-from hf_dropkey.evidence_cards import CardEntry, results_text, values_of
-from hf_dropkey.experiments import Cell, Grid, command_of, job_of, train_cell, words_of
-from hf_dropkey.results import read_rows
-from tests.test_experiments import RECIPE
+from hf_dropkey.hub.cards import SECTION
+from hf_dropkey.lab.cards import CardEntry, results_text, values_of
+from hf_dropkey.lab.grids import Cell, Grid, command_of, job_of, train_cell, words_of
+from hf_dropkey.lab.rows import read_rows
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fresh_process import fresh
 from hoi_models import tiny_model
 from PIL import Image
 from transformers import DetrImageProcessorPil, pipeline
 
 from hf_dropkey import HoiPipeline
-
-from .test_remote_code import fresh
 
 
 TASK = "human-object-interaction"
@@ -73,6 +72,7 @@ def test_a_process_without_the_package(folder: Path, tmp_path: Path) -> None:
     printed = fresh(
         """
         import json, sys
+        folder = sys.argv[1]
         from transformers import pipeline
         found = pipeline("human-object-interaction", model=folder, trust_remote_code=True)
         assert type(found).__module__.startswith("transformers_modules")

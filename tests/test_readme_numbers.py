@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_dropkey.evidence import BEGIN, END
+from hf_dropkey.lab.evidence import BEGIN, END
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_grids import GRID, RECIPE
 
-from hf_dropkey.experiments import BEGUN, DONE
-from hf_dropkey.results import read_rows
-from tests.test_experiments import GRID, RECIPE
+from hf_dropkey.lab.grids import BEGUN, DONE
+from hf_dropkey.lab.rows import read_rows
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,9 +21,10 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForObjectDetection, DetrForObjectDetection
 
 from hf_dropkey import apply_dropkey
-from hf_dropkey.detection import MODEL_TYPES, DetectionTrainer
-from hf_dropkey.detection_metrics import COCO_METRICS
-from hf_dropkey.plots import detections
+from hf_dropkey.detection.arguments import MODEL_TYPES
+from hf_dropkey.detection.figures import detections
+from hf_dropkey.detection.job import DetectionTrainer
+from hf_dropkey.detection.metrics import COCO_METRICS
 
 
 ROOT = Path(__file__).resolve().parents[1]

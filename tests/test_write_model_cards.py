@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import transformers
 from huggingface_hub import ModelCard
+from small_grids import ORIGIN, RECIPE
 
-from hf_dropkey.benchmark import append_rows
-from hf_dropkey.evidence_cards import MEASURED
-from hf_dropkey.experiments import Cell, Grid, measure
-from hf_dropkey.results import COLUMNS, read_rows
-from tests.test_experiments import ORIGIN, RECIPE
+from hf_dropkey.lab.cards import MEASURED
+from hf_dropkey.lab.grids import Cell, Grid, measure
+from hf_dropkey.lab.rows import COLUMNS, read_rows
+from hf_dropkey.lab.timing import append_rows
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,0 +1,60 @@
+"""The models, and what they share: all that travels with a checkpoint."""
+
+from .configuration_dropkey_ceit import DropKeyCeitConfig
+from .configuration_dropkey_hoi import DropKeyHoiConfig
+from .configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
+from .configuration_dropkey_vit import DropKeyViTConfig
+from .configuration_dropkey_volo import DropKeyVoloConfig
+from .modeling_dropkey_ceit import (
+    DropKeyCeitForImageClassification,
+    DropKeyCeitModel,
+    DropKeyCeitPreTrainedModel,
+)
+from .modeling_dropkey_hoi import (
+    DropKeyHoiForObjectDetection,
+    DropKeyHoiModel,
+    DropKeyHoiPreTrainedModel,
+)
+from .modeling_dropkey_t2t_vit import (
+    DropKeyT2TViTForImageClassification,
+    DropKeyT2TViTModel,
+    DropKeyT2TViTPreTrainedModel,
+)
+from .modeling_dropkey_vit import (
+    DropKeyViTForImageClassification,
+    DropKeyViTForMaskedImageModeling,
+    DropKeyViTModel,
+    DropKeyViTPreTrainedModel,
+)
+from .modeling_dropkey_volo import (
+    DropKeyVoloForImageClassification,
+    DropKeyVoloModel,
+    DropKeyVoloPreTrainedModel,
+)
+from .pipeline_dropkey_hoi import HoiPipeline
+
+
+__all__ = [
+    "DropKeyCeitConfig",
+    "DropKeyCeitForImageClassification",
+    "DropKeyCeitModel",
+    "DropKeyCeitPreTrainedModel",
+    "DropKeyHoiConfig",
+    "DropKeyHoiForObjectDetection",
+    "DropKeyHoiModel",
+    "DropKeyHoiPreTrainedModel",
+    "DropKeyT2TViTConfig",
+    "DropKeyT2TViTForImageClassification",
+    "DropKeyT2TViTModel",
+    "DropKeyT2TViTPreTrainedModel",
+    "DropKeyViTConfig",
+    "DropKeyViTForImageClassification",
+    "DropKeyViTForMaskedImageModeling",
+    "DropKeyViTModel",
+    "DropKeyViTPreTrainedModel",
+    "DropKeyVoloConfig",
+    "DropKeyVoloForImageClassification",
+    "DropKeyVoloModel",
+    "DropKeyVoloPreTrainedModel",
+    "HoiPipeline",
+]

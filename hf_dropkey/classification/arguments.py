@@ -1,0 +1,250 @@
+"""What a training job for image classification can be told: which model, how DropKey acts, how images vary."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..images.augmentation import Augmentation
+from ..images.sources import EVALUATION_SPLITS
+from .families import FAMILIES
+
+
+DIGITS_AUGMENTATION = {"rotation_degrees": 5.0, "shift_fraction": 0.05}
+PHOTO_AUGMENTATION = {"crop_scale": 0.35, "flip_probability": 0.5}
+# arguments of a model from scratch that are fields of its configuration
+SHAPE_FIELDS = (
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
+
+
+@dataclass
+class ModelArguments:
+    """Which model: a pretrained one, or a size of a family from scratch."""
+
+    _argument_group_name = "Model"
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Model to start from, of any family or a plain ViT: a folder or a hub id. Default: none."},
+    )
+    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
+    image_processor_name: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of the image processor, if the model has none."}
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Start with a new head if the model was made for another number of classes."}
+    )
+    model_family: Literal["vit", "t2t_vit", "volo", "ceit"] | None = field(
+        default=None, metadata={"help": "Architecture from scratch. Default: vit."}
+    )
+    model_size: str | None = field(
+        default=None,
+        metadata={
+            "help": "Size from scratch. "
+            + " ".join(f"{name}: {', '.join(family.sizes)}." for name, family in FAMILIES.items())
+            + " Default: nano for the digits, else "
+            + ", ".join(family.usual_size for family in FAMILIES.values())
+            + "."
+        },
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side in pixels, but for vit a multiple of 16. Default: 12 for digits (vit) or 64, else 224."
+        },
+    )
+    patch_size: int | None = field(
+        default=None, metadata={"help": "Of vit, in pixels; the others have 16. Default: 2 for digits, else 16."}
+    )
+    num_channels: int | None = field(
+        default=None, metadata={"help": "3 (default), or 1 for grey images, which the hub's pipelines do not feed."}
+    )
+    hidden_size: int | None = field(default=None, metadata={"help": "Overrides --model_size, as the next ones."})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of layers; volo has depths."})
+    num_attention_heads: int | None = field(default=None, metadata={"help": "Number of heads."})
+    intermediate_size: int | None = field(
+        default=None, metadata={"help": "Width of the MLP of vit; the others have mlp_ratio."}
+    )
+    hidden_dropout_prob: float | None = field(default=None, metadata={"help": "Dropout after attention and MLP."})
+    config_overrides: dict | str | None = field(
+        default=None,
+        metadata={"help": 'Other fields of the configuration as JSON, such as {"mix_token": true, "depths": [2, 4]}.'},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention backend, such as eager or sdpa. Default: the best there is."}
+    )
+
+    def __post_init__(self) -> None:
+        """Reads --config_overrides.
+
+        Raises:
+            ValueError: It is no JSON object, or a pretrained model and one from scratch are both asked for.
+        """
+        if isinstance(self.config_overrides, str):
+            try:
+                self.config_overrides = json.loads(self.config_overrides)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"--config_overrides {self.config_overrides} is no JSON ({error}); write for example "
+                    """'{"drop_path_rate": 0.1}'"""
+                ) from error
+        if not isinstance(self.config_overrides, dict | None):
+            raise ValueError(f"--config_overrides {self.config_overrides!r} is no JSON object of fields and values")
+        shape = {name: value for name, value in self.shape().items() if value is not None}
+        if self.model_name_or_path and shape:
+            raise ValueError(
+                f"--model_name_or_path {self.model_name_or_path} fixes the shape of the model; leave out {shape}"
+            )
+
+    def shape(self) -> dict[str, Any]:
+        """The arguments that make a model from scratch."""
+        return {name: getattr(self, name) for name in ("model_family", "model_size", *SHAPE_FIELDS)}
+
+
+@dataclass
+class DropKeyArguments:
+    """DropKey, and the dropout it replaces. What is not given is as the model has it, or as its configuration has it."""
+
+    _argument_group_name = "DropKey"
+
+    dropkey_ratio: float | None = field(
+        default=None, metadata={"help": "Largest drop ratio of a layer, in [0, 1); 0 trains without. Default: 0.1."}
+    )
+    dropkey_final_ratio: float | None = field(
+        default=None, metadata={"help": "The other end of the schedule, from 0 to the ratio. Default: 0."}
+    )
+    dropkey_schedule: str | None = field(
+        default=None, metadata={"help": "Over depth: decreasing (default), constant or increasing."}
+    )
+    dropkey_pattern: str | None = field(
+        default=None, metadata={"help": "Dropped together: score (default, the paper's), key, token, block or cross."}
+    )
+    dropkey_window: int | None = field(default=None, metadata={"help": "Patches of a block's side or a cross's arm."})
+    attention_probs_dropout_prob: float | None = field(
+        default=None,
+        metadata={"help": "Plain dropout on attention weights, to compare with; needs --dropkey_ratio 0."},
+    )
+    dropkey_with_attention_dropout: bool | None = field(
+        default=None, metadata={"help": "Allows plain dropout on attention weights beside DropKey."}
+    )
+
+    def given(self) -> dict[str, Any]:
+        """The arguments that were given."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass
+class AugmentationArguments:
+    """How training images vary. The digits turn and shift by default; other images are cropped and mirrored."""
+
+    _argument_group_name = "Augmentation"
+
+    crop_scale: float | None = field(
+        default=None, metadata={"help": "Smallest share of the area that a random crop keeps, (0, 1]; 1: no crops."}
+    )
+    flip_probability: float | None = field(default=None, metadata={"help": "Probability of a mirror image, [0, 1]."})
+    rotation_degrees: float | None = field(default=None, metadata={"help": "Largest rotation to either side."})
+    shift_fraction: float | None = field(default=None, metadata={"help": "Largest shift as a share of the side."})
+    color_jitter: float | None = field(
+        default=None, metadata={"help": "Largest change of brightness, contrast and saturation, [0, 1]."}
+    )
+
+    def augmentation(self, image_size: tuple[int, int], *, digits: bool) -> Augmentation:
+        """What was given, over the defaults for the kind of image."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return Augmentation(image_size, **{**(DIGITS_AUGMENTATION if digits else PHOTO_AUGMENTATION), **given})
+
+
+DIGITS = "digits"
+
+
+@dataclass
+class DataArguments:
+    """Where the images are; without any of these, the built-in digits."""
+
+    _argument_group_name = "Data"
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": f"'{DIGITS}' (built in: 1,797 handwritten digits), or a data set of the hub or in a folder."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one sub-folder of images per class."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same, for evaluation."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "A parquet, csv, json or jsonl file, or a glob pattern for several."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "The same, for evaluation."})
+    image_column_name: str | None = field(default=None, metadata={"help": "Default: found by type or usual name."})
+    label_column_name: str | None = field(default=None, metadata={"help": "Default: found by type or usual name."})
+    train_split_name: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split_name: str | None = field(
+        default=None, metadata={"help": f"Split to evaluate on. Default: the first of {', '.join(EVALUATION_SPLITS)}."}
+    )
+    train_val_split: float = field(
+        default=0.15,
+        metadata={
+            "help": "Share of each class kept for evaluation if there is no split for it. Always the same rows."
+        },
+    )
+    hold_out_validation: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep and evaluate on that share though there is a split for evaluation, so that settings can be "
+            "chosen without a look at it."
+        },
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random choice of this many."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on a random choice of this many."})
+    check_images: bool = field(
+        default=True, metadata={"help": "Read every image once before anything else; else a bad one stops the run."}
+    )
+    skip_bad_images: bool = field(
+        default=False, metadata={"help": "Leave out images that cannot be read, instead of stopping at the check."}
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that check the images."})
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for two sources at once and for numbers outside their range."""
+        sources = {
+            "dataset_name": self.dataset_name,
+            "train_dir/validation_dir": self.train_dir or self.validation_dir,
+            "train_file/validation_file": self.train_file or self.validation_file,
+        }
+        given = [f"{name}={value!r}" for name, value in sources.items() if value]
+        if len(given) > 1:
+            raise ValueError(f"several data sources at once ({', '.join(given)}); keep one")
+        if self.hold_out_validation and self.eval_split_name:
+            raise ValueError(
+                f"eval_split_name={self.eval_split_name!r} and hold_out_validation name two splits to evaluate on; keep one"
+            )
+        if not 0 < self.train_val_split < 1:
+            raise ValueError(f"train_val_split={self.train_val_split} is outside (0, 1); choose for example 0.15")
+        for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is below 1; leave it out for no limit")
+
+    @property
+    def name(self) -> str:
+        """What to call the data where others read it: a local path by its last part, the rest is nobody's business."""
+        files = (self.train_dir, self.validation_dir, self.train_file, self.validation_file)
+        path = next((file for file in files if file), None)
+        if path is None and self.dataset_name and Path(self.dataset_name).is_dir():
+            path = self.dataset_name
+        return Path(path).resolve().name if path else self.dataset_name or DIGITS
+
+    @property
+    def is_digits(self) -> bool:
+        """Whether these are the built-in digits."""
+        files = (self.train_dir, self.validation_dir, self.train_file, self.validation_file)
+        return self.dataset_name == DIGITS or not (self.dataset_name or any(files))

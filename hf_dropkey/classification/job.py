@@ -1,0 +1,142 @@
+"""From the arguments of a job for image classification to its model and `Trainer`, the same for every program that starts one.
+
+`scripts/train_image_classification.py` trains one model so, and `lab/grids.py` many, so that a cell of a grid is the run
+that its command names.
+"""
+
+import glob
+import hashlib
+import logging
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+from ..images.augmentation import Augmentation, AugmentationEpoch
+from ..training.arguments import RampArguments, RunArguments
+from ..training.job import TrainingJob, public_name
+from ..training.trainer import GuardedTrainer
+from .arguments import AugmentationArguments, DataArguments, DropKeyArguments, ModelArguments
+from .data import ImageData, load_image_data
+from .metrics import classification_metrics
+from .model import check_loss, image_size, make_config, make_image_processor, make_model, set_classes
+from .transform import collate_images, transform_rows
+
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def _contents(pattern: str) -> str:
+    """The start of a SHA-256 of the files that a pattern matches, or of the names and sizes in a folder; "" for none.
+
+    Read once in a process, as the data is.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        listing = sorted(
+            f"{file.relative_to(path)} {file.stat().st_size}" for file in path.rglob("*") if file.is_file()
+        )
+        return hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
+    found = hashlib.sha256()
+    files = sorted(glob.glob(pattern))
+    for file in files:
+        with Path(file).open("rb") as data:
+            found.update(hashlib.file_digest(data, "sha256").digest())
+    return found.hexdigest()[:16] if files else ""
+
+
+@dataclass
+class ClassificationJob(TrainingJob[ImageData]):
+    """A training job for image classification.
+
+    Attributes:
+        config: The configuration; without the classes until the data is loaded.
+        augmentation: How training images vary.
+        processor: The image processor.
+    """
+
+    TASK = "image-classification"
+
+    model: ModelArguments
+    dropkey: DropKeyArguments
+    ramp: RampArguments
+    data: DataArguments
+    augmentation_arguments: AugmentationArguments
+    run: RunArguments
+    training: TrainingArguments
+
+    def check(self) -> None:
+        """Makes configuration, augmentation and image processor.
+
+        Raises:
+            ValueError, FileNotFoundError: As `make_config`, `check_loss` and `make_image_processor`.
+        """
+        digits = self.data.is_digits
+        self.config: PreTrainedConfig = make_config(self.model, self.dropkey, digits=digits)
+        self.augmentation: Augmentation = self.augmentation_arguments.augmentation(
+            image_size(self.config), digits=digits
+        )
+        check_loss(self.config, label_smoothing=self.training.label_smoothing_factor)
+        self.processor: BaseImageProcessor = make_image_processor(self.config, self.model, digits=digits)
+        self.callbacks = self.ramp.callbacks()
+
+    def load(self) -> ImageData:
+        """The images; the configuration gets their classes."""
+        data = load_image_data(self.data, training=self.training.do_train)
+        set_classes(self.config, self.model, data.label_names)
+        return data
+
+    def make_model(self, data: ImageData) -> PreTrainedModel:
+        """The model, with pretrained weights or new ones."""
+        return make_model(self.config, self.model)
+
+    def make_trainer(self, model: PreTrainedModel, data: ImageData) -> GuardedTrainer:
+        """The `Trainer`; the data sets give tensors from now on."""
+        transform = transform_rows(data, self.processor, self.config, self.augmentation, seed=self.data_seed)
+        return GuardedTrainer(
+            model=model,
+            args=self.training,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            processing_class=self.processor,
+            data_collator=collate_images,
+            compute_metrics=classification_metrics,
+            callbacks=[AugmentationEpoch(transform), *self.callbacks],
+            on_nonfinite_loss=self.run.on_nonfinite_loss,
+        )
+
+    def describe(self, data: ImageData) -> None:
+        """Logs the number of classes and of images."""
+        logger.info("%d classes", len(data.label_names))
+        logger.info("evaluation on %s: %d images", data.evaluation_split, len(data.evaluation))
+
+    def card(self, data: ImageData) -> dict[str, Any]:
+        """Data set and starting point."""
+        return {
+            "tags": ["vision"],
+            "dataset": self.data.name,
+            "dataset_tags": self.dataset_id,
+            "dataset_split": data.evaluation_split,
+            "finetuned_from": public_name(self.model.model_name_or_path),
+        }
+
+    @property
+    def dataset_id(self) -> str | None:
+        """The data set's id on the Hub; None for others."""
+        return self.data.dataset_name if self.data.dataset_name == self.data.name and not self.data.is_digits else None
+
+    def settings(self) -> dict[str, str]:
+        """All settings that determine the trained weights, as JSON values; data files by name and content hash."""
+        groups = (self.model, self.dropkey, self.ramp, self.data, self.augmentation_arguments)
+        values = {name: str(value) for group in groups for name, value in asdict(group).items()}
+        values |= super().settings()
+        for name in ("train_file", "validation_file", "train_dir", "validation_dir"):
+            if self.data.hold_out_validation and name.startswith("validation"):
+                # other images than those of the training rows are not looked at
+                del values[name]
+                continue
+            values[f"{name}_contents"], values[name] = _contents(values[name]), Path(values[name]).name
+        return values

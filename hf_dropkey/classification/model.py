@@ -1,0 +1,203 @@
+"""From the arguments of a training job to a checked configuration, a model, an image processor and ready data."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+
+from ..saved import check_model_folder
+from .arguments import SHAPE_FIELDS, DropKeyArguments, ModelArguments
+from .families import FAMILIES, SMALLEST, Family, family_of, image_processor
+
+
+# weights that a pretrained model need not have, because every task has its own
+HEADS = ("classifier.", "token_classifier.")
+
+
+def make_config(model: ModelArguments, dropkey: DropKeyArguments, *, digits: bool) -> PreTrainedConfig:
+    """The configuration, checked, without the classes, which the data will tell.
+
+    Raises:
+        ValueError: A value is not allowed, the folder lacks files, or the pretrained model is of no family.
+    """
+    if model.model_name_or_path:
+        if Path(model.model_name_or_path).is_dir():
+            check_model_folder(Path(model.model_name_or_path))
+        found, _ = PreTrainedConfig.get_config_dict(model.model_name_or_path, revision=model.revision)
+        name = family_of(found.get("model_type"))
+        if name is None:
+            known = [model_type for family in FAMILIES.values() for model_type in family.model_types]
+            raise ValueError(
+                f"{model.model_name_or_path} has model_type {found.get('model_type')!r}; training starts from {known}"
+            )
+        settings = {**dropkey.given(), **overrides(model, name)}
+        config = FAMILIES[name].config_class.from_pretrained(
+            model.model_name_or_path, revision=model.revision, **settings
+        )
+    else:
+        name = model.model_family or "vit"
+        settings = {**shape_from_scratch(model, digits=digits), **dropkey.given(), **overrides(model, name)}
+        config = FAMILIES[name].config_class(**settings)
+    if model.hidden_dropout_prob is not None:
+        config.hidden_dropout_prob = model.hidden_dropout_prob
+    # fields of a pretrained configuration were set one by one
+    config.validate()
+    return config
+
+
+def overrides(model: ModelArguments, family: str) -> dict[str, Any]:
+    """The fields of --config_overrides.
+
+    Raises:
+        ValueError: The family has no such field, or the field has an argument of its own.
+    """
+    given: Any = model.config_overrides or {}
+    arguments = {field.name for group in (ModelArguments, DropKeyArguments) for field in fields(group)}
+    twice = sorted(arguments & set(given))
+    if twice:
+        raise ValueError(f"--config_overrides has {twice}, which are arguments of their own: pass --{twice[0]}")
+    everyones = {field.name for field in fields(PreTrainedConfig)}
+    known = {field.name for field in fields(FAMILIES[family].config_class)} - everyones - arguments
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"--config_overrides has {unknown}, no fields of the family {family}; it has {sorted(known)}")
+    return dict(given)
+
+
+def model_size(model: ModelArguments, *, digits: bool) -> str:
+    """The name of the size from scratch.
+
+    Raises:
+        ValueError: The family has no such size.
+    """
+    name = model.model_family or "vit"
+    family = FAMILIES[name]
+    size = model.model_size or (SMALLEST if digits else family.usual_size)
+    if size not in family.sizes:
+        other = next((other for other, about in FAMILIES.items() if size in about.sizes), None)
+        advice = f", or pass --model_family {other}" if other else ""
+        raise ValueError(
+            f"model_size={size!r} is no size of the family {name}; choose from {', '.join(family.sizes)}{advice}"
+        )
+    return size
+
+
+def shape_from_scratch(model: ModelArguments, *, digits: bool) -> dict[str, Any]:
+    """The shape of a model from scratch: what was given, over the size, over what suits the data.
+
+    Raises:
+        ValueError: The family has no such size or field, or patches do not fill the image.
+    """
+    name = model.model_family or "vit"
+    family: Family = FAMILIES[name]
+    size = family.sizes[model_size(model, digits=digits)]
+    given = {field: getattr(model, field) for field in SHAPE_FIELDS if getattr(model, field) is not None}
+    foreign = sorted(set(given) - {field.name for field in fields(family.config_class)})
+    if foreign:
+        raise ValueError(
+            f"the family {name} has no {', '.join(foreign)}; leave out --{foreign[0]}, "
+            "--config_overrides sets the family's own fields"
+        )
+    shape = {**size, **(family.digits_shape if digits else family.photo_shape), "num_channels": 3, **given}
+    patch = shape.get("patch_size")
+    # the other families check their images themselves
+    if patch is not None and (patch < 1 or shape["image_size"] % patch):
+        raise ValueError(
+            f"image_size={shape['image_size']} is not a multiple of patch_size={patch}; "
+            "choose sizes so that patches fill the image"
+        )
+    return shape
+
+
+def check_loss(config: PreTrainedConfig, *, label_smoothing: float) -> None:
+    """Raises ValueError if label smoothing, which replaces the model's own loss, would leave a part of it untrained."""
+    if label_smoothing and getattr(config, "dense_head", False):
+        raise ValueError(
+            f"--label_smoothing_factor {label_smoothing} replaces the model's loss, so that the dense head of VOLO, "
+            "which counts in its predictions, would never be trained; leave it out, or train without that head with "
+            """--config_overrides '{"dense_head": false}'"""
+        )
+
+
+def set_classes(config: PreTrainedConfig, model: ModelArguments, label_names: list[str]) -> None:
+    """Gives the configuration the classes of the data.
+
+    Raises:
+        ValueError: The pretrained head is for another number of classes, and a new one was not asked for.
+    """
+    had_head = model.model_name_or_path and "ForImageClassification" in str(config.architectures)
+    if had_head and config.num_labels != len(label_names) and not model.ignore_mismatched_sizes:
+        raise ValueError(
+            f"{model.model_name_or_path} has {config.num_labels} classes and the data has {len(label_names)}; "
+            "start with a new head with --ignore_mismatched_sizes, or choose another model"
+        )
+    # what the first loss would find out: a checkpoint says so and must match
+    config.problem_type = "single_label_classification"
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: number for number, name in enumerate(label_names)}
+
+
+def make_model(config: PreTrainedConfig, model: ModelArguments) -> PreTrainedModel:
+    """The model, with pretrained weights or new ones.
+
+    Raises:
+        ValueError: The pretrained model lacks weights of the configuration, other than those of a head.
+    """
+    model_class = FAMILIES[str(family_of(config.model_type))].model_class
+    if not model.model_name_or_path:
+        made: PreTrainedModel = model_class._from_config(config, attn_implementation=model.attn_implementation)
+        return made
+    made, report = model_class.from_pretrained(
+        model.model_name_or_path,
+        config=config,
+        revision=model.revision,
+        ignore_mismatched_sizes=model.ignore_mismatched_sizes,
+        attn_implementation=model.attn_implementation,
+        output_loading_info=True,
+    )
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(HEADS))
+    if missing:
+        raise ValueError(
+            f"{model.model_name_or_path} lacks {len(missing)} weights of the model, such as {missing[0]}; use a whole "
+            "checkpoint, and no --config_overrides that change its shape"
+        )
+    return made
+
+
+def make_image_processor(config: PreTrainedConfig, model: ModelArguments, *, digits: bool) -> BaseImageProcessor:
+    """The pretrained model's image processor, or the family's own for the configuration.
+
+    Raises:
+        FileNotFoundError: A pretrained folder has none.
+        ValueError: It makes images of another size than the model takes.
+    """
+    source = model.image_processor_name or model.model_name_or_path
+    if source is None:
+        name = model.model_family or "vit"
+        size = model_size(model, digits=digits)
+        return image_processor(name, size, config.image_size, num_channels=config.num_channels)
+    if Path(source).is_dir() and not (Path(source) / "preprocessor_config.json").is_file():
+        raise FileNotFoundError(
+            f"{source} lacks preprocessor_config.json; add it, or name another source with --image_processor_name"
+        )
+    processor = AutoImageProcessor.from_pretrained(source, revision=model.revision, backend="pil")
+    makes = made_size(processor)
+    if makes != image_size(config):
+        raise ValueError(
+            f"the image processor of {source} makes images of {makes} and the model takes {image_size(config)}; "
+            "name a matching one with --image_processor_name"
+        )
+    return processor
+
+
+def made_size(processor: Any) -> tuple[int | None, int | None]:
+    """Height and width of the images that an image processor makes, None where they depend on the image."""
+    size = dict(processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size)
+    return size.get("height"), size.get("width")
+
+
+def image_size(config: PreTrainedConfig) -> tuple[int, int]:
+    """Height and width of the images the model takes."""
+    size = config.image_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,85 @@
+"""From rows with images to batches of tensors for a classifier."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BaseImageProcessor, PreTrainedConfig
+
+from ..images.augmentation import Augmentation
+from ..images.checks import read_images
+from .data import ImageData
+
+
+IMAGE_MODES = {1: "L", 3: "RGB"}
+
+
+class ImageTransform:
+    """Rows with `image`, `label` and `row` to `pixel_values` and `labels`; for `Dataset.set_transform`.
+
+    Attributes:
+        epoch: Number of the current epoch, in shared memory because the processes of a data loader read it too.
+    """
+
+    def __init__(
+        self,
+        processor: BaseImageProcessor,
+        *,
+        label_ids: Mapping[Any, int],
+        num_channels: int,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Without `augmentation` the processor does everything, as it does for whoever loads the saved model.
+
+        Raises:
+            ValueError: The model has neither one nor three channels.
+        """
+        if num_channels not in IMAGE_MODES:
+            raise ValueError(
+                f"num_channels={num_channels}; images have {sorted(IMAGE_MODES)} channels, choose one of them"
+            )
+        self.processor = processor
+        self.label_ids = dict(label_ids)
+        self.mode = IMAGE_MODES[num_channels]
+        self.augmentation = augmentation
+        self.seed = seed
+        self.epoch = torch.zeros((), dtype=torch.int64)
+        self.epoch.share_memory_()
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
+        """One batch of rows, with images or undecoded ones.
+
+        Raises:
+            ValueError: An image cannot be used; names it.
+        """
+        images = [image.convert(self.mode) for image in read_images(batch)["image"]]
+        steps: dict[str, Any] = {}
+        if self.augmentation is not None:
+            # it makes images of the final size, of which a centre crop would cut off the border
+            steps = {"do_resize": False, "do_center_crop": False}
+            generators = [np.random.default_rng((self.seed, int(self.epoch), row)) for row in batch["row"]]
+            images = list(map(self.augmentation, images, generators))
+        pixel_values = self.processor(images, **steps, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixel_values, "labels": [self.label_ids[label] for label in batch["label"]]}
+
+
+def collate_images(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows of `ImageTransform` to a batch: `pixel_values` `[B, C, H, W]` and `labels` `[B]`."""
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }
+
+
+def transform_rows(
+    data: ImageData, processor: BaseImageProcessor, config: PreTrainedConfig, augmentation: Augmentation, *, seed: int
+) -> ImageTransform:
+    """Makes the data sets give tensors from now on; returns the transform of the training rows."""
+    takes = {"label_ids": data.label_ids, "num_channels": config.num_channels}
+    data.evaluation.set_transform(ImageTransform(processor, **takes))
+    training = ImageTransform(processor, **takes, augmentation=augmentation, seed=seed)
+    if data.train is not None:
+        data.train.set_transform(training)
+    return training

@@ -1,0 +1,241 @@
+"""From the arguments of a job for object detection to its model, its `Trainer` and a figure of what it finds."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+from ..hub.trainer import output_folder
+from ..images.augmentation import AugmentationEpoch
+from ..training.arguments import RunArguments
+from ..training.job import TrainingJob, public_name
+from ..training.trainer import GuardedTrainer
+from .arguments import (
+    FIGURE,
+    MASKED_TYPES,
+    BoxAugmentationArguments,
+    DetectionDataArguments,
+    DetectionDropKeyArguments,
+    DetectionModelArguments,
+    DetectionRunArguments,
+)
+from .data import DetectionData, DetectionSplit, load_detection_data
+from .figures import detections
+from .metrics import CocoMetrics, check_coco_packages, post_process
+from .model import fit_classes, make_config, make_model, make_processor
+from .transform import BoxAugmentation, DetectionCollator, DetectionDataset
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DetectionJob(TrainingJob[DetectionData]):
+    """A training job for object detection.
+
+    Attributes:
+        config: The configuration; without the classes until the data is loaded.
+        box_augmentation: How training images vary.
+        processor: The image processor.
+    """
+
+    TASK = "object-detection"
+
+    model: DetectionModelArguments
+    dropkey: DetectionDropKeyArguments
+    data: DetectionDataArguments
+    augmentation: BoxAugmentationArguments
+    detection: DetectionRunArguments
+    run: RunArguments
+    training: TrainingArguments
+
+    def check(self) -> None:
+        """Makes configuration, augmentation and image processor.
+
+        Raises:
+            ImportError, FileNotFoundError, ValueError: As `check_coco_packages`, `make_config` and `make_processor`.
+        """
+        check_coco_packages()
+        self.box_augmentation = BoxAugmentation(**asdict(self.augmentation))
+        self.config: PreTrainedConfig = make_config(self.model)
+        self.processor: BaseImageProcessor = make_processor(self.config, self.model)
+
+    def load(self) -> DetectionData:
+        """The images and boxes, with the class numbers of the model."""
+        evaluates = self.training.do_eval or self.training.eval_strategy != "no"
+        data = load_detection_data(self.data, training=self.training.do_train, evaluation=evaluates)
+        return fit_classes(data, self.config, self.model)
+
+    def make_model(self, data: DetectionData) -> PreTrainedModel:
+        """The model with DropKey, pretrained or new."""
+        model = make_model(self.config, self.model)
+        self.dropkey.apply(model)
+        return model
+
+    def make_trainer(self, model: PreTrainedModel, data: DetectionData) -> "DetectionTrainer":
+        """The `Trainer`, which draws what it finds when asked to."""
+        self.train_set, self.evaluation_set = make_datasets(
+            data, self.processor, self.box_augmentation, seed=self.data_seed
+        )
+        # what `labels` hold is gone once the loss is computed
+        self.training.label_names = ["labels"]
+        epochs: Any = self.train_set
+        return DetectionTrainer(
+            model=model,
+            args=self.training,
+            train_dataset=self.train_set,
+            eval_dataset=self.evaluation_set,
+            processing_class=self.processor,
+            data_collator=DetectionCollator(with_mask=self.config.model_type in MASKED_TYPES),
+            compute_metrics=data.evaluation and CocoMetrics(data.evaluation, data.category_ids),
+            callbacks=[AugmentationEpoch(epochs)] if self.train_set is not None else [],
+            on_nonfinite_loss=self.run.on_nonfinite_loss,
+            backbone_learning_rate=self.detection.backbone_learning_rate,
+        )
+
+    def describe(self, data: DetectionData) -> None:
+        """Logs the number of classes, images and boxes."""
+        logger.info("%d classes", len(data.label_names))
+        for name, split in (("training", data.train), ("evaluation", data.evaluation)):
+            if split is not None:
+                boxes = sum(len(split.boxes[image["id"]]) for image in split.images)
+                logger.info("%s on %s: %d images, %d boxes", name, split.name, len(split), boxes)
+
+    def draw(self, trainer: GuardedTrainer, data: DetectionData) -> None:
+        """Draws evaluation images with their boxes and the model's, if `--draw_images` is above 0."""
+        if self.evaluation_set is not None and self.detection.draw_images:
+            draw_predictions(
+                trainer,
+                self.evaluation_set,
+                data.label_names,
+                count=self.detection.draw_images,
+                threshold=self.detection.draw_threshold,
+            )
+
+    def card(self, data: DetectionData) -> dict[str, Any]:
+        """Data set and starting point."""
+        return {
+            "tags": ["vision"],
+            "dataset": self.data.name,
+            "finetuned_from": public_name(self.model.model_name_or_path),
+        }
+
+
+def make_datasets(
+    data: DetectionData, processor: BaseImageProcessor, augmentation: BoxAugmentation, *, seed: int
+) -> tuple[DetectionDataset | None, DetectionDataset | None]:
+    """The data sets to train on, with augmentation, and to evaluate on, without."""
+    numbers = data.class_numbers
+    train = evaluation = None
+    if data.train is not None:
+        train = DetectionDataset(data.train, processor, numbers, augmentation=augmentation, seed=seed)
+    if data.evaluation is not None:
+        evaluation = DetectionDataset(data.evaluation, processor, numbers)
+    return train, evaluation
+
+
+class DetectionTrainer(GuardedTrainer):
+    """`GuardedTrainer` whose predictions are detections `[N, K, 6]` (`post_process`) and whose labels are rows `[N]` of the split.
+
+    Raw outputs would be larger, and of a different size in every batch. `processing_class` must be the image processor
+    of the model's family.
+    """
+
+    def __init__(self, *args: Any, backbone_learning_rate: float | None = None, **kwargs: Any) -> None:
+        """`backbone_learning_rate` is that of the convolutional backbone; None: as for the rest.
+
+        Raises:
+            ValueError: The rate is negative, or the model has no backbone that learns.
+        """
+        super().__init__(*args, **kwargs)
+        self.backbone_learning_rate = backbone_learning_rate
+        model: Any = self.model
+        if backbone_learning_rate is None:
+            return
+        if backbone_learning_rate < 0:
+            raise ValueError(f"backbone_learning_rate={backbone_learning_rate} is negative")
+        if not list(backbone_parameters(model)):
+            raise ValueError(
+                f"backbone_learning_rate={backbone_learning_rate}, but {type(model).__name__} has no backbone that "
+                "learns; leave it out"
+            )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The trainer's own, with the parameters of the backbone in groups of their own."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if new and self.backbone_learning_rate is not None:
+            model: Any = self.model
+            backbone = {id(parameter) for parameter in backbone_parameters(model)}
+            for group in list(optimizer.param_groups):
+                inside = [parameter for parameter in group["params"] if id(parameter) in backbone]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in backbone]
+                optimizer.add_param_group({**group, "params": inside, "lr": self.backbone_learning_rate})
+        return optimizer
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Loss, detections and rows of one batch."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        loss = loss.detach().mean()
+        if prediction_loss_only:
+            return loss, None, None
+        labels = inputs["labels"]
+        processor: Any = self.processing_class
+        detections = post_process(processor, outputs, torch.stack([label["frame"] for label in labels]))
+        return loss, detections, torch.stack([label["row"] for label in labels])
+
+
+def backbone_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a model's convolutional backbone that learn."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "backbone" in name.split("."):
+            yield parameter
+
+
+def draw_predictions(
+    trainer: GuardedTrainer, dataset: DetectionDataset, names: list[str], *, count: int, threshold: float
+) -> None:
+    """Draws the first images of a data set with their boxes and the model's, into the folder of the run."""
+    rows = list(range(min(count, len(dataset))))
+    found: Any = trainer.predict(Subset(dataset, rows)).predictions
+    if not trainer.is_world_process_zero():
+        return
+    split = dataset.split
+    predictions = [
+        [(names[int(number)], box, score) for score, number, *box in one.tolist() if score >= threshold]
+        for one in found
+    ]
+    figure = detections(
+        [split.open(row) for row in rows],
+        [annotated_boxes(split, row) for row in rows],
+        predictions,
+        title=f"{Path(split.name).name}: annotated (above) and predicted with a score of {threshold:g} or more (below)",
+    )
+    file = output_folder(trainer.args) / FIGURE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    logger.info("%d images with their boxes are in %s", len(rows), file)
+
+
+def annotated_boxes(split: DetectionSplit, row: int) -> list[tuple[str, list[float]]]:
+    """Class name and corners of each annotation of an image."""
+    names = {category["id"]: category["name"] for category in split.categories}
+    return [
+        (names[one["category_id"]], [x, y, x + width, y + height])
+        for one in split.boxes[split.images[row]["id"]]
+        for x, y, width, height in [one["bbox"]]
+    ]

@@ -1,0 +1,248 @@
+"""Detection models to train: which, from where, with what image processor, DropKey on them, and their `Trainer`."""
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    BaseImageProcessor,
+    ConditionalDetrConfig,
+    ConditionalDetrImageProcessorPil,
+    ConvNextConfig,
+    DetrConfig,
+    DetrImageProcessorPil,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RTDetrConfig,
+    RTDetrImageProcessorPil,
+    RTDetrResNetConfig,
+    YolosConfig,
+    YolosImageProcessorPil,
+)
+
+from ..saved import check_model_folder
+from .arguments import DEFAULT_SHAPE, MASKED_TYPES, MODEL_TYPES, DetectionModelArguments
+from .data import DetectionData
+
+
+PROCESSORS = {
+    "detr": DetrImageProcessorPil,
+    "conditional_detr": ConditionalDetrImageProcessorPil,
+    "yolos": YolosImageProcessorPil,
+    "rt_detr": RTDetrImageProcessorPil,
+}
+PRIOR_SCORE = 0.01
+TOKEN_STD = 0.02
+# the deepest stage's stride is 32, 16 without the last stage
+BACKBONE_WIDTHS = {32: (32, 64, 128, 256), 16: (32, 64, 128)}
+# Transformers' ResNet has a stem and stages 0 to 3, timm's calls the latter layer1 to layer4
+RESNET_TYPES = ("resnet", "timm_backbone")
+LEARNING_STAGES = (".stages.1.", ".stages.2.", ".stages.3.", ".layer2.", ".layer3.", ".layer4.")
+
+
+def make_config(arguments: DetectionModelArguments) -> PreTrainedConfig:
+    """The configuration, checked, without the classes, which the data will tell.
+
+    Raises:
+        FileNotFoundError: The folder lacks files.
+        ImportError: The model's backbone is one of timm, which is not installed.
+        ValueError: The pretrained model is of another family, or a value is not allowed.
+    """
+    if not arguments.model_name_or_path:
+        return config_from_scratch(arguments)
+    source = arguments.model_name_or_path
+    if Path(source).is_dir():
+        check_model_folder(Path(source))
+    found, _ = PreTrainedConfig.get_config_dict(source, revision=arguments.revision)
+    kinds: dict[str, Any] = {
+        "detr": DetrConfig,
+        "conditional_detr": ConditionalDetrConfig,
+        "yolos": YolosConfig,
+        "rt_detr": RTDetrConfig,
+    }
+    if found.get("model_type") not in kinds:
+        raise ValueError(
+            f"{source} has model_type {found.get('model_type')!r}; this script starts from {list(MODEL_TYPES)}"
+        )
+    config: Any = kinds[found["model_type"]].from_pretrained(source, revision=arguments.revision)
+    backbone = getattr(config, "backbone_config", None)
+    if getattr(backbone, "model_type", None) == "timm_backbone" and importlib.util.find_spec("timm") is None:
+        raise ImportError(
+            f"the backbone of {source} is one of timm, which is not installed; install it, or take a version of the "
+            "model without timm (facebook/detr-resnet-50 has --revision no_timm)"
+        )
+    return config
+
+
+def config_from_scratch(arguments: DetectionModelArguments) -> PreTrainedConfig:
+    """A small configuration of the family that the arguments name.
+
+    DETR and Conditional DETR get a ConvNeXt backbone, whose layer norms learn: of a ResNet they freeze the batch norms,
+    which without pretraining would stay as they were initialised.
+
+    Raises:
+        ValueError: Heads do not divide the width.
+    """
+    given = {name: value for name, value in arguments.shape().items() if value is not None}
+    size = arguments.image_size or DEFAULT_SHAPE["image_size"]
+    shape: dict[str, Any] = {
+        **DEFAULT_SHAPE,
+        **({"encoder_layers": 1} if arguments.model_type == "rt_detr" else {}),
+        **given,
+    }
+    # sine embeddings give half of the width to each of two directions, and need pairs
+    unit = max(4, shape["num_attention_heads"])
+    if shape["hidden_size"] % shape["num_attention_heads"] or shape["hidden_size"] % 4:
+        raise ValueError(
+            f"hidden_size={shape['hidden_size']} must be a multiple of num_attention_heads="
+            f"{shape['num_attention_heads']} and of 4; choose for example {unit * 4 * shape['num_attention_heads']}"
+        )
+    dropout_name = "hidden_dropout_prob" if arguments.model_type == "yolos" else "dropout"
+    more = {dropout_name: shape["dropout"]} if "dropout" in shape else {}
+    more |= {"auxiliary_loss": shape["auxiliary_loss"]} if "auxiliary_loss" in shape else {}
+    if arguments.model_type == "yolos":
+        return YolosConfig(
+            image_size=[size, size],
+            patch_size=shape["patch_size"],
+            hidden_size=shape["hidden_size"],
+            num_hidden_layers=shape["encoder_layers"],
+            num_attention_heads=shape["num_attention_heads"],
+            intermediate_size=shape["intermediate_size"],
+            num_detection_tokens=shape["num_queries"],
+            **more,
+        )
+    common: dict[str, Any] = {
+        "d_model": shape["hidden_size"],
+        "encoder_layers": shape["encoder_layers"],
+        "decoder_layers": shape["decoder_layers"],
+        "encoder_attention_heads": shape["num_attention_heads"],
+        "decoder_attention_heads": shape["num_attention_heads"],
+        "encoder_ffn_dim": shape["intermediate_size"],
+        "decoder_ffn_dim": shape["intermediate_size"],
+        "num_queries": shape["num_queries"],
+        **more,
+    }
+    if arguments.model_type == "rt_detr":
+        widths = BACKBONE_WIDTHS[32]
+        levels: dict[str, Any] = {"out_indices": [2, 3, 4]}
+        return RTDetrConfig(
+            backbone_config=RTDetrResNetConfig(
+                embedding_size=widths[0],
+                hidden_sizes=list(widths),
+                depths=[1, 1, 1, 1],
+                layer_type="basic",
+                **levels,
+            ),
+            freeze_backbone_batch_norms=False,
+            encoder_hidden_dim=shape["hidden_size"],
+            encoder_in_channels=list(widths[1:]),
+            decoder_in_channels=[shape["hidden_size"]] * 3,
+            **common,
+        )
+    widths = BACKBONE_WIDTHS[shape.get("backbone_stride", 32)]
+    output: dict[str, Any] = {"out_features": [f"stage{len(widths)}"]}
+    backbone = ConvNextConfig(
+        hidden_sizes=list(widths),
+        depths=[1] * len(widths),
+        num_stages=len(widths),
+        # at its usual 1e-6 every block starts as nothing, and needs long training to be more
+        layer_scale_init_value=1.0,
+        **output,
+    )
+    kind = DetrConfig if arguments.model_type == "detr" else ConditionalDetrConfig
+    return kind(backbone_config=backbone, **common)
+
+
+def make_processor(config: PreTrainedConfig, arguments: DetectionModelArguments) -> BaseImageProcessor:
+    """The pretrained model's image processor on PIL, or the family's; with the size that was asked for.
+
+    Raises:
+        FileNotFoundError: A pretrained folder has none.
+    """
+    size = arguments.image_size
+    source = arguments.model_name_or_path
+    if source is None:
+        return PROCESSORS[config.model_type](
+            size=processor_size(config.model_type, size or DEFAULT_SHAPE["image_size"])
+        )
+    if Path(source).is_dir() and not (Path(source) / "preprocessor_config.json").is_file():
+        raise FileNotFoundError(f"{source} lacks preprocessor_config.json, the image processor; add it")
+    changes = {} if size is None else {"size": processor_size(config.model_type, size)}
+    return AutoImageProcessor.from_pretrained(source, revision=arguments.revision, backend="pil", **changes)
+
+
+def processor_size(model_type: str, size: int) -> dict[str, int]:
+    """What `image_size` means to a family's image processor."""
+    if model_type in MASKED_TYPES:
+        return {"shortest_edge": size, "longest_edge": size}
+    return {"height": size, "width": size}
+
+
+def fit_classes(data: DetectionData, config: Any, arguments: DetectionModelArguments) -> DetectionData:
+    """The data with the model's class numbers; a model that does not know the classes gets them, if that was asked for.
+
+    Raises:
+        ValueError: The pretrained model does not know the classes, and new class scores were not asked for.
+    """
+    if arguments.model_name_or_path and not arguments.ignore_mismatched_sizes:
+        try:
+            return data.with_label_names([config.id2label[number] for number in range(config.num_labels)])
+        except ValueError as error:
+            raise ValueError(
+                f"{error}, start with new class scores with --ignore_mismatched_sizes, or choose another model"
+            ) from error
+    config.id2label = dict(enumerate(data.label_names))
+    config.label2id = {name: number for number, name in enumerate(data.label_names)}
+    return data
+
+
+def make_model(config: PreTrainedConfig, arguments: DetectionModelArguments) -> PreTrainedModel:
+    """The model with pretrained weights, its ResNet learning in part as in the original, or with new weights."""
+    if not arguments.model_name_or_path:
+        model = AutoModelForObjectDetection.from_config(config)
+        start_as_original(model)
+        return model
+    model = AutoModelForObjectDetection.from_pretrained(
+        arguments.model_name_or_path,
+        config=config,
+        revision=arguments.revision,
+        ignore_mismatched_sizes=arguments.ignore_mismatched_sizes,
+    )
+    if config.model_type in MASKED_TYPES and config.backbone_config.model_type in RESNET_TYPES:
+        freeze_first_stage(model)
+    return model
+
+
+@torch.no_grad()
+def start_as_original(model: PreTrainedModel) -> None:
+    """Gives queries, detection tokens and class scores the first values that their papers' code gives them.
+
+    Transformers starts DETR's queries so close together, and YOLOS' tokens so exactly equal, that all find one box and
+    only dropout tells them apart; and Conditional DETR's scores, of focal loss, at one half instead of one hundredth.
+    Carion et al., 2020; Fang et al., 2021; Meng et al., 2021.
+    """
+    family: Any = model
+    if model.config.model_type in MASKED_TYPES:
+        nn.init.normal_(family.model.query_position_embeddings.weight)
+    if model.config.model_type == "conditional_detr":
+        nn.init.constant_(family.class_labels_classifier.bias, -math.log((1 - PRIOR_SCORE) / PRIOR_SCORE))
+    if model.config.model_type == "yolos":
+        for name, parameter in model.named_parameters():
+            if name.endswith(("_token", "_tokens", "position_embeddings")):
+                nn.init.trunc_normal_(parameter, std=TOKEN_STD)
+
+
+def freeze_first_stage(model: PreTrainedModel) -> None:
+    """Keeps the stem and first stage of the ResNet under DETR as they are, lets the rest learn: Carion et al., 2020.
+
+    Transformers 5.23 means to, but looks for names ("stage.1") that its own ResNet does not have, which freezes all of
+    it in a new model; and `from_pretrained` makes new parameters, all of which learn.
+    """
+    for name, parameter in model.named_parameters():
+        if "backbone" in name.split("."):
+            parameter.requires_grad_(any(stage in name for stage in LEARNING_STAGES))

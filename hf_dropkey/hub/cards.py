@@ -1,0 +1,436 @@
+"""Model cards from a saved folder and the results files of its run, merged into a card that somebody has edited.
+
+Every number comes from a file of the run. Only the sections between markers and the metadata are made anew; what else
+an existing card says stays.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its list of names
+
+
+RUN_FACTS = "run_facts.json"
+README = "README.md"
+SECTION = re.compile(r"<!-- hf_dropkey:(\w+) begin[^>]*-->\r?\n.*?<!-- hf_dropkey:\1 end -->", re.DOTALL)
+MARKER = re.compile(r"<!-- hf_dropkey:(\w+) (begin|end)")
+# of a run's results: how long it took, not how well it went
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "model_preparation_time")
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "top5_accuracy": "top-5 accuracy",
+    "nll": "negative log-likelihood (nats)",
+    "ece": "expected calibration error, 15 bins",
+    "loss": "loss",
+    "accuracy_at_occlusion_0.25": "accuracy, 25 % of patches hidden",
+    "accuracy_at_occlusion_0.5": "accuracy, 50 % of patches hidden",
+    "accuracy_at_occlusion_0.75": "accuracy, 75 % of patches hidden",
+}
+# end of a class name: the Hub's name of the task, the Auto class
+TASKS = {
+    "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
+    "ForMaskedImageModeling": (None, "AutoModelForMaskedImageModeling"),
+    "ForObjectDetection": ("object-detection", "AutoModelForObjectDetection"),
+    "ForSemanticSegmentation": ("image-segmentation", "AutoModelForSemanticSegmentation"),
+    "ForVideoClassification": ("video-classification", "AutoModelForVideoClassification"),
+    "Model": ("image-feature-extraction", "AutoModel"),
+}
+SETTINGS = {
+    "dropkey_ratio": "largest drop ratio of a layer",
+    "dropkey_final_ratio": "ratio at the other end of the schedule",
+    "dropkey_schedule": "schedule over depth",
+    "dropkey_pattern": "dropped together",
+    "dropkey_window": "window, in patches",
+}
+CITATION = """@inproceedings{li2023dropkey,
+  title     = {DropKey for Vision Transformer},
+  author    = {Li, Bonan and Hu, Yinhan and Nie, Xuecheng and Han, Congying and Jiang, Xiangjian and Guo, Tiande and Liu, Luoqi},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year      = {2023},
+  pages     = {22700--22709}
+}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a run knows and no other file beside its weights says; kept there as `run_facts.json`, for every later card.
+
+    Attributes:
+        dataset: What the data is called.
+        dataset_id: Its id on the Hub, if it has one.
+        dataset_split: The split that was evaluated on.
+        base_model: Hub id, or any name, of the model that training started from.
+        from_scratch: Whether training started from none.
+        license: The weights' licence, an identifier of the Hub such as "apache-2.0".
+        language: Language of the data, for models that read text.
+        pipeline_tag: The Hub's name of the task, where the class does not say it.
+        command: The command that trained the model.
+        hyperparameters: Settings of the run by name.
+        versions: Version of each package by name.
+        tags: More tags.
+        results: Text of the results, where more than this one run was measured.
+        limits: More that a reader has to know.
+    """
+
+    dataset: str | None = None
+    dataset_id: str | None = None
+    dataset_split: str | None = None
+    base_model: str | None = None
+    from_scratch: bool = False
+    license: str | None = None
+    language: str | None = None
+    pipeline_tag: str | None = None
+    command: str | None = None
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
+    results: str | None = None
+    limits: list[str] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Writes the file."""
+        given = {name: value for name, value in asdict(self).items() if value}
+        (folder / RUN_FACTS).write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "RunFacts":
+        """Reads the file; knows nothing if there is none.
+
+        Raises:
+            ValueError: The file is no JSON object, or has fields that are no facts.
+        """
+        found = _read_json(folder / RUN_FACTS)
+        unknown = sorted(set(found) - {entry.name for entry in fields(cls)})
+        if unknown:
+            allowed = ", ".join(entry.name for entry in fields(cls))
+            raise ValueError(f"{folder / RUN_FACTS} has unknown fields {unknown}; allowed are {allowed}")
+        return cls(**found)
+
+
+def model_card(
+    folder: Path, *, repo_id: str | None = None, revision: str | None = None, existing: str | None = None
+) -> ModelCard:
+    """The card of a saved folder: an existing card with its marked sections and metadata made anew, or a new one.
+
+    Existing metadata that the folder says nothing about stays, and so does the licence unless `run_facts.json` names one.
+
+    Args:
+        folder: A saved model with the results files of its run.
+        repo_id: Where it is or will be on the Hub; default: the usage shows a local folder.
+        revision: The commit or tag that the usage pins; default: a word to replace.
+        existing: Text of the card there is; default: `README.md` in the folder, if any. "" for a new one.
+
+    Raises:
+        ValueError: The existing card's metadata cannot be read, or a marker has lost its other half.
+    """
+    if existing is None:
+        existing = read_readme(folder)
+    facts = RunFacts.load(folder)
+    config = _read_json(folder / "config.json")
+    name = (repo_id or str(folder.resolve())).replace("\\", "/").rstrip("/").split("/")[-1]
+    sections = dict(_sections(folder, facts, config, repo_id=repo_id, revision=revision))
+    card = _parse(existing, folder) if existing else ModelCard(f"---\n{{}}\n---\n\n# {name}\n")
+    card.text = _merge_sections(card.text, sections)
+    _merge_metadata(card, _metadata(folder, facts, config, name))
+    return card
+
+
+def read_readme(folder: Path) -> str | None:
+    """The text of the card in a folder, with its own line ends; None if there is none."""
+    file = folder / README
+    return file.read_bytes().decode("utf-8-sig") if file.is_file() else None
+
+
+def write_card(
+    folder: Path, *, repo_id: str | None = None, revision: str | None = None, facts: RunFacts | None = None
+) -> Path:
+    """Writes or brings up to date `README.md` in a saved folder, after the facts if there are new ones; returns its path.
+
+    Raises:
+        FileNotFoundError: There is no configuration.
+        ValueError: As `model_card`.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a saved model")
+    if facts is not None:
+        facts.save(folder)
+    model_card(folder, repo_id=repo_id, revision=revision).save(folder / README)
+    return folder / README
+
+
+def hand_written(card: str) -> str:
+    """What of a card's text its marked sections and metadata leave."""
+    text = ModelCard(card, ignore_metadata_errors=True).text if card.lstrip().startswith("---") else card
+    return SECTION.sub("", text).strip()
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """Metrics of the saved weights by name: of `eval_results.json`, else of an evaluation at the saved step."""
+    found = _read_json(folder / "eval_results.json") or _read_json(folder / "all_results.json")
+    if not any(name.startswith("eval_") for name in found):
+        state = _read_json(folder / "trainer_state.json")
+        entries = [entry for entry in state.get("log_history", []) if entry.get("step") == state.get("global_step")]
+        found = {name: value for entry in entries for name, value in entry.items()}
+    metrics = {name.removeprefix("eval_"): value for name, value in found.items() if name.startswith("eval_")}
+    return {name: value for name, value in metrics.items() if name not in TIMINGS and isinstance(value, int | float)}
+
+
+# --- metadata --------------------------------------------------------------------------------------------------------
+
+
+def _metadata(folder: Path, facts: RunFacts, config: dict[str, Any], name: str) -> ModelCardData:
+    task, _ = _task(config)
+    task = facts.pipeline_tag or task
+    metrics = measured(folder)
+    results = [
+        EvalResult(
+            task_type=task or "other",
+            dataset_type=facts.dataset_id or facts.dataset or "unknown",
+            dataset_name=facts.dataset or facts.dataset_id or "unknown",
+            dataset_split=facts.dataset_split,
+            metric_type=metric,
+            metric_name=METRIC_NAMES.get(metric, metric),
+            metric_value=value,
+        )
+        for metric, value in metrics.items()
+        if metric != "loss"
+    ]
+    tags = ["dropkey", config.get("model_type"), task, *facts.tags]
+    return ModelCardData(
+        base_model=facts.base_model if facts.base_model and is_hub_id(facts.base_model) else None,
+        datasets=[facts.dataset_id] if facts.dataset_id else None,
+        eval_results=results or None,
+        model_name=name if results else None,
+        language=facts.language,
+        library_name="transformers",
+        license=facts.license,
+        metrics=[metric for metric in metrics if metric == "accuracy"] or None,
+        pipeline_tag=task,
+        tags=[tag for tag in tags if tag],
+    )
+
+
+def shown_command(words: Sequence[str]) -> str:
+    """A command line for others to read: absolute paths by their last part, the rest is nobody's business."""
+    shown = []
+    for word in words:
+        option, equals, value = word.rpartition("=")
+        path = PurePath(value)
+        shown.append(shlex.quote(f"{option}{equals}{path.name if path.is_absolute() else value}"))
+    return " ".join(shown)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is an id of somebody's repository on the Hub, "owner/name"."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _merge_metadata(card: ModelCard, made: ModelCardData) -> None:
+    """Puts the metadata that was made into a card; lists that people add to are joined, not replaced."""
+    data: Any = card.data
+    for name, value in vars(made).items():
+        if value is None or name in ("eval_results", "model_name"):
+            continue
+        there = data.get(name)
+        if name in ("tags", "datasets", "metrics") and there:
+            there = [there] if isinstance(there, str) else there
+            value = [*there, *(one for one in value if one not in there)]
+        data[name] = value
+    if made.eval_results:
+        fresh = {result.unique_identifier for result in made.eval_results}
+        kept = [result for result in data.get("eval_results", []) if result.unique_identifier not in fresh]
+        data.eval_results = kept + made.eval_results
+        data.model_name = data.get("model_name", made.model_name)
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+def _sections(
+    folder: Path, facts: RunFacts, config: dict[str, Any], *, repo_id: str | None, revision: str | None
+) -> Iterator[tuple[str, str]]:
+    yield "summary", _summary(facts, config)
+    yield "usage", _usage(folder, config, repo_id, revision)
+    yield "dropkey", _settings(config)
+    yield "training", _training(folder, facts)
+    yield "results", _results(folder, facts)
+    yield "limits", _limits(folder, facts, config)
+    yield "citation", f"## Citation\n\n```bibtex\n{CITATION}\n```"
+
+
+def _merge_sections(text: str, sections: dict[str, str]) -> str:
+    """A card's text with each section in its place, or at the end.
+
+    Raises:
+        ValueError: A begin or an end of a section stands alone, so that nobody knows what is hand-written.
+    """
+    alone = MARKER.search(SECTION.sub("", text))
+    if alone:
+        raise ValueError(
+            f"the card's section {alone[1]!r} has lost one of its two markers: '<!-- hf_dropkey:{alone[1]} begin -->' "
+            f"and '<!-- hf_dropkey:{alone[1]} end -->'; put the other back, or delete both"
+        )
+    line_end = "\r\n" if "\r\n" in text else "\n"
+    blocks = {
+        name: f"<!-- hf_dropkey:{name} begin, made anew on every push -->\n{body}\n<!-- hf_dropkey:{name} end -->"
+        for name, body in sections.items()
+    }
+    blocks = {name: block.replace("\n", line_end) for name, block in blocks.items()}
+    placed = {found[1] for found in SECTION.finditer(text)}
+    text = SECTION.sub(lambda found: blocks.get(found[1], found[0]), text)
+    for name, block in blocks.items():
+        if name not in placed:
+            text = text.rstrip() + 2 * line_end + block + line_end
+    return text
+
+
+def _summary(facts: RunFacts, config: dict[str, Any]) -> str:
+    kind = (config.get("architectures") or [config.get("model_type", "a model")])[0]
+    source = ", trained from scratch" if facts.from_scratch else ", trained" if facts.dataset else ""
+    source = f", a fine-tuned version of {_link(facts.base_model)}" if facts.base_model else source
+    data = f" on the {facts.dataset} dataset" if facts.dataset else ""
+    size = config.get("image_size")
+    size = size if isinstance(size, list | tuple) else (size, size)
+    images = f" Images of {size[0]} x {size[1]} pixels." if size[0] else ""
+    labels = list(config.get("id2label", {}).values())
+    classes = (
+        f" {len(labels)} classes: {', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}." if labels else ""
+    )
+    ratio = config.get("dropkey_ratio")
+    method = {None: "", 0: ", without DropKey (ratio 0)"}.get(
+        ratio,
+        ", with DropKey: in training, random keys are taken out of attention before the softmax. Inference is plain "
+        "attention",
+    )
+    return f"`{kind}`{source}{data}{method}.{images}{classes}"
+
+
+def _usage(folder: Path, config: dict[str, Any], repo_id: str | None, revision: str | None) -> str:
+    task, auto = _task(config)
+    source = json.dumps(repo_id or folder.name)
+    pin = f", revision={json.dumps(revision or 'COMMIT')}" if repo_id else ""
+    carries_code = "auto_map" in config
+    trust = ", trust_remote_code=True" if carries_code else ""
+    lines = ["## Usage", ""]
+    if repo_id and revision is None:
+        lines += [
+            f"Replace `COMMIT` by a commit that you have looked at; `hf-dropkey check {repo_id}` compares the code and "
+            "the files of the newest one with a released package and prints its hash.",
+            "",
+        ]
+    lines.append("Without any package but Transformers:" if carries_code else "It is a plain Transformers checkpoint:")
+    lines += ["```python", f"from transformers import {auto}", ""]
+    lines += [f"model = {auto}.from_pretrained({source}{pin}{trust})", "```"]
+    if task == "image-classification" and (folder / "preprocessor_config.json").is_file():
+        call = f'pipeline("image-classification", model={source}{pin}{trust})'
+        lines += ["```python", "from transformers import pipeline", "", f"classify = {call}"]
+        lines += ['print(classify("image.jpg"))', "```"]
+    lines += ["With the package, which runs no code of this repository:", "```python"]
+    if carries_code:
+        lines += ["import hf_dropkey", f"from transformers import {auto}", ""]
+        lines += [f"model = {auto}.from_pretrained({source}{pin})", "```"]
+    else:
+        lines += [f"from hf_dropkey import apply_dropkey\nfrom transformers import {auto}", ""]
+        lines += [f"model = {auto}.from_pretrained({source}{pin})"]
+        lines += ["apply_dropkey(model)  # for more training; the settings are in its configuration", "```"]
+    return "\n".join(lines)
+
+
+def _settings(config: dict[str, Any]) -> str:
+    rows = [(text, config[name]) for name, text in SETTINGS.items() if name in config]
+    if not rows:
+        return "## DropKey\n\nThe configuration holds no DropKey settings."
+    windowed = config.get("dropkey_pattern") in ("block", "cross")
+    rows = [(text, value) for text, value in rows if windowed or text != SETTINGS["dropkey_window"]]
+    return "## DropKey\n\n" + _table(("setting", "value"), rows)
+
+
+def _training(folder: Path, facts: RunFacts) -> str:
+    state, results = _read_json(folder / "trainer_state.json"), _read_json(folder / "all_results.json")
+    rows: list[tuple[str, Any]] = list(facts.hyperparameters.items())
+    rows += [("steps", state[name]) for name in ("global_step",) if name in state]
+    rows += [("epochs done", state["epoch"])] if state.get("epoch") else []
+    rows += [(name, results[name]) for name in ("parameters", "train_loss") if name in results]
+    rows += [("training time (s)", results["train_runtime"])] if "train_runtime" in results else []
+    rows += list(facts.versions.items())
+    text = "## Training\n\n"
+    if facts.command:
+        text += f"```\n{facts.command}\n```\n\n"
+    return text + (_table(("setting", "value"), rows) if rows else "No file of the run tells how it was trained.")
+
+
+def _results(folder: Path, facts: RunFacts) -> str:
+    if facts.results:
+        return f"## Results\n\n{facts.results}"
+    metrics = measured(folder)
+    if not metrics:
+        return "## Results\n\nNothing was measured on these weights."
+    where = f" on {facts.dataset or 'the evaluation data'}"
+    where += f", split `{facts.dataset_split}`" if facts.dataset_split else ""
+    rows = [(METRIC_NAMES.get(name, name), f"{value:.4g}") for name, value in metrics.items()]
+    return f"## Results\n\nOne run, measured{where}:\n\n" + _table(("metric", "value"), rows)
+
+
+def _limits(folder: Path, facts: RunFacts, config: dict[str, Any]) -> str:
+    lines = ["DropKey changes training only: what it is worth is what the results say, compared with a run without."]
+    if measured(folder) and not facts.results:
+        lines.append("The results are of a single run; another seed gives other numbers.")
+    if config.get("id2label"):
+        lines.append("It chooses among the classes above whatever the image shows.")
+    if facts.dataset:
+        lines.append(f"It was tried on {facts.dataset} only, and inherits what is wrong with that data.")
+    lines += facts.limits
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _task(config: dict[str, Any]) -> tuple[str | None, str]:
+    """The Hub's name of the task and the Auto class, by the name of the saved class."""
+    name = (config.get("architectures") or [""])[0]
+    return next((found for end, found in TASKS.items() if name.endswith(end)), (None, "AutoModel"))
+
+
+def _link(name: str) -> str:
+    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{name}`"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, Any]]) -> str:
+    def shown(cell: Any) -> str:
+        return f"{cell:.6g}" if isinstance(cell, float) else str(cell).replace("|", "\\|")
+
+    cells = [" | ".join(map(shown, row)) for row in (head, *rows)]
+    return "\n".join([f"| {cells[0]} |", "|---|---|", *(f"| {line} |" for line in cells[1:])])
+
+
+def _parse(text: str, folder: Path) -> ModelCard:
+    try:
+        return ModelCard(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"the metadata of the existing card of {folder} cannot be read ({error}); mend it between the two lines "
+            "'---', nothing was changed"
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no file."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no JSON ({error}); complete it, or delete it") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__}, not an object; complete it, or delete it")
+    return found

@@ -1,0 +1,346 @@
+"""A saved folder on the Hub: what of it belongs there, its card merged with the one there, all in one commit.
+
+`HfApi.upload_folder` and `Trainer` upload everything that lies in a folder, `training_args.bin` with its token included,
+and the first in several commits. What is uploaded here is a list of kinds of file, which leaves out every pickle.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, logging, validate_repo_id  # type: ignore[attr-defined]  # not in its list of names
+from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import get_relative_imports
+
+from ..saved import PROCESSOR_FILES, check_model_folder
+from .cards import README, hand_written, model_card, read_readme
+
+
+# httpx's or httpx2's, whichever the installed release of huggingface_hub uses
+HTTPError: Any = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+logger = logging.get_logger(__name__)
+api = HfApi(library_name="hf_dropkey")
+
+# kinds of file that cannot run anything when they are read; Python files are chosen by name
+PUSHED = (".safetensors", ".json", ".jinja", ".md", ".txt", ".model", ".csv", ".png", ".jpg", ".jpeg", ".svg")
+PUSHED_NAMES = ("LICENSE", "NOTICE", ".gitattributes")
+# folders of a run that are no part of the model
+RUN_FOLDERS = ("checkpoint-*", "runs", ".*", "_*")
+# weights that the next push replaces under other names; the loader would take the old ones
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
+TEXT = (".json", ".jinja", ".md", ".txt", ".csv", ".py", ".svg")
+# tokens of the Hub: hf_ and 34 letters and digits today, other lengths and a middle part such as oauth_ elsewhere
+SECRET = re.compile(rb"\b(?:hf|api_org)_(?:[a-z]+_)?[A-Za-z0-9]{20,}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push did.
+
+    Attributes:
+        repo_id: "owner/name".
+        info: The commit that holds everything.
+        changed: Whether there was anything new; if not, no commit was made.
+        files: Paths in the repository, the card included.
+        left_out: Paths in the folder that do not belong on the Hub.
+    """
+
+    repo_id: str
+    info: CommitInfo
+    changed: bool
+    files: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def commit(self) -> str:
+        """Hash of the commit, to pin."""
+        return str(self.info.oid)
+
+    @property
+    def url(self) -> str:
+        """Page of the commit."""
+        return str(self.info.commit_url)
+
+
+def push_folder(
+    folder: Path | str,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload model",
+    copy_under: str | None = None,
+    replace_readme: bool = False,
+) -> PushResult:
+    """Uploads a saved model, with its code and its card, in one commit; again without changes, it makes none.
+
+    Everything is checked before anything is sent. The card in the repository keeps its hand-written parts; a card in the
+    folder is used if the repository has none.
+
+    Args:
+        folder: What `save_pretrained`, `Trainer` or `write_card` left: a model, or an adapter.
+        repo_id: "owner/name", or "name" for one's own. Created if it is not there.
+        revision: Branch, created if it is not there; default "main".
+        private: Whether a new repository is private; default: as the owner's settings say.
+        token: Default: what `hf auth login` or the environment variable HF_TOKEN left.
+        commit_message: Title of the commit.
+        copy_under: Folder of the repository for a second copy in the same commit, which costs no second upload.
+        replace_readme: Take the card in the folder, not the one in the repository.
+
+    Raises:
+        FileNotFoundError: The folder, or something the model needs, is not there.
+        NotADirectoryError: The folder is a file.
+        ValueError: Weights are damaged or pickles, a file holds a token, the name or the revision is not allowed, or the
+            repository is public and `private` was asked for.
+        PermissionError: No token, or one that may not write there.
+        ConnectionError: The upload failed. The repository has all of the push or nothing; pushing again goes on.
+    """
+    folder = Path(folder)
+    check_target(repo_id, revision=revision, token=token)
+    check_pushable(folder)
+    files, left_out = files_to_push(folder)
+    check_no_secrets(folder, files, token)
+    repo_id = prepare_repository(repo_id, revision=revision, private=private, token=token)
+    with clear_errors(repo_id, f"{folder} was not pushed"):
+        # whoever commits between this and our commit makes ours fail, so that no edit of theirs is lost
+        there = api.model_info(repo_id, revision=revision, token=token)
+        parent = str(there.sha)
+        readme = remote_readme(repo_id, parent, token)
+        contents: dict[str, Path | bytes] = {name: folder / name for name in files}
+        if not (folder / "adapter_config.json").is_file():
+            contents[README] = merged_readme(folder, repo_id, readme, replace=replace_readme)
+        elif readme is not None and not replace_readme:
+            # PEFT writes the cards of adapters
+            contents.pop(README, None)
+        additions = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
+        stale = [CommitOperationDelete(name) for name in stale_weights(there, contents)]
+        if copy_under is not None:
+            # the copies then find their content already there
+            api.preupload_lfs_files(repo_id, additions, token=token, revision=revision, free_memory=False)
+            additions += [CommitOperationAdd(f"{copy_under}/{name}", folder / name) for name in files]
+        done = api.create_commit(
+            repo_id,
+            [*stale, *additions],
+            commit_message=commit_message,
+            token=token,
+            revision=revision,
+            parent_commit=parent,
+        )
+    paths = tuple(addition.path_in_repo for addition in additions)
+    return PushResult(repo_id, done, done.oid != parent, paths, tuple(left_out))
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def check_pushable(folder: Path) -> None:
+    """Raises as `push_folder` does if a folder is no whole model or adapter in safetensors."""
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; give the folder it lies in")
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file() and not (folder / "config.json").is_file():
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise FileNotFoundError(f"{folder} lacks adapter_model.safetensors; save the adapter again")
+        try:
+            with safe_open(folder / "adapter_model.safetensors", framework="pt"):
+                return
+        except SafetensorError as error:
+            raise ValueError(f"the weights in {folder} are damaged ({error}); save the adapter again") from error
+    check_model_folder(folder)
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} has its weights as a pickle, which runs code when it is read; load it and save it again with "
+            "save_pretrained, which writes safetensors"
+        )
+
+
+def files_to_push(folder: Path) -> tuple[list[str], list[str]]:
+    """Paths in a folder that belong on the Hub, and those that do not: pickles, optimizers, logs, other code.
+
+    Of the Python files those belong that `auto_map` names, and what they import.
+    """
+    code = code_of(folder)
+    pushed: list[str] = []
+    left_out: list[str] = []
+    for path in sorted(folder.rglob("*")):
+        name = PurePosixPath(path.relative_to(folder).as_posix())
+        if not path.is_file():
+            continue
+        part_of_run = any(fnmatchcase(part, pattern) for part in name.parts[:-1] for pattern in RUN_FOLDERS)
+        wanted = str(name) in code or name.suffix in PUSHED or name.name in PUSHED_NAMES
+        (pushed if wanted and not part_of_run else left_out).append(str(name))
+    return pushed, left_out
+
+
+def code_of(folder: Path) -> set[str]:
+    """Names of the Python files that the `auto_map` of a model, and of what goes with it, leads to."""
+    waiting: set[str] = set()
+    for name in ("config.json", *PROCESSOR_FILES):
+        file = folder / name
+        if file.suffix == ".json" and file.is_file():
+            for value in json.loads(file.read_text(encoding="utf-8")).get("auto_map", {}).values():
+                references = value if isinstance(value, list) else [value]
+                waiting |= {one.split(".")[0] for one in references if one and "--" not in one}
+    found: set[str] = set()
+    while waiting:
+        module = waiting.pop()
+        file = folder / f"{module}.py"
+        if file.name not in found and file.is_file():
+            found.add(file.name)
+            waiting |= set(get_relative_imports(file))
+    return found
+
+
+def check_no_secrets(folder: Path, files: list[str], token: str | bool | None) -> None:
+    """Raises ValueError naming a text file that holds a token of the Hub: one in its usual form, or the one in use."""
+    own = build_hf_headers(token=token)["authorization"].removeprefix("Bearer ").encode()
+    for name in files:
+        if not name.endswith(TEXT):
+            continue
+        content = (folder / name).read_bytes()
+        if SECRET.search(content) or own in content:
+            raise ValueError(
+                f"{folder / name} holds something that looks like a token of the Hub; take it out, and revoke it if it "
+                "was ever shared. Nothing was sent"
+            )
+
+
+def merged_readme(folder: Path, repo_id: str, there: str | None, *, replace: bool) -> bytes:
+    """The card to push: the repository's or the folder's, with its sections and metadata made anew."""
+    own = read_readme(folder)
+    if own is not None and there is not None and not replace:
+        mine, theirs = hand_written(own), hand_written(there)
+        # a card that we wrote has its title for hand-written text
+        if mine not in theirs and len(mine.splitlines()) > 1:
+            logger.warning(
+                f"{folder / README} has text of its own that the card of {repo_id} has not; the card of the repository "
+                "is kept. To publish the folder's instead, pass replace_readme=True (--replace-readme)"
+            )
+    base = own if there is None or (replace and own is not None) else there
+    return str(model_card(folder, repo_id=repo_id, existing=base or "")).encode()
+
+
+# --- the repository --------------------------------------------------------------------------------------------------
+
+
+def check_target(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> None:
+    """What can be said without the network of where a push is to go.
+
+    Raises:
+        ValueError: The name or the revision is not allowed.
+        PermissionError: There is no token.
+    """
+    validate_repo_id(repo_id)
+    if revision is not None and COMMIT.fullmatch(revision):
+        raise ValueError(f"revision={revision} is a commit, which cannot be pushed to; give a branch, or leave it out")
+    if "authorization" not in {name.lower() for name in build_hf_headers(token=token)}:
+        raise PermissionError(
+            "there is no token for the Hub; log in with `hf auth login` or set the environment variable HF_TOKEN, with a "
+            "token that may write, from https://huggingface.co/settings/tokens"
+        )
+
+
+def prepare_repository(
+    repo_id: str, *, revision: str | None = None, private: bool | None = None, token: str | bool | None = None
+) -> str:
+    """Makes sure that a repository and a branch are there and can be written to; returns "owner/name".
+
+    Raises:
+        ValueError, PermissionError, ConnectionError: As `push_folder`.
+    """
+    check_target(repo_id, revision=revision, token=token)
+    with clear_errors(repo_id, "nothing was sent"):
+        repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if private and not api.model_info(repo_id, token=token).private:
+            raise ValueError(
+                f"{repo_id} is there already and public; make it private in its settings, or leave out private"
+            )
+        if revision not in (None, "main") and not str(revision).startswith("refs/"):
+            api.create_branch(repo_id, branch=str(revision), token=token, exist_ok=True)
+    return repo_id
+
+
+def remote_readme(repo_id: str, revision: str, token: str | bool | None) -> str | None:
+    """The card in a repository at a commit, None if it has none."""
+    try:
+        return (
+            Path(api.hf_hub_download(repo_id, README, revision=revision, token=token)).read_bytes().decode("utf-8-sig")
+        )
+    except EntryNotFoundError:
+        return None
+
+
+def stale_weights(there: Any, contents: dict[str, Path | bytes]) -> list[str]:
+    """Weights in a repository that a push replaces under other names, as when their number of shards changes."""
+    if not any(fnmatchcase(name, pattern) for name in contents for pattern in WEIGHTS):
+        return []
+    names = [sibling.rfilename for sibling in there.siblings or []]
+    return [name for name in names if name not in contents and any(fnmatchcase(name, one) for one in WEIGHTS)]
+
+
+@contextmanager
+def clear_errors(repo_id: str, consequence: str) -> Iterator[None]:
+    """Turns the errors of a Hub client into one sentence that says what to do.
+
+    Raises:
+        FileNotFoundError: There is no such repository.
+        PermissionError: The Hub does not take the token.
+        ValueError: There is no such branch or commit.
+        ConnectionError: Anything else went wrong on the way.
+    """
+    again = (
+        "A push is one commit: the repository has all of it or nothing. Push again, what has arrived is not sent again"
+    )
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise ConnectionError(f"{consequence}: HF_HUB_OFFLINE is set; unset it to reach the Hub") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{consequence}: there is no repository {repo_id} on {api.endpoint}, or it is private and the token may not "
+            "read it"
+        ) from error
+    except HfHubHTTPError as error:
+        status, said = error.response.status_code, _said(error)
+        if status == 401:
+            raise PermissionError(
+                f"{consequence}: the Hub does not accept the token for {repo_id} (401, {said}); log in again with "
+                "`hf auth login`, or set HF_TOKEN to a token from https://huggingface.co/settings/tokens"
+            ) from error
+        if status == 403:
+            raise PermissionError(
+                f"{consequence}: the token may not write to {repo_id} (403, {said}); give one that may, or another owner"
+            ) from error
+        if status == 412:
+            raise ConnectionError(
+                f"{consequence}: somebody changed {repo_id} at the same time, and their change is kept. Push again"
+            ) from error
+        if isinstance(error, RevisionNotFoundError):
+            raise ValueError(f"{consequence}: {repo_id} has no such branch or commit") from error
+        raise ConnectionError(f"{consequence}: the Hub answered {status} ({said}). {again}") from error
+    except HTTPError as error:
+        raise ConnectionError(f"{consequence}: the Hub cannot be reached ({error}). {again}") from error
+    except RuntimeError as error:
+        # one file of several; the reason stands in its cause
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        raise ConnectionError(f"{consequence}: {reason} {again}") from error
+
+
+def _said(error: HfHubHTTPError) -> str:
+    """The server's own words, in one line."""
+    return (error.server_message or error.response.headers.get("X-Error-Message") or "no reason given").strip()

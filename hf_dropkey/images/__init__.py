@@ -1,0 +1,1 @@
+"""What every image task shares: checks, augmentation, sources of data."""

@@ -1,0 +1,1 @@
+"""This project's own evidence: grids of runs, their rows, tables, cards and figures."""

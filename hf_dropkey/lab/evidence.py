@@ -1,0 +1,379 @@
+"""What the rows of the experiments answer: tables in Markdown and series for figures, nothing typed by hand.
+
+Each question compares cells that differ in one thing, seed by seed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from ..intervals import Interval, difference, interval
+from .figures import Curve, curves, differences
+from .robustness import OCCLUDED_SHARES
+from .rows import CELL_COLUMNS, Row, by_cell, choose, warnings
+
+
+# the metrics of a table: column title, and whether a larger value is better (None: neither)
+METRICS = {
+    "accuracy": ("accuracy", True),
+    "nll": ("NLL, nats", False),
+    "ece": ("ECE", False),
+    "accuracy_gap": ("accuracy, training minus these images", None),
+}
+PLAIN = {"schedule": "none", "pattern": "none", "alignment": "none", "train_images": "all"}
+DROPKEY = {**PLAIN, "regulariser": "dropkey", "schedule": "decreasing", "pattern": "score"}
+REGULARISERS = {
+    "none": {**PLAIN, "regulariser": "none"},
+    "attention dropout": {**PLAIN, "regulariser": "attention dropout"},
+    "DropKey": DROPKEY,
+}
+OCCLUDED = {0.0: "accuracy"} | {share: f"accuracy_at_occlusion_{share:g}" for share in OCCLUDED_SHARES}
+Seeds = Mapping[str, float]
+
+
+def tasks(rows: Sequence[Row]) -> list[str]:
+    """The tasks of the grids' rows, in order of appearance."""
+    return list(dict.fromkeys(row["task"] for row in grid_rows(rows)))
+
+
+def grid_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows that the grids wrote; the file holds those of single runs too."""
+    return choose(rows, split=("validation", "test"))
+
+
+def seeds_of(rows: Sequence[Row], metric: str, **wanted: str) -> Seeds:
+    """The values of one cell by seed; empty if it was not measured.
+
+    Raises:
+        ValueError: The wanted columns hold of several cells.
+    """
+    found = by_cell(choose(rows, **wanted), CELL_COLUMNS, metric)
+    if len(found) > 1:
+        raise ValueError(f"{wanted} names {len(found)} cells: {sorted(found)}; name one")
+    return next(iter(found.values()), {})
+
+
+def ratio_of(rows: Sequence[Row], **wanted: str) -> str:
+    """The ratio of the one cell that these columns name."""
+    ratios = {row["ratio"] for row in choose(rows, **wanted)}
+    return ratios.pop() if len(ratios) == 1 else ""
+
+
+def comparison(
+    rows: Sequence[Row],
+    cells: Mapping[str, Mapping[str, str]],
+    baseline: str,
+    metrics: Sequence[str] = ("accuracy", "nll"),
+) -> str:
+    """A table with a line for each cell: metrics with intervals, and differences to one of the cells, seed by seed.
+
+    Args:
+        rows: Of one task and split.
+        cells: By name, the columns that tell a cell; cells that were not measured are left out.
+        baseline: The name of the cell to compare with.
+        metrics: Names of `METRICS`.
+    """
+    head = ["", "seeds", *(METRICS[metric][0] for metric in metrics)]
+    head += [f"{METRICS[metric][0]}: difference to {baseline}" for metric in metrics if METRICS[metric][1] is not None]
+    lines = []
+    for name, wanted in cells.items():
+        values = {metric: seeds_of(rows, metric, **wanted) for metric in metrics}
+        if not values[metrics[0]]:
+            continue
+        cell = [
+            name,
+            str(len(values[metrics[0]])),
+            *(str(interval(list(values[one].values()))) if values[one] else "" for one in metrics),
+        ]
+        for metric in metrics:
+            if METRICS[metric][1] is None:
+                continue
+            base = seeds_of(rows, metric, **cells[baseline])
+            cell.append(
+                "" if name == baseline or not values[metric] else judged(difference(values[metric], base), metric)
+            )
+        lines.append(cell)
+    return markdown(head, lines)
+
+
+def judged(found: Interval, metric: str) -> str:
+    """A difference with its interval, and in words whether it is more than its interval."""
+    # no "-0.000"
+    mean = round(found.mean, 3) + 0.0
+    text = f"{mean:+.3f} ± {found.half:.3f}" if found.n > 1 else f"{mean:+.3f} (one seed)"
+    if found.n > 1 and (found.low > 0 or found.high < 0):
+        better = (found.mean > 0) == METRICS[metric][1]
+        return f"{text}, {'better' if better else 'worse'}"
+    return text
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+def named_ratios(rows: Sequence[Row], cells: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """The same cells with the chosen ratio in their names."""
+    named = {}
+    for name, wanted in cells.items():
+        ratio = ratio_of(rows, **wanted)
+        named[f"{name} {ratio}" if ratio not in ("", "0") else name] = dict(wanted)
+    return named
+
+
+def by_regulariser(rows: Sequence[Row], task: str, *, train_images: str = "all") -> str:
+    """Test images: the three regularisers, each with its chosen ratio."""
+    tested = choose(rows, split="test", task=task)
+    cells = named_ratios(tested, {n: {**w, "train_images": train_images} for n, w in REGULARISERS.items()})
+    return comparison(tested, cells, "none", ("accuracy", "nll", "ece", "accuracy_gap"))
+
+
+def by_ratio(rows: Sequence[Row], task: str, metric: str) -> str:
+    """Held-out images: every ratio of both regularisers."""
+    held_out = choose(rows, split="validation", task=task)
+    curve = ratio_curves(held_out, metric)
+    ratios = sorted({ratio for found in curve.values() for ratio in found})
+    lines = [["none", *[str(none_level(held_out, metric))] * bool(ratios), *[""] * (len(ratios) - 1)]]
+    lines += [
+        [name, *(str(found[ratio]) if ratio in found else "" for ratio in ratios)] for name, found in curve.items()
+    ]
+    return markdown([METRICS[metric][0], *(f"ratio {ratio:g}" for ratio in ratios)], lines)
+
+
+def at_equal_ratios(rows: Sequence[Row], task: str, column: str) -> str:
+    """Held-out images: the values of a column (schedule or pattern) at each ratio that all of them were trained with."""
+    held_out = choose(rows, split="validation", task=task)
+    found = choose(held_out, regulariser="dropkey", alignment="none", train_images="all")
+    first = DROPKEY[column]
+    values = [first, *dict.fromkeys(row[column] for row in found if row[column] != first)]
+    others = {name: value for name, value in DROPKEY.items() if name != column}
+    ratios = [{row["ratio"] for row in choose(found, **{**others, column: value})} for value in values]
+    tables = []
+    for ratio in sorted(set.intersection(*ratios), key=float):
+        cells = {value: {**others, column: value, "ratio": ratio} for value in values}
+        tables.append(f"Ratio {ratio}:\n\n" + comparison(held_out, cells, first, ("accuracy", "nll", "ece")))
+    return "\n\n".join(tables)
+
+
+def by_alignment(rows: Sequence[Row], task: str) -> str:
+    """Test images: DropKey with neither alignment, with Monte-Carlo inference, with a fine-tune at the end."""
+    tested = choose(rows, split="test", task=task)
+    cells = {"none": REGULARISERS["none"]} | {
+        f"DropKey, {alignment}" if alignment != "none" else "DropKey": {**DROPKEY, "alignment": alignment}
+        for alignment in ("none", "monte-carlo", "fine-tune")
+    }
+    named = named_ratios(tested, cells)
+    return comparison(
+        tested, named, next(name for name in named if name.startswith("DropKey")), ("accuracy", "nll", "ece")
+    )
+
+
+def by_occlusion(rows: Sequence[Row], task: str) -> str:
+    """Test images with patches hidden."""
+    tested = choose(rows, split="test", task=task)
+    cells = named_ratios(tested, REGULARISERS)
+    lines = [
+        [name, *(str(interval(list(seeds_of(tested, metric, **wanted).values()))) for metric in OCCLUDED.values())]
+        for name, wanted in cells.items()
+        if seeds_of(tested, "accuracy", **wanted)
+    ]
+    return markdown(["accuracy", *(f"{share:.0%} of patches hidden" for share in OCCLUDED)], lines)
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def ratio_curves(held_out: Sequence[Row], metric: str) -> dict[str, Curve]:
+    """For both regularisers that have a ratio, the interval at each one."""
+    found: dict[str, Curve] = {}
+    for name in ("attention dropout", "DropKey"):
+        cells = by_cell(choose(held_out, **REGULARISERS[name]), ["ratio"], metric)
+        if cells:
+            found[name] = {float(ratio): interval(list(seeds.values())) for (ratio,), seeds in cells.items()}
+    return found
+
+
+def none_level(held_out: Sequence[Row], metric: str) -> Interval:
+    """The interval without a regulariser."""
+    return interval(list(seeds_of(held_out, metric, **REGULARISERS["none"]).values()))
+
+
+def ratio_figure(rows: Sequence[Row], metric: str) -> Figure:
+    """A metric of held-out images against the ratio, a panel for each task."""
+    held_out = {task: choose(rows, split="validation", task=task) for task in tasks(rows)}
+    word = METRICS[metric][0]
+    return curves(
+        {task: ratio_curves(found, metric) for task, found in held_out.items()},
+        levels={task: {"none": none_level(found, metric)} for task, found in held_out.items()},
+        xlabel="drop ratio (DropKey: of the first layer)",
+        ylabel=f"{word}, held-out images",
+        title=f"{word[0].upper()}{word[1:]} of small vision transformers by regulariser and ratio; bands: 95 % intervals",
+    )
+
+
+def occlusion_figure(rows: Sequence[Row]) -> Figure:
+    """Test accuracy against the share of hidden patches, a panel for each task."""
+    panels: dict[str, dict[str, Curve]] = {}
+    for task in tasks(rows):
+        tested = choose(rows, split="test", task=task)
+        cells = {name: wanted for name, wanted in REGULARISERS.items() if seeds_of(tested, "accuracy", **wanted)}
+        if cells:
+            panels[task] = {
+                name: {
+                    100 * share: interval(list(seeds_of(tested, metric, **wanted).values()))
+                    for share, metric in OCCLUDED.items()
+                }
+                for name, wanted in cells.items()
+            }
+    return curves(
+        panels,
+        xlabel="patches hidden, %",
+        ylabel="accuracy, test images",
+        title="Accuracy when patches of the image are hidden, each regulariser at its chosen ratio; bands: 95 % intervals",
+    )
+
+
+def variants(rows: Sequence[Row]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Name and columns of every kind of DropKey that was trained on all images at ratios shared by all kinds."""
+    yield "DropKey (decreasing, score)", DROPKEY
+    for column in ("schedule", "pattern"):
+        for value in dict.fromkeys(row[column] for row in choose(rows, regulariser="dropkey")):
+            if value != DROPKEY[column]:
+                yield f"{column} {value}", {**DROPKEY, column: value}
+    yield "fine-tune without DropKey", {**DROPKEY, "alignment": "fine-tune"}
+    yield "Monte-Carlo inference", {**DROPKEY, "alignment": "monte-carlo"}
+    yield "attention dropout", REGULARISERS["attention dropout"]
+
+
+def difference_figure(rows: Sequence[Row], metric: str, ratio: str) -> Figure:
+    """Held-out images: every variant at one ratio minus no regulariser, seed by seed, a panel for each task."""
+    panels: dict[str, dict[str, Interval]] = {}
+    for task in tasks(rows):
+        held_out = choose(rows, split="validation", task=task)
+        base = seeds_of(held_out, metric, **REGULARISERS["none"])
+        panels[task] = {}
+        for name, wanted in variants(grid_rows(rows)):
+            values = seeds_of(held_out, metric, **{**wanted, "ratio": ratio})
+            if values:
+                panels[task][name] = difference(values, base)
+    word = METRICS[metric][0]
+    return differences(
+        panels,
+        xlabel=f"{word}: minus no regulariser",
+        title=f"Held-out images at ratio {ratio}, mean over seeds and 95 % interval; filled: the interval leaves out 0",
+    )
+
+
+def size_figure(rows: Sequence[Row], metric: str) -> Figure:
+    """Test images: both regularisers at their chosen ratio minus none, for each number of training images."""
+    panels: dict[str, dict[str, Interval]] = {}
+    for task in tasks(rows):
+        tested = choose(rows, split="test", task=task)
+        sizes = sorted({row["train_images"] for row in tested}, key=lambda size: (size == "all", size))
+        # names are the same in all panels, whose small sizes differ a little
+        names = {size: "all images" if size == "all" else "few images" for size in sizes}
+        for name in ("DropKey", "attention dropout"):
+            for size in sizes:
+                values = seeds_of(tested, metric, **{**REGULARISERS[name], "train_images": size})
+                base = seeds_of(tested, metric, **{**REGULARISERS["none"], "train_images": size})
+                few = "".join(f", few: {found}" for found in sizes if found != "all")
+                panels.setdefault(f"{task}{few}", {})[f"{name}, {names[size]}"] = difference(values, base)
+    return differences(
+        panels,
+        xlabel=f"{METRICS[metric][0]}: minus no regulariser",
+        title="Test images, few and all training images, mean over seeds and 95 % interval; filled: it leaves out 0",
+    )
+
+
+# --- documents -------------------------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- evidence begin -->", "<!-- evidence end -->"
+
+
+def images_of(rows: Sequence[Row], task: str) -> str:
+    """How many images were tested."""
+    counts = sorted({row["images"] for row in choose(rows, split="test", task=task)})
+    return f"{' or '.join(counts)} test images"
+
+
+def verdict(rows: Sequence[Row], task: str, *, train_images: str = "all") -> str:
+    """In words: DropKey and attention dropout against neither, on the test images."""
+    tested = choose(rows, split="test", task=task)
+    words = []
+    for name in ("DropKey", "attention dropout"):
+        parts = []
+        for metric in ("accuracy", "nll"):
+            base = seeds_of(tested, metric, **{**REGULARISERS["none"], "train_images": train_images})
+            found = difference(seeds_of(tested, metric, **{**REGULARISERS[name], "train_images": train_images}), base)
+            parts.append(f"{METRICS[metric][0].split(',')[0]} {judged(found, metric)}")
+        words.append(f"{name}: {'; '.join(parts)}")
+    return ". ".join(words) + "."
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The README's part: a line for each task and regulariser on the test images, all and few training images."""
+    head = ["test images", "", "seeds", "accuracy", "NLL, nats", "ECE", "accuracy minus none", "NLL minus none"]
+    lines: list[list[str]] = []
+    sure: list[str] = []
+    unsure: list[str] = []
+    for task in tasks(rows):
+        tested = choose(rows, split="test", task=task)
+        for images in sorted({row["train_images"] for row in tested}, reverse=True):
+            place = task if images == "all" else f"{task} with {images} training images"
+            cells = {name: {**wanted, "train_images": images} for name, wanted in REGULARISERS.items()}
+            for number, (name, wanted) in enumerate(named_ratios(tested, cells).items()):
+                values = {metric: seeds_of(tested, metric, **wanted) for metric in ("accuracy", "nll", "ece")}
+                line = ["" if number else place, name, str(len(values["nll"]))]
+                line += [str(interval(list(found.values()))) for found in values.values()]
+                for metric in ("accuracy", "nll"):
+                    base = seeds_of(tested, metric, **cells["none"])
+                    line.append(judged(difference(values[metric], base), metric) if number else "")
+                lines.append(line)
+            # the last line is DropKey's
+            judgements = {"accuracy": lines[-1][6].partition(", ")[2], "NLL": lines[-1][7].partition(", ")[2]}
+            told = ", ".join(f"{metric} {word}" for metric, word in judgements.items() if word)
+            (sure if told else unsure).append(f"{place} ({told})" if told else place)
+    return f"{markdown(head, lines)}\n\n{_in_words(sure, unsure)}"
+
+
+def _in_words(sure: Sequence[str], unsure: Sequence[str]) -> str:
+    """Where DropKey differs from no regulariser by more than the interval, and where it does not."""
+    text = f"DropKey differs from no regulariser by more than the interval on {'; '.join(sure) or 'none of these'}."
+    return f"{text} It does not on {'; '.join(unsure)}." if unsure and sure else text
+
+
+def with_summary(document: str, rows: Sequence[Row]) -> str:
+    """A document with its part between the two markers made anew.
+
+    Raises:
+        ValueError: It has not one of each marker.
+    """
+    if document.count(BEGIN) != 1 or document.count(END) != 1:
+        raise ValueError(f"the document needs one line {BEGIN} and one line {END}, between which the table goes")
+    before, rest = document.split(BEGIN)
+    return f"{before}{BEGIN}\n{summary(rows)}\n{END}{rest.split(END)[1]}"
+
+
+def report(rows: Sequence[Row]) -> str:
+    """All tables, with what has to be known about the rows."""
+    found = grid_rows(rows)
+    parts = []
+    for task in tasks(rows):
+        parts.append(f"## {task}")
+        if choose(found, split="test", task=task):
+            title = f"### None, attention dropout, DropKey: {images_of(found, task)}"
+            parts += [title, verdict(found, task), by_regulariser(found, task)]
+            small = sorted({row["train_images"] for row in choose(found, task=task)} - {"all"}, key=int)
+            for images in small:
+                parts += [f"### The same with {images} training images", verdict(found, task, train_images=images)]
+                parts += [by_regulariser(found, task, train_images=images)]
+            parts += ["### Alignments: test images", by_alignment(found, task)]
+            parts += ["### Hidden patches: test images", by_occlusion(found, task)]
+        for metric in ("accuracy", "nll", "ece"):
+            parts += [f"### {METRICS[metric][0]} by ratio: held-out images", by_ratio(found, task, metric)]
+        for column in ("schedule", "pattern"):
+            if len({row[column] for row in choose(found, task=task, regulariser="dropkey")}) > 1:
+                parts += [f"### By {column}: held-out images", at_equal_ratios(found, task, column)]
+    notes = "\n".join(f"- {note}" for note in warnings(found))
+    notes = notes or "- one commit, one device, one version of each package"
+    return "\n\n".join([*parts, "## Notes on the rows", notes]) + "\n"

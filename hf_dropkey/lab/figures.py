@@ -1,0 +1,177 @@
+"""Figures of results: curves with bands over seeds, and differences with intervals.
+
+Everything is handed in as intervals, so that a figure shows what `results.interval` computed. Colours and marks as in
+`plots`.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..intervals import Interval, interval
+from ..plots import BOX_COLORS
+
+
+Curve = Mapping[float, Interval]
+# yellow is too light for a line on white
+LINE_COLORS = tuple(color for color in BOX_COLORS if color != "#F0E442")
+LINE_STYLES = ("-", "--", "-.", ":")
+MARKERS = "os^Dvp"
+ONE_SEED = "one seed, no interval"
+
+
+def curves(
+    panels: Mapping[str, Mapping[str, Curve]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    levels: Mapping[str, Mapping[str, Interval]] | None = None,
+) -> Figure:
+    """Lines with a band for the 95 % interval over seeds, a panel for each task; a name has one look in all panels.
+
+    A curve of a single seed is drawn without a band, and the legend says so; one of mixed numbers has none where it is one.
+
+    Args:
+        panels: For each panel, for each name, the intervals by place on the x axis.
+        xlabel, ylabel: What the axes show, with units.
+        title: What the reader sees, with where it comes from.
+        levels: For each panel, by name, what does not depend on x: a horizontal line with its band.
+
+    Raises:
+        ValueError: There is no panel, or one has neither curve nor level.
+    """
+    levels = levels or {}
+    empty = [name for name in panels if not panels[name] and not levels.get(name)]
+    if not panels or empty:
+        raise ValueError(f"nothing to draw{f' in {empty}' if empty else ''}; run the experiments first")
+    named = list(dict.fromkeys(name for panel in (*levels.values(), *panels.values()) for name in panel))
+    figure = Figure(figsize=(3.7 * len(panels) + 0.8, 4.0), layout="constrained")
+    for axis, (place, drawn) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, level in levels.get(place, {}).items():
+            look = _look(named.index(name))
+            axis.axhline(level.mean, label=_label(name, [level]), **{**look, "marker": ""})
+            axis.axhspan(level.low, level.high, color=look["color"], alpha=0.13, lw=0)
+        for name, curve in drawn.items():
+            look = _look(named.index(name))
+            places = sorted(curve)
+            found = [curve[x] for x in places]
+            axis.plot(places, [one.mean for one in found], label=_label(name, found), ms=5, **look)
+            # where there is one seed, the band has no height
+            if any(one.n > 1 for one in found):
+                axis.fill_between(
+                    places,
+                    [one.low for one in found],
+                    [one.high for one in found],
+                    color=look["color"],
+                    alpha=0.2,
+                    lw=0,
+                )
+        axis.set(title=place, xlabel=xlabel, ylabel=ylabel)
+        axis.grid(visible=True, alpha=0.3)
+    _finish(figure, title)
+    return figure
+
+
+def differences(panels: Mapping[str, Mapping[str, Interval]], *, xlabel: str, title: str) -> Figure:
+    """Differences to a baseline as points with their 95 % intervals, one line each, and a line at no difference.
+
+    What is shown filled differs from 0 by more than its interval; the others are hollow. One seed has no interval, and the
+    name says what its missing bar means.
+
+    Args:
+        panels: For each panel, the differences by name; the names of the first panel, in its order, come first.
+        xlabel: What is subtracted from what, with the unit.
+        title: What the reader sees, with where it comes from.
+
+    Raises:
+        ValueError: There is nothing to draw.
+    """
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    if not names:
+        raise ValueError("no differences to draw; run the experiments first")
+    figure = Figure(figsize=(3.4 * len(panels) + 2.2, 0.34 * len(names) + 1.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    single = {name for panel in panels.values() for name, found in panel.items() if found.n == 1}
+    for number, (axis, (place, found)) in enumerate(zip(axes, panels.items(), strict=True)):
+        color = LINE_COLORS[number % len(LINE_COLORS)]
+        axis.axvline(0, color="black", lw=1)
+        for row, name in enumerate(names):
+            if name not in found:
+                continue
+            one = found[name]
+            sure = one.n > 1 and (one.low > 0 or one.high < 0)
+            error = None if one.n == 1 else [[one.mean - one.low], [one.high - one.mean]]
+            axis.errorbar(
+                one.mean, row, xerr=error, fmt="o", color=color, mfc=color if sure else "white", capsize=3, label=name
+            )
+        axis.set(title=place, xlabel=xlabel)
+        axis.grid(visible=True, axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(names)), [f"{name} (no bar: one seed)" if name in single else name for name in names])
+    axes[0].invert_yaxis()
+    _write_title(figure, title)
+    return figure
+
+
+def training_curves(
+    runs: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], *, metric: str = "loss", title: str
+) -> Figure:
+    """A logged value over the steps of training, for several runs of each kind: mean and band over the runs.
+
+    Args:
+        runs: For each name, the `log_history` of each run's `trainer_state.json`.
+        metric: What was logged, such as "loss" or "eval_accuracy".
+        title: What the reader sees, with where it comes from.
+
+    Raises:
+        ValueError: A run has no such value, or runs of one name logged at different steps.
+    """
+    panel: dict[str, Curve] = {}
+    for name, histories in runs.items():
+        logged = [{int(entry["step"]): entry[metric] for entry in run if metric in entry} for run in histories]
+        if not logged or not all(logged):
+            raise ValueError(f"a run of {name!r} logged no {metric!r}; log it in training, or draw another value")
+        if any(run.keys() != logged[0].keys() for run in logged):
+            raise ValueError(f"the runs of {name!r} logged {metric!r} at different steps; draw runs of one recipe")
+        panel[name] = {step: interval([run[step] for run in logged]) for step in logged[0]}
+    words = {"loss": "training loss (nats)"}
+    return curves({"": panel}, xlabel="optimiser step", ylabel=words.get(metric, metric), title=title)
+
+
+def _look(number: int) -> dict[str, str]:
+    """Colour, line and mark of a name: told apart in grey too."""
+    return {
+        "color": LINE_COLORS[number % len(LINE_COLORS)],
+        "ls": LINE_STYLES[number % len(LINE_STYLES)],
+        "marker": MARKERS[number % len(MARKERS)],
+    }
+
+
+def _label(name: str, found: Sequence[Interval]) -> str:
+    seeds = np.unique([one.n for one in found])
+    if len(seeds) == 1 and seeds[0] == 1:
+        return f"{name} ({ONE_SEED})"
+    span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    return f"{name} ({span} seeds)"
+
+
+def _finish(figure: Figure, title: str) -> None:
+    """One legend for all panels, below them, and the title."""
+    shown: dict[str, object] = {}
+    for axis in figure.axes:
+        assert isinstance(axis, Axes)
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    handles: Any = list(shown.values())
+    columns = max(1, int(figure.get_figwidth() // 2.4))
+    figure.legend(handles, list(shown), loc="outside lower center", ncols=min(columns, len(shown)), fontsize=8)
+    _write_title(figure, title)
+
+
+def _write_title(figure: Figure, title: str) -> None:
+    """The title, in as many lines as the figure's width asks for."""
+    figure.suptitle(textwrap.fill(title, int(13 * figure.get_figwidth())), fontsize=10)

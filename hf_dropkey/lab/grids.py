@@ -1,0 +1,461 @@
+"""Experiments as data: a grid of cells, each the training of one model, and what is measured on its weights.
+
+A grid names a recipe of `scripts/train_image_classification.py` and lists cells (model x regulariser x ratio x schedule x
+pattern x alignment x number of images x seed). Each is trained by the same code as that script's, on the training
+rows but for a held-out part, and measured on that part. The ratio of each kind of cell is chosen there, and the test
+images are looked at once, after that.
+"""
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
+
+from ..classification.arguments import DataArguments
+from ..classification.data import ImageData, load_image_data
+from ..classification.job import ClassificationJob
+from ..classification.model import image_size, set_classes
+from ..classification.transform import ImageTransform, collate_images
+from ..hub.cards import shown_command
+from ..inference import monte_carlo_predict
+from ..models.dropkey import PATTERNS, SCHEDULES
+from ..training.checkpoints import prepare_output_folder, sort_by_wholeness
+from .robustness import metrics_of, occlusion_accuracy, predict_logits
+from .rows import CELL_COLUMNS, Row, by_cell, choose
+from .timing import commit
+
+
+NONE = "none"
+REGULARISERS = (NONE, "attention dropout", "dropkey")
+MONTE_CARLO, FINE_TUNE = "monte-carlo", "fine-tune"
+ALIGNMENTS = (NONE, MONTE_CARLO, FINE_TUNE)
+ALL_IMAGES = "all"
+# share of the steps, the last ones, that the fine-tune trains without DropKey
+FINE_TUNE_SHARE = 0.1
+MASKS = 20
+# in a cell's folder: what it was told when it began, and what it took when it was whole
+BEGUN, DONE = "begun.json", "experiment.json"
+# what every cell has a row of, and of these a smaller value is better
+SELECTABLE = ("accuracy", "nll", "ece")
+LOWER_IS_BETTER = ("nll", "ece")
+UNITS = {"nll": "nats", "train_nll": "nats", "train_seconds": "s", "parameters": "count"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training, or with a Monte-Carlo alignment another way to use the weights of one.
+
+    Attributes:
+        model: Name of a model of the grid.
+        regulariser: One of `REGULARISERS`.
+        ratio: Ratio of the regulariser, (0, 1); 0 for "none".
+        schedule: Of DropKey over depth; "none" for the others.
+        pattern: Of DropKey; "none" for the others.
+        alignment: One of `ALIGNMENTS`.
+        train_images: Number of training images, or "all".
+        seed: Of the weights, the order of images, and what is dropped.
+    """
+
+    model: str
+    regulariser: str
+    ratio: float = 0.0
+    schedule: str = NONE
+    pattern: str = NONE
+    alignment: str = NONE
+    train_images: int | str = ALL_IMAGES
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value that no cell can have."""
+        for name, kinds in (("ratio", (int, float)), ("seed", int)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds) or value < 0:
+                raise ValueError(f"unknown cell: {name} {value!r}; give a number from 0 on, without quotes")
+        # 0 and 0.0 are one cell, of one name
+        object.__setattr__(self, "ratio", float(self.ratio))
+        if float(f"{self.ratio:g}") != self.ratio:
+            raise ValueError(f"unknown cell: ratio {self.ratio!r}; rows hold six digits of it, give no more")
+        dropkey = self.regulariser == "dropkey"
+        allowed: dict[str, Sequence[Any]] = {
+            "regulariser": REGULARISERS,
+            "schedule": SCHEDULES if dropkey else (NONE,),
+            "pattern": PATTERNS if dropkey else (NONE,),
+            "alignment": ALIGNMENTS if dropkey else (NONE,),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"unknown cell: {name} {getattr(self, name)!r} with regulariser {self.regulariser!r}; allowed are "
+                    f"{', '.join(map(repr, values))}"
+                )
+        if not (self.ratio == 0 if self.regulariser == NONE else 0 < self.ratio < 1):
+            raise ValueError(
+                f"unknown cell: ratio {self.ratio} with regulariser {self.regulariser!r}; it is 0 for 'none' and in "
+                "(0, 1) for the others"
+            )
+        images = self.train_images
+        if images != ALL_IMAGES and not (isinstance(images, int) and not isinstance(images, bool) and images > 0):
+            raise ValueError(f"unknown cell: train_images {images!r}; give a number from 1 on, or {ALL_IMAGES!r}")
+
+    @property
+    def trained(self) -> "Cell":
+        """The cell whose weights this one uses."""
+        return replace(self, alignment=NONE) if self.alignment == MONTE_CARLO else self
+
+    @property
+    def name(self) -> str:
+        """A name for a folder, the same for all cells that share weights."""
+        words = [str(value) for name, value in asdict(self.trained).items() if name != "seed" and value != NONE]
+        return "_".join([*words, f"seed{self.seed}"]).replace(" ", "-")
+
+    def kind(self) -> tuple[str, ...]:
+        """What the ratio is chosen for: the cell without ratio and seed."""
+        return tuple(str(value) for name, value in asdict(self).items() if name not in ("ratio", "seed"))
+
+    def arguments(self) -> list[str]:
+        """What `scripts/train_image_classification.py` has to be told beside recipe, model and folder."""
+        given: dict[str, Any] = {"seed": self.seed, "dropkey_ratio": 0.0}
+        if self.regulariser == "dropkey":
+            given |= {"dropkey_ratio": self.ratio, "dropkey_schedule": self.schedule, "dropkey_pattern": self.pattern}
+        elif self.regulariser == "attention dropout":
+            given["attention_probs_dropout_prob"] = self.ratio
+        if self.alignment == FINE_TUNE:
+            given["dropkey_alignment"] = FINE_TUNE_SHARE
+        if self.train_images != ALL_IMAGES:
+            given["max_train_samples"] = self.train_images
+        return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+    def columns(self, grid: "Grid") -> dict[str, str]:
+        """What identifies the cell in a results file."""
+        values = {**asdict(self), "ratio": f"{self.ratio:g}", "experiment": grid.name, "task": grid.task}
+        return {name: str(values[name]) for name in (*CELL_COLUMNS, "seed")}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells of one task.
+
+    Attributes:
+        name: The experiment's name in the results: that of the grid's file.
+        task: What the data is called.
+        recipe: The recipe that all cells start from, a path relative to the project's folder.
+        models: For each model, the arguments that make it.
+        cells: The cells, each once.
+        select_by: The metric of the held-out images by which ratios are chosen.
+        occlusion_patch: Side in pixels of the patches that occlusion hides.
+        about: For readers: the command, the machine, the time, what to expect.
+    """
+
+    name: str
+    task: str
+    recipe: str
+    models: dict[str, dict[str, Any]]
+    cells: tuple[Cell, ...]
+    select_by: str
+    occlusion_patch: int
+    about: str = field(default="", compare=False)
+
+    @classmethod
+    def load(cls, file: Path) -> "Grid":
+        """Reads a grid: a JSON object with the attributes' names.
+
+        `cells` is a list of objects, each a product: every field has a list of values, or one. What DropKey cells leave
+        out is `schedule` "decreasing" and `pattern` "score"; `model` stands for all models. `seeds` is for all cells.
+
+        Raises:
+            ValueError: A field is missing or unknown, a cell is unknown, or no cell is listed.
+        """
+        found = json.loads(file.read_text(encoding="utf-8"))
+        wanted = {entry.name for entry in fields(cls)} - {"name"} | {"seeds"}
+        wrong = sorted(wanted ^ set(found))
+        if wrong:
+            missing = [name for name in wrong if name in wanted]
+            raise ValueError(
+                f"the grid {file} {'lacks' if missing else 'has unknown fields'} {', '.join(missing or wrong)}; a grid "
+                f"has {', '.join(sorted(wanted))}"
+            )
+        if not isinstance(found["seeds"], list):
+            raise ValueError(f"the grid {file} has the seeds {found['seeds']!r}; give a list, such as [0, 1, 2]")
+        if found["select_by"] not in SELECTABLE:
+            raise ValueError(
+                f"the grid {file} selects by {found['select_by']!r}; every cell has {', '.join(SELECTABLE)}"
+            )
+        cells = list(cls._cells(found))
+        if not cells:
+            raise ValueError(f"the grid {file} lists no cell")
+        del found["seeds"]
+        return cls(name=file.stem, **{**found, "cells": tuple(dict.fromkeys(cells))})
+
+    @staticmethod
+    def _cells(found: Mapping[str, Any]) -> Iterator[Cell]:
+        known = {entry.name for entry in fields(Cell)} - {"seed"}
+        for product in found["cells"]:
+            unknown = sorted(set(product) - known)
+            if unknown:
+                raise ValueError(
+                    f"unknown cell: fields {unknown} in {product}; allowed are {', '.join(sorted(known))}"
+                )
+            if "regulariser" not in product:
+                raise ValueError(
+                    f"unknown cell: {product} names no regulariser; allowed are {', '.join(REGULARISERS)}"
+                )
+            listed = {
+                name: value if isinstance(value, list) else [value]
+                for name, value in {"model": list(found["models"]), **product}.items()
+            }
+            empty = sorted(name for name, values in listed.items() if not values)
+            if empty:
+                raise ValueError(f"unknown cell: no value of {', '.join(empty)} in {product}")
+            strange = sorted(set(listed["model"]) - set(found["models"]))
+            if strange:
+                raise ValueError(f"unknown cell: models {strange}; the grid has {', '.join(found['models'])}")
+            for values in itertools.product(*listed.values()):
+                given = dict(zip(listed, values, strict=True))
+                if given["regulariser"] == "dropkey":
+                    given = {"schedule": SCHEDULES[0], "pattern": PATTERNS[0], **given}
+                for seed in found["seeds"]:
+                    yield Cell(**given, seed=seed)
+
+    def groups(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+        """Cells that share weights, in the order of their seeds, so that an interrupted grid has whole comparisons."""
+        found: dict[Cell, list[Cell]] = {}
+        for cell in sorted(cells, key=lambda cell: cell.seed):
+            found.setdefault(cell.trained, []).append(cell)
+        return list(found.values())
+
+
+def missing_cells(grid: Grid, rows: Sequence[Row], split: str) -> list[Cell]:
+    """The cells of a grid without rows of a split."""
+    names = (*CELL_COLUMNS, "seed")
+    done = {tuple(row[name] for name in names) for row in choose(rows, experiment=grid.name, split=split)}
+    return [cell for cell in grid.cells if tuple(cell.columns(grid)[name] for name in names) not in done]
+
+
+def chosen_cells(grid: Grid, rows: Sequence[Row]) -> list[Cell]:
+    """For each kind of cell those, of all seeds, with the ratio that is best on the held-out images.
+
+    Raises:
+        ValueError: The grid is not finished, or the test images were looked at with another ratio before.
+    """
+    missing = missing_cells(grid, rows, "validation")
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(grid.cells)} cells are not finished, such as {missing[0].name}; ratios are chosen "
+            "when all are: run the grid without --test first"
+        )
+    held_out = by_cell(choose(rows, experiment=grid.name, split="validation"), CELL_COLUMNS, grid.select_by)
+    sign = 1 if grid.select_by in LOWER_IS_BETTER else -1
+    means: dict[tuple[str, ...], dict[float, float]] = {}
+    for cell in grid.cells:
+        values = held_out[tuple(cell.columns(grid)[name] for name in CELL_COLUMNS)]
+        means.setdefault(cell.kind(), {})[cell.ratio] = sign * sum(values.values()) / len(values)
+    best = {kind: min(ratios, key=lambda ratio: ratios[ratio]) for kind, ratios in means.items()}
+    chosen = [cell for cell in grid.cells if cell.ratio == best[cell.kind()]]
+    looked = {
+        tuple(row[name] for name in CELL_COLUMNS) for row in choose(rows, experiment=grid.name, split="test")
+    } - {tuple(cell.columns(grid)[name] for name in CELL_COLUMNS) for cell in chosen}
+    if looked:
+        raise ValueError(
+            f"the test images were looked at with cells that are not chosen now: {min(looked)}; a second choice "
+            "after a look at the test is none. Give the changed grid another name"
+        )
+    return chosen
+
+
+def job_of(grid: Grid, cell: Cell, folder: Path, *, root: Path, data: Mapping[str, str]) -> ClassificationJob:
+    """The checked job that trains a cell into a folder; `data` are arguments of the data in place of the recipe's."""
+    job = ClassificationJob.parse([str(root / grid.recipe), *words_of(grid, cell, folder, data=data)])
+    job.check()
+    sides = image_size(job.config)
+    if grid.occlusion_patch < 1 or any(side % grid.occlusion_patch for side in sides):
+        raise ValueError(
+            f"the grid {grid.name} hides patches of {grid.occlusion_patch} pixels, which do not fill images of "
+            f"{sides[0]} x {sides[1]}; choose a divisor as occlusion_patch"
+        )
+    return job
+
+
+def command_of(grid: Grid, cell: Cell, folder: Path) -> str:
+    """The command line, from the project's folder, that trains the weights of a cell into a folder."""
+    words = words_of(grid, cell.trained, folder, data={})
+    return shown_command(["python", "scripts/train_image_classification.py", grid.recipe, *words])
+
+
+def words_of(grid: Grid, cell: Cell, folder: Path, *, data: Mapping[str, str]) -> list[str]:
+    """What `scripts/train_image_classification.py` is told after the recipe."""
+    given = {**grid.models[cell.model], **data, "hold_out_validation": "True"}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return [*words, *cell.arguments(), "--output_dir", str(folder)]
+
+
+def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The trained model of a job and what its training took, from its folder if it is there already.
+
+    A run that was stopped goes on from its last whole checkpoint, if its recipe saves any, and else begins anew.
+
+    Raises:
+        ValueError: The folder holds weights, or the start of a run, that were trained otherwise.
+    """
+    data = cached_data(**asdict(job.data))
+    set_classes(job.config, job.model, data.label_names)
+    told = job.settings()
+    facts: dict[str, Any] = {}
+    for facts_file in (folder / DONE, folder / BEGUN):
+        if not facts_file.is_file():
+            continue
+        facts = json.loads(facts_file.read_text(encoding="utf-8"))
+        # what an older release did not write down is not known to differ
+        changed = sorted(name for name in told.keys() & facts["told"].keys() if facts["told"][name] != told[name])
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run of another recipe (other {', '.join(changed)}); delete it, or choose another "
+                "--output_dir"
+            )
+        if facts_file.name == DONE:
+            return AutoModelForImageClassification.from_pretrained(folder), facts
+    trained_at, checkpoint = commit(), None
+    if sort_by_wholeness(folder)[0]:
+        if not facts:
+            raise ValueError(
+                f"{folder} holds the start of a run whose recipe is not known; delete it, or choose another --output_dir"
+            )
+        checkpoint = prepare_output_folder(folder, resume="true", overwrite=False)
+        before = facts["git_sha"]
+        trained_at = before if before.endswith(trained_at) else f"{before} then {trained_at}"
+    elif folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"told": told, "git_sha": trained_at}
+    write_facts(folder / BEGUN, facts)
+    set_seed(job.training.seed)
+    trainer = job.trainer(job.make_model(data), data)
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model()
+    trainer.save_state()
+    trained: Any = trainer.model
+    facts |= {"epochs": round(float(trainer.state.epoch or 0), 3), "parameters": trained.num_parameters()}
+    # a run that went on knows the time of its last part only
+    if checkpoint is None:
+        facts["train_seconds"] = result.metrics["train_runtime"]
+    # written last: it says that the folder is whole
+    write_facts(folder / DONE, facts)
+    (folder / BEGUN).unlink()
+    return trained, facts
+
+
+def write_facts(file: Path, facts: Mapping[str, Any]) -> None:
+    """Writes a JSON file that is whole or not there, whenever this process is ended."""
+    draft = file.with_suffix(".part")
+    draft.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    draft.replace(file)
+
+
+@cache
+def cached_data(**arguments: Any) -> ImageData:
+    """The data of some arguments, read once in a process."""
+    return load_image_data(DataArguments(**arguments), training=True)
+
+
+@cache
+def cached_test_data(**arguments: Any) -> ImageData:
+    """The same for the evaluation split, which training never sees."""
+    return load_image_data(DataArguments(**arguments), training=False)
+
+
+def data_to_test(data: DataArguments) -> ImageData:
+    """The images to look at once.
+
+    Raises:
+        ValueError: The data has no split for it, so that its place would be taken by images that ratios are chosen on.
+    """
+    found = cached_test_data(**asdict(replace(data, hold_out_validation=False, max_train_samples=None)))
+    if found.evaluation_split.endswith(f" of {data.train_split_name}"):
+        raise ValueError(
+            f"the data has no split for the test, only {data.train_split_name!r}, whose held-out part chooses the ratios; "
+            "give one with --validation_file"
+        )
+    return found
+
+
+def tensors(rows: Dataset, job: ClassificationJob, data: ImageData) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images of some rows as the model takes them, `[B, channels, H, W]`, and their labels `[B]`."""
+    transform = ImageTransform(job.processor, label_ids=data.label_ids, num_channels=job.config.num_channels)
+    batch = collate_images(rows.with_transform(transform).__getitems__(list(range(len(rows)))))
+    return batch["pixel_values"], batch["labels"]
+
+
+def measure(
+    grid: Grid, cells: Sequence[Cell], folder: Path, *, split: str, root: Path, data: Mapping[str, str]
+) -> list[dict[str, str]]:
+    """Trains the weights that some cells share, unless they are there, and measures each cell on a split.
+
+    Args:
+        grid: The grid.
+        cells: Cells of the same weights.
+        folder: The folder of these weights.
+        split: "validation" for the held-out part of the training rows, "test" for the split for evaluation.
+        root: The project's folder.
+        data: Arguments of the data in place of the recipe's.
+
+    Returns:
+        Rows without their origin but for `git_sha`, the commit that trained the weights.
+    """
+    job = job_of(grid, cells[0].trained, folder, root=root, data=data)
+    trained, facts = train_cell(job, folder)
+    model: Any = trained
+    model.to(job.training.device)
+    found = cached_data(**asdict(job.data))
+    evaluated = found
+    if split == "test":
+        evaluated = data_to_test(job.data).with_label_names(found.label_names)
+    pixel_values, labels = tensors(evaluated.evaluation, job, evaluated)
+    pixel_values = pixel_values.to(job.training.device)
+    rows = []
+    for cell in cells:
+        if cell.alignment == MONTE_CARLO:
+            metrics = monte_carlo_metrics(model, pixel_values, labels, seed=cell.seed)
+        else:
+            assert found.train is not None
+            seen = tensors(found.train, job, found)
+            train = metrics_of(predict_logits(model, seen[0].to(pixel_values.device)), seen[1])
+            metrics = metrics_of(predict_logits(model, pixel_values), labels)
+            metrics |= {f"train_{name}": train[name] for name in ("accuracy", "nll")}
+            metrics["accuracy_gap"] = train["accuracy"] - metrics["accuracy"]
+            occluded = occlusion_accuracy(model, pixel_values, labels, patch=grid.occlusion_patch)
+            metrics |= {f"accuracy_at_occlusion_{share:g}": value for share, value in occluded.items()}
+            metrics |= {name: facts[name] for name in ("train_seconds", "parameters") if name in facts}
+        shared = {"epochs": f"{facts['epochs']:g}", "split": split, "images": str(len(labels))}
+        # folders of older releases do not tell
+        shared["git_sha"] = facts.get("git_sha", "unknown")
+        rows += [
+            {
+                **cell.columns(grid),
+                **shared,
+                "metric": name,
+                "value": f"{value:.6g}",
+                "unit": UNITS.get(name, "fraction"),
+            }
+            for name, value in metrics.items()
+        ]
+    return rows
+
+
+def monte_carlo_metrics(
+    model: PreTrainedModel, pixel_values: torch.Tensor, labels: torch.Tensor, *, seed: int
+) -> dict[str, float]:
+    """`classification_metrics` of the mean prediction over `MASKS` random masks, other ones for each thousand images."""
+    predictions = [
+        monte_carlo_predict(model, {"pixel_values": part}, samples=MASKS, seed=seed + number)
+        for number, part in enumerate(pixel_values.split(1000))
+    ]
+    probabilities = torch.cat([prediction.probabilities for prediction in predictions])
+    # log-probabilities are logits; a probability that has vanished in float32 must not become infinite
+    return metrics_of(probabilities.clamp_min(torch.finfo(torch.float32).tiny).log(), labels)

@@ -1,0 +1,16 @@
+"""DropKey on any Transformers model: `apply_dropkey`, `remove_dropkey`, and temporary changes."""
+
+from typing import Any
+
+from .apply import apply_dropkey, dropkey, dropkey_active, dropkey_disabled, remove_dropkey
+from .report import DropKeyReport
+
+
+__all__ = ["DropKeyReport", "apply_dropkey", "dropkey", "dropkey_active", "dropkey_disabled", "remove_dropkey"]
+
+
+def __getattr__(name: str) -> Any:
+    """What version 0.1 had here, with a DeprecationWarning."""
+    from ..moved import forward
+
+    return forward("patching", name)

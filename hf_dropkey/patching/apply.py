@@ -1,0 +1,399 @@
+"""DropKey on any Transformers model by one call, and back: `apply_dropkey`, `remove_dropkey`, and temporary changes.
+
+Settings live as plain attributes on the attention modules (`dropkey_ratio`, `dropkey_pattern`, `dropkey_window`) and,
+to be remembered in checkpoints, as flat fields of the model's configuration. `dispatch.py` says how a module comes to
+drop keys; models of this package do so by themselves, and only their settings change here.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..models.attention import DROPKEY_BACKENDS
+from ..models.dropkey import PATTERNS, check_choice, layer_ratios
+from .dispatch import DropKeyConfigView
+from .legacy_names import convert_legacy_names
+from .report import DropKeyReport, RegularisedAttention
+from .sites import AttentionSite, UnreachedAttention, find_attention, idle_reason, transformers_model
+
+
+MODULE_STATE = ("config", "dropkey_ratio", "dropkey_pattern", "dropkey_window", "dropkey_mode", "dropkey_base_ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropKeySettings:
+    """The arguments of `apply_dropkey` that a configuration remembers, each as the field `dropkey_<name>`."""
+
+    ratio: float
+    final_ratio: float = 0.0
+    schedule: str = "decreasing"
+    pattern: str = "score"
+    window: int = 3
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    cross_attention: bool = False
+    with_attention_dropout: bool = False
+
+    def __post_init__(self) -> None:
+        layer_ratios(1, self.ratio, self.final_ratio, self.schedule)
+        check_choice(self.pattern, PATTERNS, "dropkey_pattern")
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(f"`dropkey_window` must be a whole number of patches, at least 1, got {self.window!r}.")
+
+    @classmethod
+    def resolve(cls, config: PreTrainedConfig, **given: Any) -> "DropKeySettings":
+        """What is given, else what the configuration remembers, else the default."""
+        chosen: dict[str, Any] = {}
+        for name in SETTING_NAMES:
+            value = given.get(name)
+            value = getattr(config, f"dropkey_{name}", None) if value is None else value
+            if value is not None:
+                chosen[name] = _patterns(value) if name in ("include", "exclude") else value
+        if "ratio" not in chosen:
+            raise ValueError(
+                "No drop ratio: pass for example apply_dropkey(model, ratio=0.1). Without `ratio` the settings are read "
+                "from the model's configuration, and this one holds none from an earlier call."
+            )
+        return cls(**chosen)
+
+    def remember(self, config: PreTrainedConfig) -> None:
+        """Writes the settings to a configuration, in types that JSON knows."""
+        for name in SETTING_NAMES:
+            value = getattr(self, name)
+            setattr(config, f"dropkey_{name}", list(value) if isinstance(value, tuple) else value)
+
+
+SETTING_NAMES = tuple(field.name for field in fields(DropKeySettings))
+# not `_attn_implementation`, whose setter also changes sub-configurations
+BACKEND_FIELD = "_attn_implementation_internal"
+CONFIG_STATE = (*(f"dropkey_{name}" for name in SETTING_NAMES), BACKEND_FIELD)
+UNDO = "_dropkey_undo"
+
+
+def _patterns(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+class _Absent(Enum):
+    """Stands for an attribute that an object does not have."""
+
+    ABSENT = "absent"
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """Attributes of attention modules and configurations, to be put back."""
+
+    states: list[tuple[Any, dict[str, Any]]]
+
+    @classmethod
+    def take(cls, root: PreTrainedModel) -> "_Snapshot":
+        sites, _ = find_attention(root)
+        configs = {id(config): config for site in sites for config in _configs(site)} | {id(root.config): root.config}
+        states: list[tuple[Any, dict[str, Any]]] = [(site.module, _read(site.module, MODULE_STATE)) for site in sites]
+        return cls(states + [(config, _read(config, CONFIG_STATE)) for config in configs.values()])
+
+    def restore(self, applied: dict[int, str]) -> None:
+        """Puts the attributes back; the backend of a configuration only if it is still the one `applied` by its id."""
+        for owner, state in self.states:
+            for name, value in state.items():
+                if name == BACKEND_FIELD and applied.get(id(owner)) != owner._attn_implementation:
+                    continue
+                if value is not _Absent.ABSENT:
+                    setattr(owner, name, value)
+                elif name in vars(owner):
+                    delattr(owner, name)
+
+
+def _read(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: vars(owner).get(name, _Absent.ABSENT) for name in names}
+
+
+@dataclass
+class _Undo:
+    """What `remove_dropkey` needs: the state before the first call, the backends asked for, the loading hook."""
+
+    before: _Snapshot
+    backends: list[tuple[PreTrainedConfig, str]]
+    hook: RemovableHandle
+
+    def applied(self) -> dict[int, str]:
+        return {id(config): backend for config, backend in self.backends}
+
+
+def apply_dropkey(
+    model: nn.Module,
+    ratio: float | None = None,
+    *,
+    final_ratio: float | None = None,
+    schedule: str | None = None,
+    pattern: str | None = None,
+    window: int | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    cross_attention: bool | None = None,
+    with_attention_dropout: bool | None = None,
+    backend: str | None = None,
+    verbose: bool = True,
+) -> DropKeyReport:
+    """Makes the attention of a Transformers model drop keys in training, in place.
+
+    What is not given is taken from the model's configuration, where an earlier call, perhaps before the model was saved,
+    left its settings; then from the defaults. So `apply_dropkey(model)` after `from_pretrained` re-applies them. A
+    second call replaces the first. `model.save_pretrained` goes on to write a plain Transformers checkpoint.
+
+    The schedule runs over the attentions that drop keys, in order of execution, separately in each stack of layers
+    (encoder, decoder, vision tower, text tower). DETR's first decoder self-attention, which attends to a constant,
+    and attentions with a single key take no part.
+
+    Args:
+        model: A Transformers model, or a module that wraps one (PEFT, `torch.compile`, DDP).
+        ratio: Largest drop ratio, [0, 1).
+        final_ratio: Ratio at the other end of each ramp, [0, ratio]; default 0.
+        schedule: "decreasing" (default), "constant" or "increasing".
+        pattern: "score" (default), "key", "token", "block" or "cross".
+        window: Side of a block or arm of a cross, in patches; default 3.
+        include: Shell patterns (`*`, `?`, `[...]`) of whole module names to regularise, as the report shows them.
+        exclude: Shell patterns of module names to leave out.
+        cross_attention: Drop keys in cross-attention too; default False.
+        with_attention_dropout: Allow dropout on attention weights beside DropKey, which is meant to replace it.
+        backend: Attention implementation to move the model to; default the one it has.
+        verbose: Print the report (on the first process only).
+
+    Returns:
+        Every attention of the model: those that drop keys and those that do not, with the reason.
+
+    Raises:
+        TypeError: No Transformers model.
+        ValueError: Nothing was reached, a pattern matches nothing, a setting is out of range, or the backend cannot
+            leave out single scores. The model is then unchanged.
+    """
+    root: Any = transformers_model(model)
+    settings = DropKeySettings.resolve(
+        root.config,
+        ratio=ratio,
+        final_ratio=final_ratio,
+        schedule=schedule,
+        pattern=pattern,
+        window=window,
+        include=include,
+        exclude=exclude,
+        cross_attention=cross_attention,
+        with_attention_dropout=with_attention_dropout,
+    )
+    chosen, unreached = _select(root, settings)
+    _check_backends(chosen, settings, backend)
+    _check_attention_dropout(chosen, settings)
+    undo: _Undo | None = vars(root).get(UNDO)
+    if undo is None:
+        root._dropkey_undo = _Undo(
+            _Snapshot.take(root), [], root.register_load_state_dict_pre_hook(convert_legacy_names)
+        )
+    else:
+        undo.before.restore({})
+    if backend is not None:
+        _move(root, chosen, backend)
+    report = DropKeyReport(
+        type(root).__name__, settings.pattern, tuple(_install(chosen, settings)), tuple(unreached), undo is not None
+    )
+    settings.remember(root.config)
+    if verbose and int(os.environ.get("RANK", 0)) == 0:
+        print(report)
+    return report
+
+
+def _select(root: PreTrainedModel, settings: DropKeySettings) -> tuple[list[AttentionSite], list[UnreachedAttention]]:
+    """The sites that the settings ask for, and all other attentions with the reason."""
+    sites, unreached = find_attention(root)
+    names = [site.name for site in sites]
+    for pattern in (*settings.include, *settings.exclude):
+        if names and not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"The pattern {pattern!r} matches no attention that can drop keys in {type(root).__name__}. Patterns "
+                f"match whole names, for example '*{names[0].rpartition('.')[2]}'. Names: {', '.join(names)}."
+            )
+    chosen = []
+    started: set[str] = set()
+    for site in sites:
+        reason = idle_reason(site, site.stack not in started) or _left_out(site, settings)
+        started.add(site.stack)
+        if reason is None:
+            chosen.append(site)
+        else:
+            unreached.append(UnreachedAttention(site.name, reason))
+    if not chosen:
+        seen = "; ".join(f"{attention.name}: {attention.reason}" for attention in unreached) or "no attention at all"
+        raise ValueError(f"DropKey reaches no attention of {type(root).__name__}. Seen: {seen}.")
+    return chosen, unreached
+
+
+def _left_out(site: AttentionSite, settings: DropKeySettings) -> str | None:
+    if site.kind == "cross" and not settings.cross_attention:
+        return "cross-attention; pass cross_attention=True"
+    if not any(fnmatchcase(site.name, pattern) for pattern in settings.include):
+        return f"not in include={list(settings.include)}"
+    if any(fnmatchcase(site.name, pattern) for pattern in settings.exclude):
+        return f"in exclude={list(settings.exclude)}"
+    return None
+
+
+def _configs(site: AttentionSite) -> list[PreTrainedConfig]:
+    """The configurations that name a site's backend: its own, and that of the model which makes its masks."""
+    own = getattr(site.module, "config", site.owner.config)
+    return [getattr(own, "dropkey_config", own), site.owner.config]
+
+
+def _backend(site: AttentionSite) -> str:
+    return _configs(site)[0]._attn_implementation or "eager"
+
+
+def _check_backends(chosen: list[AttentionSite], settings: DropKeySettings, backend: str | None) -> None:
+    # the pattern "token" leaves whole keys out, which every backend can
+    every = settings.pattern == "token"
+    if backend is not None:
+        if not every:
+            check_choice(backend, tuple(DROPKEY_BACKENDS), "backend")
+        for owner in {id(site.owner): site.owner for site in chosen}.values():
+            # raises where Transformers knows that the model does not support it
+            owner.get_correct_attn_implementation(backend)
+        return
+    for site in chosen:
+        if settings.ratio > 0 and not every and _backend(site) not in DROPKEY_BACKENDS:
+            raise ValueError(
+                f"{site.name} runs on attn_implementation={_backend(site)!r}, which cannot leave out single attention "
+                f"scores. Pass backend= one of {', '.join(map(repr, DROPKEY_BACKENDS))}, or pattern='token'."
+            )
+
+
+def _check_attention_dropout(chosen: list[AttentionSite], settings: DropKeySettings) -> None:
+    for site in chosen:
+        config = _configs(site)[0]
+        for name in ("attention_probs_dropout_prob", "attention_dropout"):
+            dropout = getattr(config, name, 0.0)
+            # 0.0 where a model has no such number (some keep a module or None under the name)
+            if not isinstance(dropout, (int, float)) or dropout == 0 or settings.ratio == 0:
+                continue
+            if not settings.with_attention_dropout:
+                raise ValueError(
+                    f"The configuration of {site.name} has `{name}` {dropout}, and DropKey replaces dropout on attention "
+                    f"weights. Load the model with {name}=0.0, or pass with_attention_dropout=True if you mean both."
+                )
+
+
+def _move(root: PreTrainedModel, chosen: list[AttentionSite], backend: str) -> None:
+    """Moves the chosen sites, and the masks made for them, to a backend.
+
+    `set_attn_implementation` would move all sub-models, and raises where one is convolutional.
+    """
+    configs = {id(config): config for site in chosen for config in _configs(site)}
+    for config in configs.values():
+        setattr(config, BACKEND_FIELD, backend)
+    undo: _Undo = vars(root)[UNDO]
+    undo.backends = [entry for entry in undo.backends if id(entry[0]) not in configs]
+    undo.backends += [(config, backend) for config in configs.values()]
+
+
+def _install(chosen: list[AttentionSite], settings: DropKeySettings) -> Iterator[RegularisedAttention]:
+    """Sets the chosen modules up, stack by stack in order of execution."""
+    stacks: dict[str, list[AttentionSite]] = {}
+    for site in chosen:
+        stacks.setdefault(site.stack, []).append(site)
+    for sites in stacks.values():
+        ratios = layer_ratios(len(sites), settings.ratio, settings.final_ratio, settings.schedule)
+        for depth, (site, ratio) in enumerate(zip(sites, ratios, strict=True)):
+            module: Any = site.module
+            # a schedule over steps starts from the new ratio
+            vars(module).pop("dropkey_base_ratio", None)
+            module.dropkey_ratio = ratio
+            module.dropkey_pattern = settings.pattern
+            module.dropkey_window = settings.window
+            if not site.native and not isinstance(module.config, DropKeyConfigView):
+                module.config = DropKeyConfigView(module.config, module)
+            yield RegularisedAttention(site.name, depth, site.kind, site.side, ratio, _backend(site))
+
+
+def remove_dropkey(model: nn.Module) -> None:
+    """Undoes `apply_dropkey`: modules, configuration and backend are as before the first call.
+
+    Raises:
+        ValueError: There is nothing to undo.
+    """
+    root = transformers_model(model)
+    undo: _Undo | None = vars(root).pop(UNDO, None)
+    if undo is None:
+        raise ValueError(
+            f"apply_dropkey was not called on this {type(root).__name__}, so there is nothing to remove. A model of this "
+            "package becomes a plain one through export_plain."
+        )
+    undo.before.restore(undo.applied())
+    undo.hook.remove()
+
+
+@contextmanager
+def dropkey(model: nn.Module, ratio: float | None = None, **settings: Any) -> Iterator[DropKeyReport]:
+    """`apply_dropkey` for the length of a `with` block; afterwards the model is as before, with DropKey or without."""
+    root = transformers_model(model)
+    undo: _Undo | None = vars(root).get(UNDO)
+    before = _Snapshot.take(root)
+    backends = list(undo.backends) if undo is not None else []
+    report = apply_dropkey(model, ratio, **settings)
+    try:
+        yield report
+    finally:
+        inner: _Undo | None = vars(root).get(UNDO)
+        if undo is None and inner is not None:
+            remove_dropkey(root)
+        elif undo is not None:
+            before.restore(undo.applied())
+            undo.backends = backends
+
+
+def dropkey_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and attention modules with a drop ratio, of any patched model or model of this package."""
+    for name, module in model.named_modules():
+        if "dropkey_ratio" in vars(module):
+            yield name, module
+
+
+@contextmanager
+def dropkey_disabled(model: nn.Module) -> Iterator[None]:
+    """No attention of the model drops keys in this `with` block, in training mode neither."""
+    with _mode(model, "never"):
+        yield
+
+
+@contextmanager
+def dropkey_active(model: nn.Module) -> Iterator[None]:
+    """The attentions of the model drop keys in this `with` block whether or not they are in training mode.
+
+    For Monte-Carlo inference: in eval mode everything else (dropout, stochastic depth, batch norm) stays as it is.
+
+    Raises:
+        ValueError: The model has no ratio above 0.
+    """
+    if not any(module.dropkey_ratio > 0 for _, module in dropkey_modules(model)):
+        raise ValueError(
+            f"{type(model).__name__} drops no keys: it has no DropKey, or all ratios are 0. Call apply_dropkey(model, "
+            "ratio=...) first."
+        )
+    with _mode(model, "always"):
+        yield
+
+
+@contextmanager
+def _mode(model: nn.Module, mode: str) -> Iterator[None]:
+    before = [(module, _read(module, ("dropkey_mode",))) for _, module in dropkey_modules(model)]
+    for module, _ in before:
+        module.dropkey_mode = mode
+    try:
+        yield
+    finally:
+        _Snapshot([(module, state) for module, state in before]).restore({})

@@ -1,0 +1,254 @@
+"""One training job: from a command line to a trained, evaluated, described and shared model.
+
+What every task does stands here once, in the order in which it happens. A task is a subclass that says which arguments
+it takes and how they become data, a model and a `Trainer`.
+"""
+
+import logging
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar, get_type_hints
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+
+from ..hub.cards import shown_command
+from ..hub.trainer import check_training_arguments, output_folder
+from .arguments import RunArguments, parse_arguments
+from .checkpoints import check_same_model, prepare_output_folder, run_settings, tell_changes
+from .guards import check_devices
+from .trainer import GuardedTrainer
+
+
+logger = logging.getLogger(__name__)
+
+Data = TypeVar("Data")
+
+# clients that log a line for every request; the second is of newer releases of huggingface_hub
+CHATTY = ("httpx", "httpx2")
+# arguments of `Trainer` that do not change the trained weights: where things go, what is shown and shared, how many
+# workers read. all others do, those of later releases of Transformers too
+INDIFFERENT = frozenset(
+    {
+        "dataloader_num_workers",
+        "dataloader_persistent_workers",
+        "dataloader_pin_memory",
+        "dataloader_prefetch_factor",
+        "ddp_timeout",
+        "disable_tqdm",
+        "hub_always_push",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_revision",
+        "hub_strategy",
+        "hub_token",
+        "include_num_input_tokens_seen",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "logging_first_step",
+        "logging_nan_inf_filter",
+        "logging_steps",
+        "logging_strategy",
+        "output_dir",
+        "project",
+        "push_to_hub",
+        "report_to",
+        "resume_from_checkpoint",
+        "run_name",
+        "save_on_each_node",
+        "save_total_limit",
+        "skip_memory_metrics",
+        "trackio_space_id",
+    }
+)
+
+
+class TrainingJob(ABC, Generic[Data]):
+    """A task's arguments, one object for each group, and what becomes of them.
+
+    A subclass is a dataclass with a field for each group of arguments, in the order of `--help`; the two below are
+    among them. Its methods are called in this order: `check`, `load`, `make_model`, `describe`, `make_trainer`, then
+    training and evaluation, then `draw` and `card`.
+
+    Attributes:
+        TASK: The Hub's name of the task.
+        run: What happens to the output folder and when training goes wrong.
+        training: The arguments of `Trainer`.
+    """
+
+    TASK: ClassVar[str]
+    run: RunArguments
+    training: TrainingArguments
+
+    @classmethod
+    def parse(cls, command: Sequence[str]) -> Self:
+        """Reads a recipe, if the first word names one, and arguments.
+
+        Raises:
+            ValueError: An argument or a field of the recipe is unknown or not allowed.
+        """
+        groups = get_type_hints(cls)
+        made: Any = cls
+        job: Self = made(*parse_arguments([groups[group.name] for group in fields(made)], command))
+        return job
+
+    @abstractmethod
+    def check(self) -> None:
+        """Makes what needs no data, the cheapest first, so that mistakes are found before any data is read."""
+
+    @abstractmethod
+    def load(self) -> Data:
+        """The data, with the classes of the model; called on one process first."""
+
+    @abstractmethod
+    def make_model(self, data: Data) -> PreTrainedModel:
+        """The model for the data; the generators are seeded."""
+
+    @abstractmethod
+    def make_trainer(self, model: PreTrainedModel, data: Data) -> GuardedTrainer:
+        """The `Trainer` of the model on the data."""
+
+    @abstractmethod
+    def describe(self, data: Data) -> None:
+        """Logs what the run trains and evaluates on."""
+
+    @abstractmethod
+    def card(self, data: Data) -> dict[str, Any]:
+        """The facts of the task for the model card: arguments of `HubTrainer.create_model_card`."""
+
+    def draw(self, trainer: GuardedTrainer, data: Data) -> None:
+        """Draws figures into the output folder; none unless a task does."""
+
+    @property
+    def output(self) -> Path:
+        """The folder of the run."""
+        return output_folder(self.training)
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the order of images and of augmentation."""
+        return self.training.seed if self.training.data_seed is None else self.training.data_seed
+
+    def begin(self) -> Path | None:
+        """Sets up logging, makes every check that needs no data, and prepares the output folder.
+
+        Returns:
+            The checkpoint to resume from; None for a new run.
+
+        Raises:
+            ValueError, OSError: As `check` and `prepare_output_folder`.
+        """
+        logging.basicConfig(
+            format="%(levelname)s %(message)s", level=logging.INFO if self.training.should_log else logging.WARNING
+        )
+        for client in CHATTY:
+            logging.getLogger(client).setLevel(logging.WARNING)
+        self.check_training_arguments()
+        self.check()
+        if not self.training.do_train:
+            return None
+        # one process renames and deletes, and the others find it done
+        with self.training.main_process_first(self.training.save_on_each_node, desc="preparing the output folder"):
+            return prepare_output_folder(
+                self.output, resume=self.training.resume_from_checkpoint, overwrite=self.run.overwrite_output_dir
+            )
+
+    def check_training_arguments(self) -> None:
+        """Raises ValueError or PermissionError for arguments of `Trainer` that this job does not allow."""
+        check_training_arguments(self.training)
+
+    def prepare(self, checkpoint: Path | None) -> tuple[PreTrainedModel, Data]:
+        """The seeded model and the data; a checkpoint of another model is refused, one of other settings reported.
+
+        Raises:
+            ValueError: The data cannot be used, or the checkpoint is of another model.
+        """
+        with self.training.main_process_first(desc="loading the data"):
+            data = self.load()
+        set_seed(self.training.seed)
+        model = self.make_model(data)
+        if checkpoint is not None:
+            check_same_model(model.config, checkpoint)
+            if self.training.should_log:
+                tell_changes(checkpoint, run_settings(self.training))
+        logger.info("%d parameters", model.num_parameters())
+        self.describe(data)
+        return model, data
+
+    def trainer(self, model: PreTrainedModel, data: Data) -> GuardedTrainer:
+        """As `make_trainer`, with what the arguments of `Trainer` need for data sets that make their own tensors."""
+        # the transforms read columns that the model does not take
+        self.training.remove_unused_columns = False
+        # without an accelerator there is nothing to pin for, and every data loader would warn
+        self.training.dataloader_pin_memory &= torch.accelerator.is_available()
+        return self.make_trainer(model, data)
+
+    def settings(self) -> dict[str, str]:
+        """The arguments of `Trainer` and of the run that determine the trained weights, by name."""
+        values = {
+            entry.name: getattr(self.training, entry.name)
+            for entry in fields(self.training)
+            if entry.init and entry.name not in INDIFFERENT
+        }
+        values["on_nonfinite_loss"] = self.run.on_nonfinite_loss
+        values["world_size"] = self.training.world_size
+        return {name: str(getattr(value, "value", value)) for name, value in values.items()}
+
+    def execute(self, command: Sequence[str]) -> None:
+        """Runs the job from beginning to end; `command` is what the model card shows."""
+        checkpoint = self.begin()
+        model, data = self.prepare(checkpoint)
+        trainer = self.trainer(model, data)
+        if self.training.do_train:
+            train_and_save(trainer, checkpoint)
+        if self.training.do_eval:
+            evaluate_and_save(trainer)
+        self.draw(trainer, data)
+        write_card(trainer, {"tasks": self.TASK, "command": shown_command(command), **self.card(data)})
+
+    @classmethod
+    def main(cls) -> None:
+        """Runs the job of the command line of this process."""
+        check_devices(os.environ, sys.argv[1:])
+        cls.parse(sys.argv[1:]).execute(started_command())
+
+
+def started_command() -> list[str]:
+    """The command line of this process, as a reader of the model card would start it from a clone."""
+    return ["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+
+
+def train_and_save(trainer: GuardedTrainer, checkpoint: Path | None) -> None:
+    """Trains, from a checkpoint if there is one; saves model, image processor, metrics and trainer state."""
+    model: Any = trainer.model
+    metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", {**metrics, "parameters": model.num_parameters()})
+    trainer.save_state()
+
+
+def evaluate_and_save(trainer: GuardedTrainer) -> None:
+    """Evaluates, prints and saves the metrics."""
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+
+
+def write_card(trainer: GuardedTrainer, facts: dict[str, Any]) -> None:
+    """Writes the model card beside the weights, and uploads everything if `--push_to_hub` is set."""
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**facts)
+    elif (output_folder(trainer.args) / "config.json").is_file():
+        # a run that only evaluates saves no model
+        trainer.create_model_card(**facts)
+
+
+def public_name(source: str | None) -> str | None:
+    """The model that a run started from, as a card shows it: a local path is cut to its last part."""
+    return Path(source).resolve().name if source is not None and Path(source).is_dir() else source

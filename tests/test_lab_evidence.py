@@ -1,0 +1,167 @@
+"""Tables and figures say what the rows say, seed by seed; the committed ones are made from the committed rows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_dropkey.intervals import Interval, difference, interval
+from hf_dropkey.lab.evidence import (
+    BEGIN,
+    END,
+    at_equal_ratios,
+    by_ratio,
+    by_regulariser,
+    difference_figure,
+    judged,
+    occlusion_figure,
+    ratio_figure,
+    report,
+    size_figure,
+    summary,
+    verdict,
+    with_summary,
+)
+from hf_dropkey.lab.rows import COLUMNS, read_rows
+
+
+ROOT = Path(__file__).resolve().parents[1]
+CARDS = ROOT / "model_cards"
+
+
+def row(metric: str, value: float, seed: int, **changes: Any) -> dict[str, str]:
+    usual = dict.fromkeys(COLUMNS, "none") | {"task": "digits", "train_images": "all", "images": "40", "ratio": "0"}
+    given = {"split": "validation", **changes, "metric": metric, "value": value, "seed": seed}
+    return usual | {name: str(found) for name, found in given.items()}
+
+
+def cell(level: float, **changes: Any) -> list[dict[str, str]]:
+    """Rows of a cell of three seeds: the same differences between seeds in each cell."""
+    metrics = {"accuracy": level, "nll": 2 - level, "ece": 0.1, "accuracy_gap": 0.2}
+    metrics |= {f"accuracy_at_occlusion_{share}": level - share for share in (0.25, 0.5, 0.75)}
+    noise = (0.0, 0.02, -0.01)
+    return [row(name, value + noise[seed], seed, **changes) for name, value in metrics.items() for seed in range(3)]
+
+
+DROPKEY = {"regulariser": "dropkey", "schedule": "decreasing", "pattern": "score"}
+
+
+@pytest.fixture
+def rows() -> list[dict[str, str]]:
+    found = []
+    for split in ("validation", "test"):
+        found += cell(0.80, regulariser="none", split=split)
+        found += cell(0.82, **DROPKEY, ratio="0.1", split=split)
+        found += cell(0.75, regulariser="attention dropout", ratio="0.1", split=split)
+        found += cell(0.70, **DROPKEY, ratio="0.1", alignment="monte-carlo", split=split)
+    found += cell(0.78, **DROPKEY, ratio="0.3")
+    found += cell(0.85, **{**DROPKEY, "pattern": "key"}, ratio="0.3")
+    found += cell(0.81, **{**DROPKEY, "schedule": "constant"}, ratio="0.1")
+    # a run that belongs to no grid
+    found += cell(0.1, regulariser="none", split="evaluation", experiment="quickstart", task="other")
+    return found
+
+
+def lines(table: str) -> dict[str, list[str]]:
+    cells = [[part.strip() for part in line.strip("|").split("|")] for line in table.splitlines() if "---" not in line]
+    return {line[0]: line[1:] for line in cells}
+
+
+def test_the_regularisers_are_compared_at_their_chosen_ratio(rows: list[dict[str, str]]) -> None:
+    table = lines(by_regulariser(rows, "digits"))
+    assert list(table)[1:] == ["none", "attention dropout 0.1", "DropKey 0.1"]
+    accuracy = interval([0.82, 0.84, 0.81])
+    assert table["DropKey 0.1"][:2] == ["3", f"{accuracy.mean:.3f} ± {accuracy.half:.3f}"]
+    # the noise is the same in all cells, so differences have none
+    assert table["DropKey 0.1"][5:8] == ["+0.020 ± 0.000, better", "-0.020 ± 0.000, better", "+0.000 ± 0.000"]
+    assert table["attention dropout 0.1"][5] == "-0.050 ± 0.000, worse"
+    assert table["none"][5:] == ["", "", ""]
+
+
+def test_a_difference_inside_its_interval_is_not_called_anything() -> None:
+    assert judged(Interval(0.02, -0.01, 0.05, 5), "accuracy") == "+0.020 ± 0.030"
+    assert judged(Interval(0.02, 0.01, 0.03, 5), "accuracy") == "+0.020 ± 0.010, better"
+    assert judged(Interval(0.02, 0.01, 0.03, 5), "nll") == "+0.020 ± 0.010, worse"
+    assert judged(difference({"0": 1.0}, {"0": 0.5}), "accuracy") == "+0.500 (one seed)"
+    assert judged(difference({"0": 1.0}, {"0": 1.0001}), "accuracy") == "+0.000 (one seed)"
+
+
+def test_every_ratio_has_its_place(rows: list[dict[str, str]]) -> None:
+    table = lines(by_ratio(rows, "digits", "accuracy"))
+    assert table["accuracy"] == ["ratio 0.1", "ratio 0.3"]
+    assert table["DropKey"][1].startswith("0.783 ±") and table["attention dropout"][1] == ""
+
+
+def test_patterns_and_schedules_are_compared_at_equal_ratios(rows: list[dict[str, str]]) -> None:
+    by_pattern = at_equal_ratios(rows, "digits", "pattern")
+    assert by_pattern.startswith("Ratio 0.3:") and "Ratio 0.1:" not in by_pattern
+    assert lines(by_pattern)["key"][4] == "+0.070 ± 0.000, better"
+    by_schedule = at_equal_ratios(rows, "digits", "schedule")
+    assert "Ratio 0.1:" in by_schedule and "Ratio 0.3:" not in by_schedule
+
+
+def test_words_and_summary_follow_the_rows(rows: list[dict[str, str]]) -> None:
+    assert verdict(rows, "digits").startswith("DropKey: accuracy +0.020 ± 0.000, better; NLL -0.020 ± 0.000, better.")
+    table = summary(rows)
+    assert "| digits | none | 3 |" in table and "|  | DropKey 0.1 | 3 |" in table and "other" not in table
+    assert table.endswith("by more than the interval on digits (accuracy better, NLL better).")
+    same = [found for found in rows if found["regulariser"] != "dropkey" or found["split"] == "validation"]
+    same += cell(0.80, **DROPKEY, ratio="0.1", split="test")
+    assert summary(same).endswith("by more than the interval on none of these.")
+    document = with_summary(f"# x\n{BEGIN}\nold\n{END}\nlast\n", rows)
+    assert document == f"# x\n{BEGIN}\n{table}\n{END}\nlast\n" and with_summary(document, rows) == document
+    with pytest.raises(ValueError, match="needs one line <!-- evidence begin -->"):
+        with_summary("# x\n", rows)
+
+
+def test_the_report_flags_rows_of_several_commits(rows: list[dict[str, str]]) -> None:
+    text = report(rows)
+    assert "- one commit, one device" in text and "### Alignments: test images" in text and "## other" not in text
+    rows[0]["git_sha"] = "abc-changed"
+    assert "- mixed git_sha: abc-changed, none" in report(rows)
+
+
+def test_figures_show_the_rows(rows: list[dict[str, str]]) -> None:
+    (ratios,) = ratio_figure(rows, "accuracy").axes
+    drawn = {str(line.get_label()): line for line in ratios.lines}
+    assert list(drawn["DropKey (3 seeds)"].get_xdata()) == [0.1, 0.3]
+    assert list(drawn["DropKey (3 seeds)"].get_ydata()) == pytest.approx([0.82 + 0.01 / 3, 0.78 + 0.01 / 3])
+    assert drawn["none (3 seeds)"].get_ydata()[0] == pytest.approx(0.80 + 0.01 / 3)
+    (occluded,) = occlusion_figure(rows).axes
+    curve = next(line for line in occluded.lines if "DropKey" in str(line.get_label()))
+    assert list(curve.get_xdata()) == [0, 25, 50, 75] and occluded.get_xlabel() == "patches hidden, %"
+    assert list(curve.get_ydata()) == pytest.approx([0.82 + 0.01 / 3 - share for share in (0, 0.25, 0.5, 0.75)])
+    (variants,) = difference_figure(rows, "accuracy", "0.1").axes
+    points = {bar.get_label(): float(bar.lines[0].get_xdata()[0]) for bar in variants.containers}
+    assert points == pytest.approx(
+        {
+            "DropKey (decreasing, score)": 0.02,
+            "schedule constant": 0.01,
+            "Monte-Carlo inference": -0.1,
+            "attention dropout": -0.05,
+        }
+    )
+
+
+def test_data_sizes_are_compared_with_their_own_baseline(rows: list[dict[str, str]]) -> None:
+    few = {"split": "test", "train_images": "7"}
+    rows += cell(0.40, regulariser="none", **few) + cell(0.45, **DROPKEY, ratio="0.3", **few)
+    rows += cell(0.30, regulariser="attention dropout", ratio="0.3", **few)
+    (axis,) = size_figure(rows, "accuracy").axes
+    points = {bar.get_label(): float(bar.lines[0].get_xdata()[0]) for bar in axis.containers}
+    assert axis.get_title() == "digits, few: 7"
+    assert points == pytest.approx(
+        {
+            "DropKey, few images": 0.05,
+            "DropKey, all images": 0.02,
+            "attention dropout, few images": -0.10,
+            "attention dropout, all images": -0.05,
+        }
+    )
+
+
+def test_the_committed_tables_are_those_of_the_committed_rows() -> None:
+    rows = read_rows(CARDS / "results.csv")
+    assert (CARDS / "evidence.md").read_text().endswith(report(rows)), "run python scripts/report_results.py"
+    readme = (ROOT / "README.md").read_text()
+    assert with_summary(readme, rows) == readme, "run python scripts/report_results.py"

@@ -1,0 +1,398 @@
+"""What a patched attention computes: in eval and training, with every kind of mask, on every backend, under every tool."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from stock_architectures import (
+    ARCHITECTURES,
+    TEXT,
+    build,
+    count_drops,
+    llama,
+    loss_of,
+    pixels,
+    quiet,
+    recorded_weights,
+    state_of,
+    tiny_vit,
+    tokens,
+)
+from torch import nn
+
+from hf_dropkey.patching.apply import dropkey_active, dropkey_disabled, remove_dropkey
+from hf_dropkey.patching.dispatch import dropkey_interface
+
+
+# in training these draw random numbers of their own: dropout, random masks, noisy queries, random scales of positions
+RANDOM_WITHOUT_DROPKEY = {
+    "beit",
+    "bert",
+    "conditional_detr",
+    "d_fine",
+    "deformable_detr",
+    "detr",
+    "dinov3_vit",
+    "rt_detr",
+    "segformer",
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_eval_is_bit_equal_before_with_and_after(name: str) -> None:
+    model, inputs = build(name).eval(), ARCHITECTURES[name].inputs()
+    before, state = loss_of(model, inputs, 0), state_of(model)
+    quiet(model, 0.5, cross_attention=True)
+    assert torch.equal(loss_of(model, inputs, 0), before)
+    assert state_of(model) != state
+    remove_dropkey(model)
+    assert torch.equal(loss_of(model, inputs, 0), before)
+    assert state_of(model) == state
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_training_varies_with_the_seed_repeats_with_it_and_has_finite_gradients(name: str) -> None:
+    model, inputs = build(name).train(), ARCHITECTURES[name].inputs()
+    plain = loss_of(model, inputs, 0)
+    quiet(model, 0.5, final_ratio=0.2, cross_attention=True)
+    loss = loss_of(model, inputs, 0)
+    assert torch.equal(loss_of(model, inputs, 0), loss)
+    assert not torch.equal(loss, plain)
+    if name not in RANDOM_WITHOUT_DROPKEY:
+        assert not torch.equal(loss_of(model, inputs, 1), loss)
+        with dropkey_disabled(model):
+            assert torch.equal(loss_of(model, inputs, 1), plain)
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(ARCHITECTURES) - {"d_fine", "deformable_detr", "conditional_detr", "segformer"})
+)
+def test_backends_drop_the_same_scores_for_a_seed(name: str) -> None:
+    inputs = ARCHITECTURES[name].inputs()
+    losses = {}
+    for backend in ("eager", "sdpa"):
+        model = build(name).train()
+        quiet(model, 0.4, final_ratio=0.2, cross_attention=True, backend=backend)
+        losses[backend] = loss_of(model, inputs, 3)
+    torch.testing.assert_close(losses["eager"], losses["sdpa"], rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_where_nothing_is_drawn_the_numbers_are_those_of_the_model(name: str, backend: str) -> None:
+    # a ratio above 0 runs DropKey's attention with all masks, biases and scales; this one never draws a key
+    model, inputs = build(name).eval(), ARCHITECTURES[name].inputs()
+    quiet(model, 1e-12, cross_attention=True, backend=backend)
+    with dropkey_disabled(model):
+        expected = loss_of(model, inputs, 0)
+    with dropkey_active(model):
+        found = loss_of(model, inputs, 0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# --- what an attention may ask for ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_grouped_queries_and_causal_masks(padded: bool) -> None:
+    inputs = {"input_ids": tokens()["input_ids"], "use_cache": False}
+    if padded:
+        inputs["attention_mask"] = tokens()["attention_mask"]
+    model = llama()
+    report = quiet(model, 0.4, schedule="constant", backend="eager")
+    assert {site.side for site in report.sites} == {"encoder"}
+    counts = count_drops(model, inputs, 40)
+    for count in counts.values():
+        assert count.deviation < 4.5
+        assert count.on_hidden == 0
+        assert count.hidden >= 40 * 2 * 4 * 45
+    eager = loss_of(model, inputs, 5)
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(loss_of(model, inputs, 5), eager)
+    with torch.no_grad(), dropkey_active(model):
+        # the last token changes nothing before it
+        ids = inputs["input_ids"].clone()
+        ids[:, -1] = 5
+        torch.manual_seed(0)
+        first = model(**inputs).last_hidden_state[0, :-1]
+        torch.manual_seed(0)
+        second = model(**{**inputs, "input_ids": ids}).last_hidden_state[0, :-1]
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.skipif(
+    "get_interface" not in inspect.getsource(hf.models.t5.modeling_t5),
+    reason=f"T5 of Transformers {hf.__version__} computes its own softmax, not through the attention interface",
+)
+def test_position_biases_are_no_padding() -> None:
+    config = hf.T5Config(
+        vocab_size=99, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, num_decoder_layers=2, dropout_rate=0.0
+    )
+    torch.manual_seed(0)
+    model = hf.T5Model(config).train()
+    with torch.no_grad():
+        # a bias of -80 is no padding: the key is as good as any once the others are gone
+        for stack in (model.encoder, model.decoder):
+            stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.mul_(3).sub_(80)
+    inputs = {**tokens(), "decoder_input_ids": tokens()["input_ids"][:, :5]}
+    report = quiet(model, 0.4, schedule="constant", cross_attention=True, backend="eager")
+    assert [(site.side, site.kind) for site in report.sites] == [("encoder", "self")] * 2 + [
+        ("decoder", "self"),
+        ("decoder", "cross"),
+    ] * 2
+    for count in count_drops(model, inputs, 20).values():
+        assert count.deviation < 4.5
+        assert count.on_hidden == 0
+    report = quiet(model, 1e-12, cross_attention=True)
+    assert len(report.sites) == 6
+    for backend in ("eager", "sdpa"):
+        model.set_attn_implementation(backend)
+        active = sum_of_hidden(model, inputs)
+        with dropkey_disabled(model):
+            torch.testing.assert_close(active, sum_of_hidden(model, inputs))
+    quiet(model, 0.4, cross_attention=True)
+    model.set_attn_implementation("eager")
+    eager = sum_of_hidden(model, inputs)
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(sum_of_hidden(model, inputs), eager)
+
+
+def sum_of_hidden(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    torch.manual_seed(7)
+    return model(**inputs).last_hidden_state
+
+
+def test_scores_are_scaled_by_the_head_width_unless_told() -> None:
+    model = tiny_vit().train()
+    quiet(model, 0.5, backend="eager")
+    module = model.vit.layers[0].attention
+    query, key, value = torch.randn(3, 2, 4, 17, 8)
+    weights = []
+    for scaling in (None, 8**-0.5, 1.0):
+        torch.manual_seed(0)
+        weights.append(dropkey_interface(module, query, key, value, None, scaling=scaling)[1])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.allclose(weights[0], weights[2])
+
+
+def test_an_attention_that_caps_its_scores_is_refused_in_training() -> None:
+    config = hf.Gemma2Config(**TEXT, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=20.0)
+    model = hf.Gemma2Model(config).train()
+    quiet(model, 0.3, backend="eager")
+    with pytest.raises(ValueError, match="asks for `softcap`"):
+        model(tokens()["input_ids"], use_cache=False)
+    model.eval()(tokens()["input_ids"], use_cache=False)
+
+
+def test_a_single_key_is_never_dropped() -> None:
+    model = hf.SegformerModel(
+        hf.SegformerConfig(
+            depths=[1],
+            num_encoder_blocks=1,
+            hidden_sizes=[8],
+            num_attention_heads=[2],
+            sr_ratios=[8],
+            drop_path_rate=0.0,
+        )
+    ).train()
+    quiet(model, 0.9, backend="eager")
+    with recorded_weights(model) as weights:
+        model(**pixels(32))
+    (weight,) = weights.values()
+    assert weight.shape[-1] == 1
+    assert (weight == 1).all()
+
+
+@pytest.mark.parametrize("pattern", ["key", "token", "block", "cross"])
+@pytest.mark.parametrize("name", ["vit", "dinov2_with_registers", "swin"])
+def test_patterns_drop_their_ratio(name: str, pattern: str) -> None:
+    model, inputs = build(name).train(), ARCHITECTURES[name].inputs()
+    quiet(model, 0.25, schedule="constant", pattern=pattern, window=2, backend="eager")
+    if name == "swin" and pattern == "token":
+        with pytest.raises(ValueError, match=r"'token'.*for all queries and heads"):
+            model(**inputs)
+        return
+    dropped: dict[str, list[torch.Tensor]] = {}
+    with torch.no_grad(), recorded_weights(model) as weights:
+        for seed in range(60):
+            loss_of(model, inputs, seed)
+            for site, weight in weights.items():
+                patches = weight[..., -16:]
+                dropped.setdefault(site, []).append((patches == 0).float().mean())
+                if pattern in ("block", "cross") and weight.shape[-1] > 16:
+                    assert (weight[..., :-16] > 0).all()
+    if name != "swin":
+        for site, fractions in dropped.items():
+            assert torch.stack(fractions).mean().item() == pytest.approx(0.25, abs=0.03), site
+
+
+@pytest.mark.parametrize("name", ["yolos", "videomae", "detr"])
+def test_a_window_pattern_without_a_known_grid_is_refused(name: str) -> None:
+    model = build(name).train()
+    quiet(model, 0.3, pattern="block")
+    with pytest.raises(ValueError, match="needs to know the patch grid"):
+        model(**ARCHITECTURES[name].inputs())
+
+
+# --- backends ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_change_of_backend_keeps_dropkey() -> None:
+    model = tiny_vit().train()
+    quiet(model, 0.5)
+    expected = loss_of(model, pixels(), 0)
+    for backend in ("eager", "sdpa"):
+        model.set_attn_implementation(backend)
+        torch.testing.assert_close(loss_of(model, pixels(), 0), expected)
+        assert not torch.equal(loss_of(model, pixels(), 1), expected)
+
+
+def test_a_backend_that_cannot_drop_scores_raises_in_training_and_runs_in_eval(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def flash(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        calls.append(module)
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(hf.AttentionInterface._global_mapping, "flash_attention_2", flash)
+    model = tiny_vit().train()
+    quiet(model, 0.5)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="cannot leave out single attention scores"):
+        model(**pixels())
+    model.eval()(**pixels())
+    assert len(calls) == 3
+    remove_dropkey(model)
+    with pytest.raises(ValueError, match="Pass backend="):
+        quiet(model, 0.5)
+    quiet(model, 0.5, backend="sdpa")
+    loss_of(model.train(), pixels(), 0)
+
+
+@pytest.mark.slow
+def test_flex_attention_drops_the_same_scores() -> None:
+    # on a CPU it has no backward, so in inference
+    model = tiny_vit().eval()
+    outputs = {}
+    for backend in ("sdpa", "flex_attention"):
+        report = quiet(model, 0.5, backend=backend)
+        assert {site.backend for site in report.sites} == {backend}
+        torch.manual_seed(0)
+        with torch.no_grad(), dropkey_active(model):
+            outputs[backend] = model(**pixels()).logits
+    torch.testing.assert_close(outputs["flex_attention"], outputs["sdpa"], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        plain = model(**pixels()).logits
+    assert not torch.allclose(outputs["sdpa"], plain, atol=1e-2)
+
+
+def test_whole_tokens_are_dropped_on_any_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+
+    def flash(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
+        keys.append(key.shape[2])
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(hf.AttentionInterface._global_mapping, "flash_attention_2", flash)
+    model = tiny_vit().train()
+    model.config._attn_implementation = "flash_attention_2"
+    quiet(model, 0.5, schedule="constant", pattern="token")
+    model(**pixels())
+    assert keys == [9] * 3, "17 keys less round(0.5 * 17)"
+    # grouped queries, whose keys the plain function repeats
+    outputs = []
+    for backend in ("eager", "sdpa"):
+        grouped = llama(is_causal=False, attn_implementation=backend)
+        quiet(grouped, 0.5, pattern="token")
+        outputs.append(sum_of_hidden(grouped, {"input_ids": tokens()["input_ids"], "use_cache": False}))
+    torch.testing.assert_close(*outputs)
+    causal = llama(attn_implementation="sdpa")
+    quiet(causal, 0.5, pattern="token")
+    with pytest.raises(ValueError, match=r"'token'.*for all queries and heads"):
+        causal(tokens()["input_ids"], use_cache=False)
+
+
+# --- the tools of training --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "detr"])
+def test_activation_checkpointing_is_bit_equal(name: str) -> None:
+    inputs = ARCHITECTURES[name].inputs()
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(name).train()
+        if not model.supports_gradient_checkpointing:
+            pytest.fail(f"{name} has no activation checkpointing")
+        quiet(model, 0.5, cross_attention=True)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        loss_of(model, inputs, 0).backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
+def test_a_compiled_model_drops_the_same_keys(backend: str) -> None:
+    torch._dynamo.reset()
+    model = tiny_vit(num_hidden_layers=1).train()
+    quiet(model, 0.5, backend=backend)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = loss_of(model, pixels(), 0)
+    loss = loss_of(compiled, pixels(), 0)
+    torch.testing.assert_close(loss, expected)
+    assert not torch.equal(loss_of(compiled, pixels(), 1), loss)
+    loss.backward()
+    model.eval()
+    torch.testing.assert_close(loss_of(compiled, pixels(), 0), loss_of(model, pixels(), 0))
+    # settings may change under a compiled model, and apply to it as to the model
+    quiet(compiled, 0.2, backend=backend)
+    model.train()
+    torch.testing.assert_close(loss_of(compiled, pixels(), 0), loss_of(model, pixels(), 0))
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "detr", "bert"])
+def test_bfloat16(name: str) -> None:
+    model = build(name).to(torch.bfloat16).train()
+    # the losses of detection are not implemented in bfloat16 on a CPU
+    inputs = {name: value for name, value in ARCHITECTURES[name].inputs().items() if name != "labels"}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    quiet(model, 0.5, cross_attention=True)
+    loss = loss_of(model, inputs, 0)
+    loss.backward()
+    assert loss.isfinite()
+    assert torch.equal(loss_of(model, inputs, 0), loss)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_autocast() -> None:
+    model = tiny_vit().train()
+    quiet(model, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, {**pixels(), "labels": torch.tensor([0, 1])}, 0)
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_training_on_boxes_learns() -> None:
+    model = build("detr").train()
+    quiet(model, 0.3, cross_attention=True)
+    inputs = ARCHITECTURES["detr"].inputs()
+    optimiser = torch.optim.AdamW(model.parameters(), 2e-3)
+    losses = []
+    for step in range(25):
+        loss = loss_of(model, inputs, step)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
