@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from hf_dropkey.classification.arguments import AugmentationArguments, DropKeyArguments, ModelArguments
+from hf_dropkey.classification.arguments import AugmentationArguments, ClassificationDropKeyArguments, ModelArguments
 from hf_dropkey.training.arguments import RampArguments, parse_arguments
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "scripts" / "recipes"
-GROUPS = (ModelArguments, DropKeyArguments)
+GROUPS = (ModelArguments, ClassificationDropKeyArguments)
 
 
 def test_the_rest_of_the_command_wins_over_the_recipe(tmp_path: Path) -> None:

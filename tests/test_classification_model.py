@@ -8,7 +8,12 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from hf_dropkey.classification.arguments import AugmentationArguments, DataArguments, DropKeyArguments, ModelArguments
+from hf_dropkey.classification.arguments import (
+    AugmentationArguments,
+    ClassificationDropKeyArguments,
+    DataArguments,
+    ModelArguments,
+)
 from hf_dropkey.classification.data import load_image_data
 from hf_dropkey.classification.families import FAMILIES
 from hf_dropkey.classification.model import (
@@ -27,13 +32,13 @@ OTHERS = [name for name in FAMILIES if name != "vit"]
 
 
 def config_of(digits: bool = True, dropkey: dict[str, Any] | None = None, **model: Any) -> Any:
-    return make_config(ModelArguments(**model), DropKeyArguments(**dropkey or {}), digits=digits)
+    return make_config(ModelArguments(**model), ClassificationDropKeyArguments(**dropkey or {}), digits=digits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_from_scratch_trains_on_its_own_images(family: str) -> None:
     arguments = ModelArguments(model_family=family)
-    config = make_config(arguments, DropKeyArguments(dropkey_ratio=0.2), digits=True)
+    config = make_config(arguments, ClassificationDropKeyArguments(dropkey_ratio=0.2), digits=True)
     assert type(config) is FAMILIES[family].config_class
     assert config.dropkey_ratio == 0.2
     data = load_image_data(DataArguments(max_train_samples=4, max_eval_samples=2), training=True)
@@ -124,7 +129,7 @@ def saved(folder: Path, family: str, **changes: Any) -> Any:
 def test_a_saved_folder_of_a_family_is_where_training_starts(tmp_path: Path, family: str) -> None:
     before = saved(tmp_path, family)
     arguments = ModelArguments(model_name_or_path=str(tmp_path))
-    config = make_config(arguments, DropKeyArguments(dropkey_ratio=0.3), digits=True)
+    config = make_config(arguments, ClassificationDropKeyArguments(dropkey_ratio=0.3), digits=True)
     set_classes(config, arguments, ["cat", "dog"])
     model = make_model(config, arguments)
     assert type(model) is type(before) and model.config.dropkey_ratio == 0.3
@@ -141,7 +146,7 @@ def test_a_saved_folder_of_a_family_is_where_training_starts(tmp_path: Path, fam
 def test_overrides_cannot_add_layers_to_a_pretrained_model(tmp_path: Path) -> None:
     saved(tmp_path, "volo", depths=[1, 1])
     arguments = ModelArguments(model_name_or_path=str(tmp_path), config_overrides={"depths": [1, 2]})
-    config = make_config(arguments, DropKeyArguments(), digits=True)
+    config = make_config(arguments, ClassificationDropKeyArguments(), digits=True)
     with pytest.raises(ValueError, match=r"lacks \d+ weights of the model, such as volo\.stages\.0\.1\."):
         make_model(config, arguments)
 
@@ -150,7 +155,7 @@ def test_a_pretrained_model_without_a_head_gets_one(tmp_path: Path) -> None:
     settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 2}
     ViTForImageClassification(ViTConfig(**settings)).vit.save_pretrained(tmp_path)
     arguments = ModelArguments(model_name_or_path=str(tmp_path))
-    config = make_config(arguments, DropKeyArguments(), digits=True)
+    config = make_config(arguments, ClassificationDropKeyArguments(), digits=True)
     set_classes(config, arguments, ["cat", "dog", "cow"])
     assert make_model(config, arguments).classifier.out_features == 3
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import hf_dropkey
 from hf_dropkey.models.compatibility import MINIMUM_TRANSFORMERS, NEXT_TRANSFORMERS
 
 
@@ -186,6 +187,24 @@ def test_every_room_has_a_floor() -> None:
     contributing = (ROOT / "CONTRIBUTING.md").read_text()
     missing = [room for room in rooms if not re.search(rf"^  (.*  )?{room}(/|\.py)", contributing, re.MULTILINE)]
     assert not missing, f"name {missing} in the house of CONTRIBUTING.md"
+
+
+def test_the_public_names() -> None:
+    families = {"Ceit", "T2TViT", "ViT", "Volo"}
+    models = {
+        f"DropKey{family}{part}"
+        for family in families
+        for part in ("Config", "Model", "ForImageClassification", "PreTrainedModel")
+    }
+    patching = {"DropKeyReport", "apply_dropkey", "remove_dropkey", "dropkey", "dropkey_active", "dropkey_disabled"}
+    inference = {"MonteCarloPrediction", "monte_carlo_predict", "export_plain", "layer_ratios", "default_backend"}
+    training = {"DropKeyLogCallback", "DropKeyScheduleCallback", "DropKeySeedCallback", "HubTrainer", "push_folder"}
+    others = {"DropKeyViTForMaskedImageModeling", "__version__"}
+    assert set(hf_dropkey.__all__) == models | patching | inference | training | others
+    for name in hf_dropkey.__all__:
+        assert getattr(hf_dropkey, name) is not None and name in dir(hf_dropkey)
+    with pytest.raises(AttributeError, match="module 'hf_dropkey' has no attribute 'nothing'"):
+        _ = hf_dropkey.nothing
 
 
 def test_no_test_file_imports_from_another() -> None:

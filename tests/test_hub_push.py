@@ -42,8 +42,8 @@ import json, sys, torch, urllib.request
 from pathlib import Path
 from huggingface_hub import HfApi
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
-from hf_dropkey import hub
-from hf_dropkey.hub import push_folder
+from hf_dropkey.hub import push as hub
+from hf_dropkey import push_folder
 
 shape, readme = json.loads(sys.argv[1]), sys.argv[2]
 api, seen = HfApi(), {}
@@ -247,8 +247,8 @@ def test_what_was_pushed_loads_by_name_in_a_fresh_process_and_offline(hub, seen,
 
 
 PUSH_FAMILIES = """
-from hf_dropkey.families import FAMILIES, SMALLEST
-from hf_dropkey.hub import push_folder
+from hf_dropkey.classification.families import FAMILIES, SMALLEST
+from hf_dropkey import push_folder
 for name, family in FAMILIES.items():
     config = family.config_class(**family.sizes[SMALLEST], **family.digits_shape, num_labels=3)
     family.model_class(config).save_pretrained(name)

@@ -22,7 +22,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from transformers import TrainingArguments
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
-from hf_dropkey.hub_trainer import HubTrainer
+from hf_dropkey import HubTrainer
 
 shape, token, seen, api = json.loads(sys.argv[1]), sys.argv[2], {}, HfApi()
 data = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 3} for i in range(8)]

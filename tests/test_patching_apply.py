@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import transformers as hf
 from stock_architectures import (
     ARCHITECTURES,
@@ -106,17 +108,33 @@ def test_ratio_zero_is_plain_attention_and_says_so() -> None:
 
 def test_the_report_is_printed_as_a_table(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("siglip")
-    report = apply_dropkey(model, 0.3)
+    report = apply_dropkey(model, 0.3, verbose=True)
     printed = capsys.readouterr().out
     assert printed == f"{report}\n"
     assert "encoder.layers.0.self_attn" in printed and "encoder self" in printed and "sdpa" in printed
     assert "head: torch.nn.MultiheadAttention" in printed
     assert "replaces" not in printed
-    apply_dropkey(model, 0.2)
+    apply_dropkey(model, 0.2, verbose=True)
     assert "replaces the settings of an earlier call" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")
-    apply_dropkey(model, 0.2)
+    apply_dropkey(model, 0.2, verbose=True)
     assert capsys.readouterr().out == ""
+
+
+def test_the_report_is_logged_at_the_verbosity_of_transformers(capsys: pytest.CaptureFixture) -> None:
+    usual, logger, shown = transformers.logging.get_verbosity(), logging.getLogger("transformers.dropkey"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        transformers.logging.set_verbosity_info()
+        report = apply_dropkey(build("siglip"), 0.3)
+        transformers.logging.set_verbosity_warning()
+        apply_dropkey(build("siglip"), 0.3)
+    finally:
+        logger.removeHandler(handler)
+        transformers.logging.set_verbosity(usual)
+    assert shown == [str(report)] and capsys.readouterr().out == ""
 
 
 # --- per instance -----------------------------------------------------------------------------------------------------
@@ -333,7 +351,7 @@ DDP = """
 import sys, torch, torch.distributed as dist
 import transformers as hf
 from torch.nn.parallel import DistributedDataParallel
-from hf_dropkey.callbacks import seed_process
+from hf_dropkey.training.callbacks import seed_process
 from hf_dropkey.patching import apply_dropkey, dropkey_modules
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)

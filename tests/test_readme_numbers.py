@@ -41,7 +41,7 @@ NOT_MEASURED = {
     "Transformers 5.23": "a version",
     "Transformers 5.13": "a version",
     "(not in 5.23)": "a version",
-    "the 95 % interval": "the level that hf_dropkey.results states",
+    "the 95 % interval": "the level that hf_dropkey.intervals states",
     "leaves out 0.": "no difference",
     "[0, 1); the paper uses 0.05 to 0.3": "a range, and the paper's settings",
     "`dropkey_ratio` | 0.1 |": "a default",

@@ -192,7 +192,7 @@ import sys
 from pathlib import Path
 import torch, torch.distributed as dist
 import transformers as hf
-from hf_dropkey.callbacks import DropKeySeedCallback
+from hf_dropkey import DropKeySeedCallback
 from hf_dropkey.patching import apply_dropkey
 
 class Indices(torch.utils.data.Dataset):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..images.augmentation import Augmentation
 from ..images.sources import EVALUATION_SPLITS
+from ..training.arguments import DropKeyArguments
 from .families import FAMILIES
 
 
@@ -109,35 +110,13 @@ class ModelArguments:
 
 
 @dataclass
-class DropKeyArguments:
-    """DropKey, and the dropout it replaces. What is not given is as the model has it, or as its configuration has it."""
+class ClassificationDropKeyArguments(DropKeyArguments):
+    """DropKey, and the dropout it replaces. What is not given is as the model's configuration has it."""
 
-    _argument_group_name = "DropKey"
-
-    dropkey_ratio: float | None = field(
-        default=None, metadata={"help": "Largest drop ratio of a layer, in [0, 1); 0 trains without. Default: 0.1."}
-    )
-    dropkey_final_ratio: float | None = field(
-        default=None, metadata={"help": "The other end of the schedule, from 0 to the ratio. Default: 0."}
-    )
-    dropkey_schedule: str | None = field(
-        default=None, metadata={"help": "Over depth: decreasing (default), constant or increasing."}
-    )
-    dropkey_pattern: str | None = field(
-        default=None, metadata={"help": "Dropped together: score (default, the paper's), key, token, block or cross."}
-    )
-    dropkey_window: int | None = field(default=None, metadata={"help": "Patches of a block's side or a cross's arm."})
     attention_probs_dropout_prob: float | None = field(
         default=None,
         metadata={"help": "Plain dropout on attention weights, to compare with; needs --dropkey_ratio 0."},
     )
-    dropkey_with_attention_dropout: bool | None = field(
-        default=None, metadata={"help": "Allows plain dropout on attention weights beside DropKey."}
-    )
-
-    def given(self) -> dict[str, Any]:
-        """The arguments that were given."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass

@@ -18,7 +18,7 @@ from ..images.augmentation import Augmentation, AugmentationEpoch
 from ..training.arguments import RampArguments, RunArguments
 from ..training.job import TrainingJob, public_name
 from ..training.trainer import GuardedTrainer
-from .arguments import AugmentationArguments, DataArguments, DropKeyArguments, ModelArguments
+from .arguments import AugmentationArguments, ClassificationDropKeyArguments, DataArguments, ModelArguments
 from .data import ImageData, load_image_data
 from .metrics import classification_metrics
 from .model import check_loss, image_size, make_config, make_image_processor, make_model, set_classes
@@ -61,7 +61,7 @@ class ClassificationJob(TrainingJob[ImageData]):
     TASK = "image-classification"
 
     model: ModelArguments
-    dropkey: DropKeyArguments
+    dropkey: ClassificationDropKeyArguments
     ramp: RampArguments
     data: DataArguments
     augmentation_arguments: AugmentationArguments

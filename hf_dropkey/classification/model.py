@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from ..saved import check_model_folder
-from .arguments import SHAPE_FIELDS, DropKeyArguments, ModelArguments
+from .arguments import SHAPE_FIELDS, ClassificationDropKeyArguments, ModelArguments
 from .families import FAMILIES, SMALLEST, Family, family_of, image_processor
 
 
@@ -15,7 +15,7 @@ from .families import FAMILIES, SMALLEST, Family, family_of, image_processor
 HEADS = ("classifier.", "token_classifier.")
 
 
-def make_config(model: ModelArguments, dropkey: DropKeyArguments, *, digits: bool) -> PreTrainedConfig:
+def make_config(model: ModelArguments, dropkey: ClassificationDropKeyArguments, *, digits: bool) -> PreTrainedConfig:
     """The configuration, checked, without the classes, which the data will tell.
 
     Raises:
@@ -53,7 +53,7 @@ def overrides(model: ModelArguments, family: str) -> dict[str, Any]:
         ValueError: The family has no such field, or the field has an argument of its own.
     """
     given: Any = model.config_overrides or {}
-    arguments = {field.name for group in (ModelArguments, DropKeyArguments) for field in fields(group)}
+    arguments = {field.name for group in (ModelArguments, ClassificationDropKeyArguments) for field in fields(group)}
     twice = sorted(arguments & set(given))
     if twice:
         raise ValueError(f"--config_overrides has {twice}, which are arguments of their own: pass --{twice[0]}")

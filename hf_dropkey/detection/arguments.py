@@ -1,14 +1,11 @@
 """The arguments of a detection job: model, DropKey, data."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from transformers import PreTrainedModel
-
 from ..images.sources import EVALUATION_SPLITS
-from ..patching.apply import apply_dropkey
-from ..patching.report import DropKeyReport
+from ..training.arguments import DropKeyArguments
 
 
 ModelType = Literal["detr", "conditional_detr", "yolos", "rt_detr"]
@@ -25,7 +22,6 @@ DEFAULT_SHAPE = {
     "num_queries": 50,
     "patch_size": 16,
 }
-DEFAULT_RATIO = 0.1
 # what the run draws its predictions into
 FIGURE = "predictions.png"
 
@@ -109,46 +105,15 @@ class DetectionModelArguments:
 
 
 @dataclass
-class DetectionDropKeyArguments:
+class DetectionDropKeyArguments(DropKeyArguments):
     """DropKey. What is not given is as the model's configuration remembers it, else as `apply_dropkey` has it."""
 
-    _argument_group_name = "DropKey"
-
-    dropkey_ratio: float | None = field(
-        default=None,
-        metadata={"help": f"Largest drop ratio of a layer, in [0, 1); 0 trains without. Default: {DEFAULT_RATIO}."},
-    )
-    dropkey_final_ratio: float | None = field(
-        default=None, metadata={"help": "The other end of the schedule, from 0 to the ratio. Default: 0."}
-    )
-    dropkey_schedule: str | None = field(
-        default=None,
-        metadata={"help": "Over the depth of encoder and decoder each: decreasing (default), constant or increasing."},
-    )
-    dropkey_pattern: str | None = field(
-        default=None, metadata={"help": "Dropped together: score (default, the paper's), key, token, block or cross."}
-    )
-    dropkey_window: int | None = field(default=None, metadata={"help": "Patches of a block's side or a cross's arm."})
     dropkey_cross_attention: bool | None = field(
         default=None, metadata={"help": "Drop keys where queries attend to the image too."}
-    )
-    dropkey_with_attention_dropout: bool | None = field(
-        default=None, metadata={"help": "Allows plain dropout on attention weights beside DropKey."}
     )
     dropkey_backend: str | None = field(
         default=None, metadata={"help": "Attention backend of the layers that drop keys. Default: the model's own."}
     )
-
-    def apply(self, model: PreTrainedModel) -> DropKeyReport:
-        """Puts DropKey on a model and prints the report.
-
-        Raises:
-            ValueError: A setting is not allowed, or reaches nothing.
-        """
-        given = {name.removeprefix("dropkey_"): value for name, value in asdict(self).items()}
-        if given["ratio"] is None and getattr(model.config, "dropkey_ratio", None) is None:
-            given["ratio"] = DEFAULT_RATIO
-        return apply_dropkey(model, **given)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..models.attention import DROPKEY_BACKENDS
 from ..models.dropkey import PATTERNS, check_choice, layer_ratios
@@ -24,6 +25,9 @@ from .legacy_names import convert_legacy_names
 from .report import DropKeyReport, RegularisedAttention
 from .sites import AttentionSite, UnreachedAttention, find_attention, idle_reason, transformers_model
 
+
+# below Transformers' own logger, whose verbosity users set
+logger = logging.get_logger("transformers.dropkey")
 
 MODULE_STATE = ("config", "dropkey_ratio", "dropkey_pattern", "dropkey_window", "dropkey_mode", "dropkey_base_ratio")
 
@@ -142,7 +146,7 @@ def apply_dropkey(
     cross_attention: bool | None = None,
     with_attention_dropout: bool | None = None,
     backend: str | None = None,
-    verbose: bool = True,
+    verbose: bool = False,
 ) -> DropKeyReport:
     """Makes the attention of a Transformers model drop keys in training, in place.
 
@@ -166,7 +170,8 @@ def apply_dropkey(
         cross_attention: Drop keys in cross-attention too; default False.
         with_attention_dropout: Allow dropout on attention weights beside DropKey, which is meant to replace it.
         backend: Attention implementation to move the model to; default the one it has.
-        verbose: Print the report (on the first process only).
+        verbose: Print the report too (on the first process only). It is logged at INFO, so Transformers' verbosity
+            (`transformers.logging.set_verbosity_info()`) shows it.
 
     Returns:
         Every attention of the model: those that drop keys and those that do not, with the reason.
@@ -205,8 +210,10 @@ def apply_dropkey(
         type(root).__name__, settings.pattern, tuple(_install(chosen, settings)), tuple(unreached), undo is not None
     )
     settings.remember(root.config)
-    if verbose and int(os.environ.get("RANK", 0)) == 0:
-        print(report)
+    if int(os.environ.get("RANK", 0)) == 0:
+        logger.info("%s", report)
+        if verbose:
+            print(report)
     return report
 
 

@@ -1,14 +1,70 @@
 """Arguments that every training job has, and the reader of recipes and command lines."""
 
+import inspect
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import HfArgumentParser, TrainerCallback
+from transformers import HfArgumentParser, PreTrainedModel, TrainerCallback
 
+from ..patching import DropKeyReport, apply_dropkey
 from .callbacks import DropKeyScheduleCallback
+
+
+logger = logging.getLogger(__name__)
+
+# of a model that remembers none
+DEFAULT_RATIO = 0.1
+
+
+@dataclass
+class DropKeyArguments:
+    """DropKey. What is not given is as the model's configuration remembers it, else as `apply_dropkey` has it."""
+
+    _argument_group_name = "DropKey"
+
+    dropkey_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": f"Largest drop ratio of a layer, in [0, 1); 0 trains without. Default: {DEFAULT_RATIO} for a model "
+            "whose configuration has none."
+        },
+    )
+    dropkey_final_ratio: float | None = field(
+        default=None, metadata={"help": "The other end of the schedule, from 0 to the ratio. Default: 0."}
+    )
+    dropkey_schedule: str | None = field(
+        default=None,
+        metadata={"help": "Over the depth of each stack of layers: decreasing (default), constant or increasing."},
+    )
+    dropkey_pattern: str | None = field(
+        default=None, metadata={"help": "Dropped together: score (default, the paper's), key, token, block or cross."}
+    )
+    dropkey_window: int | None = field(default=None, metadata={"help": "Patches of a block's side or a cross's arm."})
+    dropkey_with_attention_dropout: bool | None = field(
+        default=None, metadata={"help": "Allows plain dropout on attention weights beside DropKey."}
+    )
+
+    def given(self) -> dict[str, Any]:
+        """The arguments that were given."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def apply(self, model: PreTrainedModel) -> DropKeyReport:
+        """Patches a model of Transformers, as `apply_dropkey`, and logs the report.
+
+        Raises:
+            ValueError: A setting is not allowed, or reaches nothing.
+        """
+        known = inspect.signature(apply_dropkey).parameters
+        given = {name.removeprefix("dropkey_"): value for name, value in self.given().items()}
+        if "ratio" not in given and getattr(model.config, "dropkey_ratio", None) is None:
+            given["ratio"] = DEFAULT_RATIO
+        report = apply_dropkey(model, **{name: value for name, value in given.items() if name in known})
+        logger.info("%s", report)
+        return report
 
 
 @dataclass
