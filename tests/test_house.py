@@ -199,7 +199,8 @@ def test_the_public_names() -> None:
     patching = {"DropKeyReport", "apply_dropkey", "remove_dropkey", "dropkey", "dropkey_active", "dropkey_disabled"}
     inference = {"MonteCarloPrediction", "monte_carlo_predict", "export_plain", "layer_ratios", "default_backend"}
     training = {"DropKeyLogCallback", "DropKeyScheduleCallback", "DropKeySeedCallback", "HubTrainer", "push_folder"}
-    others = {"DropKeyViTForMaskedImageModeling", "__version__"}
+    others = {"DropKeyViTForMaskedImageModeling", "__version__", "DropKeyHoiForObjectDetection", "HoiPipeline"}
+    others |= {f"DropKeyHoi{part}" for part in ("Config", "Model", "PreTrainedModel")}
     assert set(hf_dropkey.__all__) == models | patching | inference | training | others
     for name in hf_dropkey.__all__:
         assert getattr(hf_dropkey, name) is not None and name in dir(hf_dropkey)

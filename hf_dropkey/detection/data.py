@@ -7,11 +7,7 @@ format whatever went in: category ids as they are, boxes `[x, y, width, height]`
 https://cocodataset.org/#format-data.
 """
 
-import io
-import json
 import logging
-import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,13 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-from datasets import ClassLabel, Features
-from PIL import Image
+from datasets import ClassLabel
 from transformers.utils.logging import tqdm
 
-from ..images.checks import image_problem, name_some, read_checked_image
-from ..images.sources import CHOICE_SEED, EVALUATION_SPLITS, check_known
+from ..images.annotated import (
+    AnnotatedImages,
+    as_records,
+    check_unique,
+    choose,
+    file_cell,
+    is_box,
+    is_whole,
+    object_fields,
+    read_annotations,
+    report_problems,
+    row_cell,
+    sized_record,
+    usable_images,
+)
+from ..images.checks import name_some
+from ..images.sources import EVALUATION_SPLITS, check_known
 from .arguments import DetectionDataArguments
 
 
@@ -33,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 # annotation tools round, and some count pixels from 1
 OUTSIDE_TOLERANCE_PIXELS = 1.0
-EXIF_ORIENTATION = 0x0112
-EXIF_TURNED = (5, 6, 7, 8)
 CATEGORY_COLUMNS = ("category", "categories", "category_id", "label", "labels")
 REQUIRED = {
     "images": ("id", "file_name", "width", "height"),
@@ -44,38 +51,24 @@ REQUIRED = {
 
 
 @dataclass(frozen=True)
-class DetectionSplit:
+class DetectionSplit(AnnotatedImages):
     """Checked images with boxes.
 
     Attributes:
-        name: What messages call it.
-        images: COCO's image records: `id`, `file_name`, `width`, `height`.
         boxes: COCO's annotations of each image id, all usable; an image may have none.
         categories: COCO's categories, in the order of their ids.
-        cell: Gives the undecoded image, `{"bytes": ..., "path": ...}`, of an image record.
     """
 
-    name: str
-    images: list[dict[str, Any]]
     boxes: dict[int, list[dict[str, Any]]]
     categories: list[dict[str, Any]]
-    cell: Callable[[dict[str, Any]], dict[str, Any]]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def open(self, row: int) -> Image.Image:
-        """The image of a row, in RGB, turned as its file says.
-
-        Raises:
-            ValueError: It cannot be used; names it.
-        """
-        image = self.images[row]
-        return read_checked_image(self.cell(image), image.get("row", image["id"])).convert("RGB")
 
     def select(self, rows: Iterable[int]) -> "DetectionSplit":
         """Some of the images, with their boxes."""
         return replace(self, images=[self.images[row] for row in rows])
+
+    def count(self, row: int) -> int:
+        """The number of boxes of an image."""
+        return len(self.boxes[self.images[row]["id"]])
 
 
 @dataclass(frozen=True)
@@ -125,7 +118,9 @@ def load_detection_data(arguments: DetectionDataArguments, *, training: bool, ev
         if not wanted[role]:
             continue
         limit = arguments.max_train_samples if role == "train" else arguments.max_eval_samples
-        splits[role] = usable_images(choose(reader(), limit), arguments)
+        splits[role] = usable_images(
+            choose(reader(), limit), check=arguments.check_images, skip=arguments.skip_bad_images, what="boxes"
+        )
     for role in wanted:
         if wanted[role] and role not in splits:
             raise ValueError(
@@ -159,22 +154,9 @@ def read_coco(folder: Path, file: Path, *, skip_bad_annotations: bool = False) -
         FileNotFoundError: The folder or the file is not there.
         ValueError: The file is no JSON, lacks something, or has annotations that cannot be used.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the image folder {folder} is not there")
-    if not file.is_file():
-        raise FileNotFoundError(f"the annotation file {file} is not there")
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    # bytes that are no UTF-8, and text that is no JSON
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}; give an annotation file in COCO's format") from error
+    document = read_annotations(folder, file, "COCO's format")
     images, boxes, categories = checked_annotations(document, str(file), skip=skip_bad_annotations)
-    return DetectionSplit(str(file), images, boxes, categories, partial(file_cell, folder))
-
-
-def file_cell(folder: Path, image: dict[str, Any]) -> dict[str, Any]:
-    """The undecoded image of a record whose file lies in `folder`."""
-    return {"bytes": None, "path": str(folder / image["file_name"])}
+    return DetectionSplit(str(file), images, partial(file_cell, folder), boxes, categories)
 
 
 def hub_splits(arguments: DetectionDataArguments) -> dict[str, Callable[[], DetectionSplit]]:
@@ -225,12 +207,7 @@ def read_rows(rows: datasets.Dataset, name: str, *, skip_bad_annotations: bool =
     images, annotations = [], []
     for number, row in enumerate(tqdm(rows.select_columns(columns), desc=f"Reading {name}")):
         image = {"id": row.get("image_id", number), "file_name": f"row {number}", "row": number}
-        if "width" in row and "height" in row:
-            image |= {"width": row["width"], "height": row["height"]}
-        else:
-            size = file_size(undecoded[number]["image"])
-            # the check of the images tells what is wrong with one that has no size
-            image |= dict(zip(("width", "height"), size or (1, 1), strict=True))
+        image |= sized_record(row, undecoded[number]["image"])
         images.append(image)
         for found in as_records(row["objects"]):
             annotation = {"image_id": image["id"], "category_id": found[category_field], "bbox": found["bbox"]}
@@ -241,29 +218,7 @@ def read_rows(rows: datasets.Dataset, name: str, *, skip_bad_annotations: bool =
         "categories": hub_categories(kinds[category_field], annotations),
     }
     images, boxes, categories = checked_annotations(document, name, skip=skip_bad_annotations)
-    return DetectionSplit(name, images, boxes, categories, partial(row_cell, undecoded))
-
-
-def row_cell(rows: datasets.Dataset, image: dict[str, Any]) -> dict[str, Any]:
-    """The undecoded image of a record made from a row."""
-    return rows[image["row"]]["image"]
-
-
-def object_fields(features: Features) -> dict[str, Any]:
-    """The fields of `objects` and what each holds for one object, in either of the two layouts."""
-    kind = features["objects"]
-    inner = getattr(kind, "feature", kind[0] if isinstance(kind, list) else kind)
-    return {
-        name: getattr(value, "feature", value[0] if isinstance(value, list) else value) if inner is kind else value
-        for name, value in (dict(inner).items() if isinstance(inner, Mapping) else ())
-    }
-
-
-def as_records(objects: Any) -> list[dict[str, Any]]:
-    """One dictionary for each object, from a dictionary of lists or a list of dictionaries."""
-    if isinstance(objects, Mapping):
-        return [dict(zip(objects, values, strict=True)) for values in zip(*objects.values(), strict=True)]
-    return list(objects)
+    return DetectionSplit(name, images, partial(row_cell, undecoded), boxes, categories)
 
 
 def hub_categories(kind: Any, annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -339,18 +294,6 @@ def check_structure(document: Any, source: str) -> None:
             )
 
 
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, 0 or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def check_unique(values: Sequence[Any], what: str, source: str) -> None:
-    """Raises ValueError naming the values that stand twice."""
-    twice = [repr(value) for value, count in Counter(map(str, values)).items() if count > 1]
-    if twice:
-        raise ValueError(f"{source}: {what} must be unique, these repeat: {name_some(twice)}")
-
-
 def check_pixels(annotations: Sequence[dict[str, Any]], source: str) -> None:
     """Raises ValueError if all boxes together look like shares of the image instead of pixels."""
     boxes = [annotation["bbox"] for annotation in annotations if is_box(annotation["bbox"])]
@@ -359,15 +302,6 @@ def check_pixels(annotations: Sequence[dict[str, Any]], source: str) -> None:
             f"{source}: no number in any bbox is above 1, for example {boxes[0]}, so these are shares of the image; "
             "COCO's boxes are [x, y, width, height] in pixels, multiply by the width and height of the image"
         )
-
-
-def is_box(box: Any) -> bool:
-    """Whether a value is a list of four finite numbers."""
-    return (
-        isinstance(box, (list, tuple))
-        and len(box) == 4
-        and all(isinstance(number, (int, float)) and math.isfinite(number) for number in box)
-    )
 
 
 def annotation_problem(
@@ -414,17 +348,6 @@ def usual_annotation(annotation: dict[str, Any], image: dict[str, Any]) -> dict[
     }
 
 
-def report_problems(problems: Sequence[tuple[str, str]], total: int, source: str, *, skip: bool) -> None:
-    """Logs how many annotations are left out and why, or raises ValueError naming them."""
-    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(kind for kind, _ in problems).items()))
-    message = f"{source}: {len(problems)} of {total} annotations cannot be used ({kinds}): " + name_some(
-        text for _, text in problems
-    )
-    if not skip:
-        raise ValueError(f"{message}. Repair them, or leave them out with --skip_bad_annotations")
-    logger.warning("%s. They are left out.", message)
-
-
 def check_same_categories(one: DetectionSplit, other: DetectionSplit) -> None:
     """Raises ValueError if two splits do not have the same categories under the same ids."""
     first, second = ({category["id"]: category["name"] for category in split.categories} for split in (one, other))
@@ -437,66 +360,3 @@ def check_same_categories(one: DetectionSplit, other: DetectionSplit) -> None:
         raise ValueError(
             f"{one.name} and {other.name} have different categories: {name_some(differing)}; give both the same"
         )
-
-
-def choose(split: DetectionSplit, limit: int | None) -> DetectionSplit:
-    """At most `limit` images, a random choice that is the same on every call."""
-    if limit is None or limit >= len(split):
-        return split
-    return split.select(sorted(np.random.default_rng(CHOICE_SEED).permutation(len(split))[:limit].tolist()))
-
-
-def usable_images(split: DetectionSplit, arguments: DetectionDataArguments) -> DetectionSplit:
-    """The images that are there and, where they are checked, can be read and have the annotated size.
-
-    Raises:
-        FileNotFoundError: Images are missing, and they are not to be left out.
-        ValueError: Images cannot be used, and they are not to be left out; or none is left.
-    """
-    problems: dict[int, str] = {}
-    missing = 0
-    for row, image in enumerate(tqdm(split.images, desc="Checking the images")):
-        cell = split.cell(image)
-        if cell is not None and cell["bytes"] is None and cell["path"] and not Path(cell["path"]).is_file():
-            problem: str | None = f"{cell['path']} (no such file)"
-            missing += 1
-        else:
-            problem = checked_image(cell, image) if arguments.check_images else None
-        if problem is not None:
-            problems[row] = f"image {image['id']}: {problem}"
-    kept = [row for row in range(len(split)) if row not in problems]
-    if problems:
-        message = f"{len(problems)} of {len(split)} images of {split.name} cannot be used: "
-        message += name_some(problems.values())
-        if not arguments.skip_bad_images or not kept:
-            kind = FileNotFoundError if missing == len(problems) else ValueError
-            raise kind(f"{message}. Repair or remove them, or leave them out with --skip_bad_images")
-        logger.warning("%s. They are left out.", message)
-    if not any(split.boxes[split.images[row]["id"]] for row in kept):
-        raise ValueError(f"the {len(kept)} chosen images of {split.name} have no boxes; choose more or other images")
-    return split.select(kept)
-
-
-def checked_image(cell: dict[str, Any] | None, image: Mapping[str, Any]) -> str | None:
-    """Why an undecoded image cannot be used, None if it can."""
-    problem = image_problem(cell, int(image.get("row", image["id"])))
-    if problem is not None or cell is None:
-        return problem
-    size = file_size(cell)
-    if size != (image["width"], image["height"]):
-        return (
-            f"{image['file_name']} is {size} pixels (width, height) and annotated as {image['width'], image['height']}"
-        )
-    return None
-
-
-def file_size(cell: dict[str, Any] | None) -> tuple[int, int] | None:
-    """Width and height of an undecoded image once it is turned as its file says; None if it is no image."""
-    if cell is None:
-        return None
-    try:
-        with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
-            turned = image.getexif().get(EXIF_ORIENTATION) in EXIF_TURNED
-            return (image.height, image.width) if turned else image.size
-    except (OSError, SyntaxError, ValueError):
-        return None
