@@ -56,6 +56,9 @@ def draw_pairs(axis: Axes, image: Image.Image, pairs: Sequence[Mapping[str, Any]
         place = (pair["person_box"][0] + (number - 1) * 0.05 * image.width, pair["person_box"][1])
         axis.text(*place, str(number), fontsize=7, color=color, weight="bold", path_effects=OUTLINE, clip_on=True)
         lines.append((f"{number}  {pair_text(pair)}", color))
+    # boxes at the border would widen the view
+    axis.set_xlim(-0.5, image.width - 0.5)
+    axis.set_ylim(image.height - 0.5, -0.5)
     if len(pairs) > LARGEST_LIST:
         lines.append((f"and {len(pairs) - LARGEST_LIST} more", "black"))
     for place, (line, color) in enumerate(lines):

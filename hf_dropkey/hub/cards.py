@@ -17,6 +17,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its list of names
 
+from ..models.configuration_dropkey_hoi import HOI_TASK
+
 
 RUN_FACTS = "run_facts.json"
 README = "README.md"
@@ -25,6 +27,9 @@ MARKER = re.compile(r"<!-- hf_dropkey:(\w+) (begin|end)")
 # of a run's results: how long it took, not how well it went
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "model_preparation_time")
 METRIC_NAMES = {
+    "mAP_known_object": "mAP, known object",
+    "mAP_rare": "mAP, rare classes",
+    "mAP_non_rare": "mAP, other classes",
     "accuracy": "accuracy",
     "top5_accuracy": "top-5 accuracy",
     "nll": "negative log-likelihood (nats)",
@@ -38,11 +43,14 @@ METRIC_NAMES = {
 TASKS = {
     "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
     "ForMaskedImageModeling": (None, "AutoModelForMaskedImageModeling"),
+    "HoiForObjectDetection": (HOI_TASK, "AutoModelForObjectDetection"),
     "ForObjectDetection": ("object-detection", "AutoModelForObjectDetection"),
     "ForSemanticSegmentation": ("image-segmentation", "AutoModelForSemanticSegmentation"),
     "ForVideoClassification": ("video-classification", "AutoModelForVideoClassification"),
     "Model": ("image-feature-extraction", "AutoModel"),
 }
+# tasks whose pipeline a card shows, and what it calls it
+PIPELINES = {"image-classification": "classify", HOI_TASK: "find_pairs"}
 SETTINGS = {
     "dropkey_ratio": "largest drop ratio of a layer",
     "dropkey_final_ratio": "ratio at the other end of the schedule",
@@ -213,7 +221,8 @@ def _metadata(folder: Path, facts: RunFacts, config: dict[str, Any], name: str) 
         library_name="transformers",
         license=facts.license,
         metrics=[metric for metric in metrics if metric == "accuracy"] or None,
-        pipeline_tag=task,
+        # the Hub knows tasks of its own only; others are tags
+        pipeline_tag=None if task == HOI_TASK else task,
         tags=[tag for tag in tags if tag],
     )
 
@@ -333,10 +342,11 @@ def _usage(folder: Path, config: dict[str, Any], repo_id: str | None, revision: 
     lines.append("Without any package but Transformers:" if carries_code else "It is a plain Transformers checkpoint:")
     lines += ["```python", f"from transformers import {auto}", ""]
     lines += [f"model = {auto}.from_pretrained({source}{pin}{trust})", "```"]
-    if task == "image-classification" and (folder / "preprocessor_config.json").is_file():
-        call = f'pipeline("image-classification", model={source}{pin}{trust})'
-        lines += ["```python", "from transformers import pipeline", "", f"classify = {call}"]
-        lines += ['print(classify("image.jpg"))', "```"]
+    if task in PIPELINES and (folder / "preprocessor_config.json").is_file():
+        call = f"pipeline({json.dumps(task)}, model={source}{pin}{trust})"
+        name = PIPELINES[task]
+        lines += ["```python", "from transformers import pipeline", "", f"{name} = {call}"]
+        lines += [f'print({name}("image.jpg"))', "```"]
     lines += ["With the package, which runs no code of this repository:", "```python"]
     if carries_code:
         lines += ["import hf_dropkey", f"from transformers import {auto}", ""]

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from .. import models
+from ..models.configuration_dropkey_hoi import DropKeyHoiConfig
 from ..saved import check_model_folder
 from ..version import __version__
 from .push import PUSHED, PUSHED_NAMES, api, clear_errors
@@ -202,11 +203,26 @@ def _foreign_code(config: dict[str, Any]) -> Iterator[str]:
         for reference in value if isinstance(value, list | tuple) else [value]:
             if isinstance(reference, str) and "--" in reference:
                 yield f"{auto} is code of another repository, {reference}"
-    if config.get("custom_pipelines"):
-        yield f"it brings pipelines with code of their own, {config['custom_pipelines']}"
+    pipelines = config.get("custom_pipelines") or {}
+    # the files of this package's own are compared like all others
+    if pipelines and not (
+        isinstance(pipelines, dict) and all(map(_is_own_pipeline, *zip(*pipelines.items(), strict=True)))
+    ):
+        yield f"it brings pipelines with code of their own, {pipelines}"
     for field in ("attn_implementation", "_attn_implementation"):
         if "/" in str(config.get(field) or ""):
             yield f"{field} is a kernel to download, {config[field]}"
+
+
+def _is_own_pipeline(task: str, about: Any) -> bool:
+    """Whether an entry of `custom_pipelines` names a class of this package's files, and no other model class."""
+    own = DropKeyHoiConfig.family_pipelines.get(task)
+    return (
+        own is not None
+        and isinstance(about, dict)
+        and about.get("impl") == own["impl"]
+        and about.get("pt") == own["pt"]
+    )
 
 
 def _file_problems(folder: Path, name: str, *, linked: bool) -> Iterator[str]:
