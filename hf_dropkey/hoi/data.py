@@ -7,6 +7,7 @@ pixels, classes and verbs by name, pairs as (person, object or -1, verb).
 
 import json
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from ..images.annotated import (
     as_records,
     choose,
     file_cell,
+    file_size,
     is_box,
     is_whole,
     object_fields,
@@ -416,6 +418,14 @@ def hoia_names(
             "V-COCO), or --names_file with the names of your own verbs. Do not join files that count from different "
             "numbers"
         )
+    if names.verbs is None:
+        known = "HICO-DET" if verb_base else "V-COCO"
+        logger.info(
+            "%s: the verbs are taken for those of %s (%s, ...); give --names_file if they are others",
+            source,
+            known,
+            ", ".join(verbs[:3]),
+        )
     return dict(names.objects or COCO_OBJECTS), tuple(verbs), records
 
 
@@ -442,8 +452,11 @@ class _Reader:
         image = {"id": number, "file_name": record["file_name"], **{k: record[k] for k in ("row",) if k in record}}
         if all(is_whole(record.get(side)) and record[side] > 0 for side in ("width", "height")):
             image |= {"width": record["width"], "height": record["height"]}
-        elif folder is not None:
-            image |= sized_record({}, file_cell(folder, image) if (folder / image["file_name"]).is_file() else None)
+        else:
+            file = folder and folder / image["file_name"]
+            size = file_size(file_cell(folder, image)) if folder and file and file.is_file() else None
+            # the check of the images tells what is wrong with one that has no size, so its boxes are none of its faults
+            image |= dict(zip(("width", "height"), size or (sys.maxsize, sys.maxsize), strict=True))
         boxes, labels, places = [], [], {}
         for place, one in enumerate(record["annotations"]):
             problem = self.box_problem(one, image)
