@@ -24,6 +24,8 @@ from .models import (
     DropKeyCeitForImageClassification,
     DropKeyCeitModel,
     DropKeyCeitPreTrainedModel,
+    DropKeyFeaturesConfig,
+    DropKeyFeaturesForImageClassification,
     DropKeyHoiConfig,
     DropKeyHoiForObjectDetection,
     DropKeyHoiModel,
@@ -43,9 +45,9 @@ from .models import (
     DropKeyVoloPreTrainedModel,
     HoiPipeline,
 )
-from .models.attention import default_backend
+from .models.attention import default_backend, dropkey_attention
 from .models.configuration_dropkey_hoi import HOI_TASK
-from .models.dropkey import layer_ratios
+from .models.dropkey import DropKey, drop_keys, layer_ratios
 from .patching import DropKeyReport, apply_dropkey, dropkey, dropkey_active, dropkey_disabled, remove_dropkey
 from .version import __version__
 
@@ -53,7 +55,12 @@ from .version import __version__
 if TYPE_CHECKING:
     from .hub.push import push_folder
     from .hub.trainer import HubTrainer
-    from .training.callbacks import DropKeyLogCallback, DropKeyScheduleCallback, DropKeySeedCallback
+    from .training.callbacks import (
+        DropKeyGuardCallback,
+        DropKeyLogCallback,
+        DropKeyScheduleCallback,
+        DropKeySeedCallback,
+    )
 
 for _config, _model, _classifier in (
     (DropKeyViTConfig, DropKeyViTModel, DropKeyViTForImageClassification),
@@ -64,6 +71,8 @@ for _config, _model, _classifier in (
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForImageClassification.register(_config, _classifier, exist_ok=True)
+AutoConfig.register(DropKeyFeaturesConfig.model_type, DropKeyFeaturesConfig, exist_ok=True)
+AutoModelForImageClassification.register(DropKeyFeaturesConfig, DropKeyFeaturesForImageClassification, exist_ok=True)
 AutoConfig.register(DropKeyHoiConfig.model_type, DropKeyHoiConfig, exist_ok=True)
 AutoModel.register(DropKeyHoiConfig, DropKeyHoiModel, exist_ok=True)
 AutoModelForObjectDetection.register(DropKeyHoiConfig, DropKeyHoiForObjectDetection, exist_ok=True)
@@ -77,6 +86,7 @@ moved.install()
 
 # public names whose modules need more than the core, or that only some programs need: loaded when asked for
 LAZY = {
+    "DropKeyGuardCallback": "training.callbacks",
     "DropKeyLogCallback": "training.callbacks",
     "DropKeyScheduleCallback": "training.callbacks",
     "DropKeySeedCallback": "training.callbacks",
@@ -85,10 +95,14 @@ LAZY = {
 }
 
 __all__ = [
+    "DropKey",
     "DropKeyCeitConfig",
     "DropKeyCeitForImageClassification",
     "DropKeyCeitModel",
     "DropKeyCeitPreTrainedModel",
+    "DropKeyFeaturesConfig",
+    "DropKeyFeaturesForImageClassification",
+    "DropKeyGuardCallback",
     "DropKeyHoiConfig",
     "DropKeyHoiForObjectDetection",
     "DropKeyHoiModel",
@@ -116,8 +130,10 @@ __all__ = [
     "__version__",
     "apply_dropkey",
     "default_backend",
+    "drop_keys",
     "dropkey",
     "dropkey_active",
+    "dropkey_attention",
     "dropkey_disabled",
     "export_plain",
     "layer_ratios",

@@ -1,33 +1,61 @@
-"""The console command `hf-dropkey`: what the library does with saved folders, without writing Python.
+"""The console command `hf-dropkey`: training, and what the library does with saved folders, without writing Python.
 
-May import everything in the package; everything it does is a call of it.
+Everything it does is a call of the package, imported when a sub-command needs it.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 
+from .version import __version__
+
+
+# the tasks of `hf-dropkey train`: module and class of each job
+TASKS = {
+    "classification": ("classification.job", "ClassificationJob"),
+    "detection": ("detection.job", "DetectionJob"),
+    "hoi": ("hoi.job", "HoiJob"),
+}
+
 
 def main(command: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns 0, 1 if a checkpoint is not to be trusted, 2 if something is wrong."""
-    arguments = _parser().parse_args(command)
+    words = list(sys.argv[1:] if command is None else command)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    # the job reads its own arguments, recipes among them, and has its own --help
+    arguments, rest = _parser().parse_known_args(words)
+    if rest and arguments.command != "train":
+        _parser().error(f"unknown arguments: {' '.join(rest)}")
+    arguments.rest = rest
     try:
         code: int = arguments.run(arguments)
         return code
     except (OSError, ValueError, HFValidationError, ImportError) as error:
-        print(f"hf-dropkey {arguments.command}: {error}", file=sys.stderr)
+        if debug:
+            raise
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
+        print(f"hf-dropkey {arguments.command}: {error}{notes}", file=sys.stderr)
         return 2
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Runs a training job."""
+    module, name = TASKS[arguments.task]
+    getattr(import_module(f".{module}", __package__), name).main(arguments.rest)
+    return 0
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Prints whether a checkpoint can be trusted."""
     from .hub.release_check import check_release
 
-    report = check_release(arguments.target, revision=arguments.revision)
+    report = check_release(arguments.target, revision=arguments.revision, digest=arguments.digest)
     print(report)
     return 0 if report.trusted else 1
 
@@ -85,11 +113,25 @@ def info(arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-dropkey", description="DropKey models of Transformers: saved folders.")
+    parser.add_argument("--version", action="version", version=f"hf-dropkey {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show where an error was raised")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    training = commands.add_parser(
+        "train",
+        help="train a model: from a recipe or arguments (--help lists them)",
+        # --help is the job's, and so are recipes
+        add_help=False,
+        # no argument of the job may count as a short form of --task
+        allow_abbrev=False,
+    )
+    training.add_argument("--task", choices=sorted(TASKS), default="classification", help="default: classification")
+    training.set_defaults(run=train)
 
     checking = commands.add_parser("check", help="can a folder or a repository be trusted? (exit code 0 or 1)")
     checking.add_argument("target", help="folder, or owner/name on the Hub")
     checking.add_argument("--revision", help="branch, tag or commit; default: the newest commit")
+    checking.add_argument("--digest", help="of a folder, as an earlier check printed it: nothing may have changed")
     checking.set_defaults(run=check)
 
     exporting = commands.add_parser("export", help="write a plain Transformers checkpoint: no DropKey, no code")

@@ -1,8 +1,7 @@
 """Monte-Carlo inference: the prediction of a classifier averaged over random masks, and how much it varies.
 
 The paper's first alignment: DropKey acts in training only, which shifts the distribution that the model
-sees in inference; averaging over masks removes the shift, and the spread says how sure the model is. May import torch
-and this package.
+sees in inference; averaging over masks removes the shift, and the spread says how sure the model is.
 """
 
 from collections.abc import Iterator, Mapping
@@ -51,17 +50,17 @@ def monte_carlo_predict(
 
     Args:
         model: Any model with DropKey, patched or of this package, whose output has single-label `logits`.
-        inputs: Keyword arguments of one batch, on the model's device; `labels` are left out.
+        inputs: Keyword arguments of one batch, on the model's device; `labels` are ignored.
         samples: Number of masks, at least 2.
-        seed: Makes the result repeatable and leaves the caller's random generators alone. Without it the masks come from
-            the global generator.
+        seed: Makes the result repeatable and leaves the caller's random generators unchanged. Without it the masks
+            come from the global generator.
         samples_per_pass: Masks in one forward pass, which runs on that many copies of the batch: faster for small
             batches. Each copy draws its own masks, so for a seed the number changes which masks are drawn.
         class_dim: The dimension of the logits that holds the classes; 1 for semantic segmentation.
 
     Raises:
-        ValueError: Fewer than 2 samples, a model without DropKey or that drops nothing, or logits of several independent
-            labels.
+        ValueError: Fewer than 2 samples, a model without DropKey or with all ratios 0, or logits of several
+            independent labels.
     """
     if samples < 2 or samples_per_pass < 1:
         raise ValueError(
@@ -69,7 +68,9 @@ def monte_carlo_predict(
         )
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     if problem in ("multi_label_classification", "regression"):
-        raise ValueError(f"Monte-Carlo prediction is defined for one label of several classes, not for {problem!r}.")
+        raise ValueError(
+            f"Monte-Carlo prediction is defined for one label of several classes, not for problem_type={problem!r}."
+        )
     tensors = {name: value for name, value in inputs.items() if name != "labels"}
     moments = _Moments(class_dim)
     with _repeatable(seed, _device_of(model)), eval_mode(model), dropkey_active(model), torch.no_grad():
@@ -134,7 +135,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def _repeatable(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seeds the generators inside, and leaves the caller's as they were; without a seed, does neither."""
+    """Seeds the generators inside the block and restores them after it; without a seed, does nothing."""
     if seed is None:
         yield
         return

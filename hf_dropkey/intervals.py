@@ -4,7 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+
+from .extras import needed
+
+
+with needed("train"):
+    from scipy import stats
 
 
 LEVEL = 0.95
@@ -16,7 +21,7 @@ class Interval:
 
     Attributes:
         mean: The mean.
-        low, high: The ends of the interval; the mean itself if there is one seed.
+        low, high: The ends of the interval; both are the mean if there is one seed.
         n: Number of seeds.
     """
 
@@ -38,7 +43,7 @@ def interval(values: Sequence[float]) -> Interval:
     """Mean and interval of the values of several seeds.
 
     Raises:
-        ValueError: There are no values, or one is not finite.
+        ValueError: No values, or one is not finite.
     """
     numbers = np.asarray(values, dtype=np.float64)
     if len(numbers) == 0 or not np.isfinite(numbers).all():
@@ -52,7 +57,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def difference(values: Mapping[str, float], baseline: Mapping[str, float]) -> Interval:
-    """The mean difference to a baseline over the seeds that both have; a seed has the same start and order of images.
+    """The mean difference to a baseline over the seeds that both have; a seed fixes weights and order of images.
 
     Raises:
         ValueError: They have no seed in common.

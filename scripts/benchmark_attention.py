@@ -1,11 +1,11 @@
-"""Time and memory of DropKey on every attention backend, beside no dropout, attention dropout and the paper's listing.
+"""Time and memory of DropKey on every backend, of no dropout, of attention dropout and of the paper's listing.
 
 Attention alone, forward and backward, in a few shapes; ratios are to plain fused attention in the same run:
     python scripts/benchmark_attention.py --shapes 16x6x197x64 2x6x1025x64 --out model_cards/benchmarks.csv
 Whole training steps of ViT-S/16 and ViT-B/16:
     python scripts/benchmark_attention.py --workload step --models small base --out model_cards/benchmarks.csv
 
-Each variant but plain dropout is first held against the reference, outputs and gradients: one that fails is not
+Each variant except plain dropout is first compared with the reference, outputs and gradients: one that fails is not
 reported, and the exit status is 1. --help lists everything. On a noisy machine raise --rounds; quote ratios.
 """
 
@@ -37,7 +37,8 @@ from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
 from hf_dropkey.lab.timing import append_rows, interleaved_times, origin, peak_memory, ratios, spread
 from hf_dropkey.models.attention import TRITON_NAME, dropkey_attention_forward
 from hf_dropkey.models.counter_hash import draw_seed
-from hf_dropkey.models.dropkey import dropped_scores, reference_attention
+from hf_dropkey.models.dropkey import dropped_scores
+from hf_dropkey.reference import reference_attention
 
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -58,7 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class BenchmarkArguments:
-    """What to measure."""
+    """The workloads, the variants, the output."""
 
     workload: str = field(default="attention", metadata={"help": "'attention' alone, or whole training 'step's."})
     shapes: list[str] = field(
@@ -77,7 +78,7 @@ class BenchmarkArguments:
     )
     token_ratio: float = field(default=0.3, metadata={"help": "Drop ratio of the pattern 'token'."})
     variants: list[str] = field(
-        default_factory=list, metadata={"help": "Only these, as 'backend/regulariser'. Default: all the device has."}
+        default_factory=list, metadata={"help": "Only these, as 'backend/regulariser'. Default: all of the device."}
     )
     compile: bool = field(default=False, metadata={"help": "Adds compiled variants of DropKey."})
     rounds: int = field(default=15, metadata={"help": "Interleaved rounds."})
@@ -88,14 +89,22 @@ class BenchmarkArguments:
     out: Path | None = field(default=None, metadata={"help": "CSV file to append to."})
 
     def __post_init__(self) -> None:
-        for given, allowed in (([self.workload], ("attention", "step")), (self.models, MODELS), (self.dtypes, DTYPES)):
-            unknown = [name for name in given if name not in allowed]
+        for flag, values, allowed in (
+            ("workload", [self.workload], ("attention", "step")),
+            ("models", self.models, MODELS),
+            ("dtypes", self.dtypes, DTYPES),
+        ):
+            unknown = [name for name in values if name not in allowed]
             if unknown:
-                raise ValueError(f"unknown {unknown}; allowed are {', '.join(allowed)}")
+                raise ValueError(f"--{flag} {' '.join(unknown)} is unknown; choose from {', '.join(allowed)}")
         if min(self.rounds, self.repeats, self.batch_size) < 1:
-            raise ValueError("--rounds, --repeats and --batch_size must be at least 1")
+            raise ValueError(
+                f"--rounds {self.rounds}, --repeats {self.repeats} and --batch_size {self.batch_size} must be at least 1"
+            )
         if self.image_size < 16 or self.image_size % 16:
-            raise ValueError(f"--image_size {self.image_size} is not a positive multiple of 16")
+            raise ValueError(
+                f"--image_size {self.image_size} is not a positive multiple of 16; choose for example 224"
+            )
 
     def parsed_shapes(self) -> list[tuple[int, int, int, int]]:
         """The shapes as numbers."""
@@ -115,7 +124,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 
 def paper_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ratio: float) -> torch.Tensor:
-    """The listing of the paper: a Bernoulli tensor times -1e12, added to the scores; float16 takes its lowest number."""
+    """The listing of the paper: a Bernoulli tensor times -1e12, added to the scores; the lowest number in float16."""
     scores = query @ key.mT * query.shape[-1] ** -0.5
     lowest = max(-1e12, torch.finfo(scores.dtype).min)
     scores = scores + torch.bernoulli(torch.ones_like(scores) * ratio) * lowest
@@ -155,7 +164,7 @@ def dropkey(backend: str, ratio: float, pattern: str) -> Attention:
 def attention_variants(
     arguments: BenchmarkArguments, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Attention]:
-    """What the device can run, as "backend/regulariser"; the first one is what ratios refer to."""
+    """The variants that the device can run, as "backend/regulariser"; the first one is the baseline of the ratios."""
     ratio = arguments.ratio
     # FlashAttention takes half precision only
     flash = device.type == "cuda" and dtype.itemsize == 2
@@ -179,14 +188,16 @@ def attention_variants(
 
 
 def selected(found: dict[str, Any], wanted: list[str]) -> dict[str, Any]:
-    """The first variant, which all are compared with, and the wanted ones.
+    """The first variant, the baseline, and the wanted ones.
 
     Raises:
-        ValueError: A wanted one does not exist.
+        ValueError: A wanted variant does not exist.
     """
     unknown = [name for name in wanted if name not in found]
     if unknown:
-        raise ValueError(f"--variants {unknown} do not exist on this device; there are {', '.join(found)}")
+        raise ValueError(
+            f"--variants {' '.join(map(repr, unknown))} is unknown on this device; choose from {', '.join(found)}"
+        )
     first = next(iter(found))
     return {name: found[name] for name in found if not wanted or name in wanted or name == first}
 
@@ -209,7 +220,7 @@ def forward_backward(attend: Attention, inputs: list[torch.Tensor], upstream: to
 def expected_drop(
     regulariser: str, arguments: BenchmarkArguments, shape: tuple[int, int, int, int], inputs: list[torch.Tensor]
 ) -> torch.Tensor | None:
-    """What a variant will drop, drawn just as the variant draws it."""
+    """The mask that a variant will use, drawn as the variant draws it."""
     size = (*shape[:3], shape[2])
     if regulariser == "none":
         return None
@@ -223,7 +234,7 @@ def expected_drop(
 def error_over_eager(
     name: str, attend: Attention, arguments: BenchmarkArguments, shape: tuple[int, int, int, int], like: torch.Tensor
 ) -> float:
-    """The largest relative error of output and gradients against the float64 reference, over that of eager attention."""
+    """The largest relative error of output and gradients against the float64 reference, over that of `eager`."""
     small = (1, min(shape[1], CHECKED_HEADS), min(shape[2], CHECKED_TOKENS), shape[3])
     inputs, upstream = make_inputs(small, like.device, like.dtype)
     torch.manual_seed(7)
@@ -297,7 +308,7 @@ def compiled(model: nn.Module) -> nn.Module:
 
 
 def step_models(arguments: BenchmarkArguments, device: torch.device, size: str) -> dict[str, nn.Module]:
-    """The models to train, by variant; the first one is what ratios refer to."""
+    """The models to train, by variant; the first one is the baseline of the ratios."""
     shape: dict[str, Any] = {**MODELS[size], "image_size": arguments.image_size, "num_labels": 1000}
 
     def stock(backend: str, **more: Any) -> nn.Module:
@@ -415,7 +426,7 @@ def main() -> None:
     """Runs the job."""
     group: Any = BenchmarkArguments
     (arguments,) = HfArgumentParser(group).parse_args_into_dataclasses()
-    # compiled code draws the seed that eager code draws, so that the reference knows what it drops
+    # compiled code then draws the seed that eager code draws, so that the reference has the same mask
     inductor_config.fallback_random = True
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

@@ -1,12 +1,13 @@
-"""Times T2T-ViT and VOLO beside their official structure in plain PyTorch, with and without DropKey.
+"""Times T2T-ViT and VOLO against their official structure in plain PyTorch, with and without DropKey.
 
     python scripts/benchmark_models.py --out model_cards/benchmarks.csv
     python scripts/benchmark_models.py --models volo_d1 --batch_size 1 --rounds 1
 
 The plain models below are written from the published architectures alone, with an explicit softmax in every attention
-as the official ones have. Before anything is timed they get our weights and must give our logits. Timed are inference,
-and training steps: forward, the losses of all heads, backward and AdamW. Variants take turns in every round, and what
-counts are the ratios within rounds. Where timm can be imported, its VOLO takes part; it trains on its summed logits.
+as the official ones have. Before the timing they get our weights and must give our logits. Timed are inference
+and training steps: forward, the losses of all heads, backward and AdamW. Variants alternate in every round, and are
+compared by their ratios within rounds. Where timm can be imported, its VOLO is included; it trains on its summed
+logits.
 """
 
 import shlex
@@ -35,7 +36,7 @@ CLASSES = 1000
 
 @dataclass
 class BenchmarkArguments:
-    """What to measure."""
+    """The models, the variants, the output."""
 
     models: list[str] = field(
         default_factory=lambda: ["t2t_vit_14", "volo_d1"],
@@ -55,7 +56,7 @@ class BenchmarkArguments:
             raise ValueError(f"--rounds {self.rounds} and --batch_size {self.batch_size} must be at least 1")
         unknown = [name for name in self.models if name not in MODELS]
         if unknown:
-            raise ValueError(f"unknown {unknown}; allowed are {', '.join(MODELS)}")
+            raise ValueError(f"--models {' '.join(unknown)} is unknown; choose from {', '.join(MODELS)}")
 
 
 # --- the official structure ------------------------------------------------------------------------------------------
@@ -286,15 +287,15 @@ def with_weights_of(source: nn.Module, model: nn.Module) -> nn.Module:
     Raises:
         ValueError: Their shapes differ.
     """
-    given, wanted = source.state_dict(), model.state_dict()
-    if [value.shape for value in given.values()] != [value.shape for value in wanted.values()]:
+    weights, wanted = source.state_dict(), model.state_dict()
+    if [value.shape for value in weights.values()] != [value.shape for value in wanted.values()]:
         raise ValueError(f"{type(model).__name__} and {type(source).__name__} have weights of different shapes")
-    model.load_state_dict(dict(zip(wanted, given.values(), strict=True)))
+    model.load_state_dict(dict(zip(wanted, weights.values(), strict=True)))
     return model
 
 
 def variants(size: str, arguments: BenchmarkArguments, images: torch.Tensor) -> dict[str, nn.Module]:
-    """The models to compare, with the same weights but for timm's; the first one is the plain model.
+    """The models to compare, all but timm's with the same weights; the first one is the plain model.
 
     Raises:
         ValueError: The plain model gives other logits than ours.
@@ -321,7 +322,7 @@ def variants(size: str, arguments: BenchmarkArguments, images: torch.Tensor) -> 
     if not difference <= LOGIT_TOLERANCE:
         raise ValueError(
             f"the logits of the plain {size} differ by {difference:.2g} of the largest one, more than "
-            f"{LOGIT_TOLERANCE:g}: it computes something else, so there is nothing to compare"
+            f"{LOGIT_TOLERANCE:g}: it computes another function, so times cannot be compared"
         )
     print(f"{size}: logits of the plain model agree with ours to {difference:.1g} of the largest one", flush=True)
     return models

@@ -134,7 +134,7 @@ FAMILIES = {
 
 @dataclass
 class ConversionArguments:
-    """What to convert."""
+    """The checkpoint, its architecture, the output."""
 
     family: str = field(metadata={"help": "The architecture.", "choices": [*FAMILIES, QPIC]})
     checkpoint: Path = field(metadata={"help": "The official checkpoint, a torch file or safetensors."})
@@ -151,7 +151,7 @@ class ConversionArguments:
 
 
 class ConversionError(ValueError):
-    """The checkpoint is not what was asked for."""
+    """The checkpoint does not fit the requested model."""
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -161,11 +161,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], str]:
     """The weights of a checkpoint by their official names, and where in the file they were.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ConversionError: The file holds other objects than weights, or none.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint {path}.")
+        raise FileNotFoundError(f"The checkpoint {path} does not exist. Pass --checkpoint with a file.")
     if path.suffix == ".safetensors":
         content: Any = load_file(path)
     else:
@@ -175,19 +175,21 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], str]:
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ConversionError(
-                f"{path} is no torch checkpoint, or holds objects that could run code when they are read. Save its "
-                f"weights alone, with torch.save(weights, ...), where you trust it. torch says: {error}"
+                f"{path} is not a torch checkpoint, or holds objects that could run code when they are read. Save its "
+                f"weights alone, with torch.save(weights, ...), where you trust it. The error of torch: {error}"
             ) from error
     entry = next((name for name in ENTRIES if isinstance(content, dict) and isinstance(content.get(name), dict)), "")
     weights = content[entry] if entry else content
     if not isinstance(weights, dict) or not weights or not all(torch.is_tensor(value) for value in weights.values()):
-        raise ConversionError(f"{path} holds no weights, neither itself nor in one of {', '.join(ENTRIES)}.")
+        raise ConversionError(
+            f"{path} holds no weights, neither directly nor in one of {', '.join(ENTRIES)}. Pass a checkpoint with weights."
+        )
     # the name under which data-parallel training wraps a model
     return {name.removeprefix("module."): value for name, value in weights.items()}, entry or "the file itself"
 
 
 def read_settings(weights: dict[str, torch.Tensor]) -> dict[str, int]:
-    """The number of classes and the image size that the shapes of a checkpoint tell."""
+    """The number of classes and the image size, from the shapes of a checkpoint."""
     settings = {}
     if "head.weight" in weights:
         settings["num_labels"] = len(weights["head.weight"])
@@ -275,7 +277,7 @@ def find_size(arguments: ConversionArguments, weights: dict[str, torch.Tensor]) 
     """The one size whose model takes every tensor of the checkpoint.
 
     Raises:
-        ConversionError: No size, or more than one, or another than the one asked for.
+        ConversionError: No size fits, or several, or another than the requested one.
     """
     if arguments.config is not None:
         config = FAMILIES[arguments.family].config_class.from_pretrained(arguments.config)
@@ -285,7 +287,7 @@ def find_size(arguments: ConversionArguments, weights: dict[str, torch.Tensor]) 
             raise ConversionError(f"The checkpoint does not fit {arguments.config}:\n{match}")
         return match
     if arguments.size is not None:
-        # an unknown name is refused here, with the known ones
+        # raises for an unknown name, and lists the known ones
         FAMILIES[arguments.family].config_class.from_size(arguments.size)
     matches = candidates([arguments.family], weights)
     exact = [match for match in matches if match.exact]
@@ -296,9 +298,9 @@ def find_size(arguments: ConversionArguments, weights: dict[str, torch.Tensor]) 
         names = " and ".join(match.size for match in chosen)
         raise ConversionError(f"The shapes fit {names} alike, which differ in their heads only. Pass --size.")
     nearest = exact[0] if exact else candidates(list(FAMILIES), weights)[0]
-    asked = arguments.size or "any published size"
+    requested = arguments.size or "any published size"
     raise ConversionError(
-        f"The checkpoint does not fit {asked} of the family {arguments.family}. The nearest match by shapes is\n"
+        f"The checkpoint does not fit {requested} of the family {arguments.family}. The nearest match by shapes is\n"
         f"{nearest}\nFor a size that was not published, pass --config with a folder that holds its config.json."
     )
 
@@ -318,7 +320,7 @@ def report(match: Match, weights: dict[str, torch.Tensor]) -> str:
 
 
 def source_logits(match: Match, weights: dict[str, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor | str:
-    """The logits of the model that the checkpoint is from, or why there are none."""
+    """The logits of the original implementation, or why they cannot be computed."""
     if match.family != "volo" or match.size == "custom":
         return "no importable implementation of this model is known"
     try:
@@ -396,9 +398,9 @@ def convert(arguments: ConversionArguments) -> str:
     """Converts one checkpoint and returns the report.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         FileExistsError: The folder to write is not empty.
-        ConversionError: The checkpoint is not what was asked for.
+        ConversionError: The checkpoint does not fit the requested model.
     """
     if arguments.out.exists() and any(arguments.out.iterdir()):
         raise FileExistsError(f"{arguments.out} is not empty. Choose a new folder for the converted model.")

@@ -1,19 +1,19 @@
-"""Draws what the attention of a saved model does, and writes the numbers behind the figures.
+"""Draws the attention of a saved model, and writes the numbers behind the figures.
 
     python scripts/draw_attention.py --model_name_or_path runs/digits --output_dir runs/digits_attention
     python scripts/draw_attention.py --model_name_or_path my-dinov2 --dropkey_ratio 0.1 --output_dir runs/seen \
         --images a.png b.png
 
-For any model of this package and any Transformers model; a stock model whose configuration remembers DropKey settings
-gets them back. Without images and without a data argument it looks at the built-in digits.
+For any model of this package and any Transformers model; DropKey settings in the configuration of a stock model are
+restored. Without images and without a data argument it uses the built-in digits.
 
     statistics    entropy and mean distance of attention by layer and head, with DropKey and without
     maps          attention maps and rollout over images, and the heads of the last layer
-    drops         the drop ratio that each attention is given, and the fraction that it drops in training
+    drops         the configured drop ratio of each attention, and the measured fraction that it drops in training
     uncertainty   images sorted by Monte-Carlo uncertainty, and accuracy against the fraction of images kept
 
-Writes PNG files, numbers.csv (one number a row), images.csv (one image a row) and summary.json, which lists what could
-not be drawn or read, with the reason.
+Writes PNG files, numbers.csv (one number per row), images.csv (one image per row) and summary.json, which lists what
+could not be drawn or read, with the reason.
 """
 
 import csv
@@ -40,10 +40,10 @@ from hf_dropkey.inspection.analysis import (
     attention_distance,
     attention_entropy,
     attention_map,
-    even_distance,
-    even_entropy,
     measured_drops,
     rollout_map,
+    uniform_distance,
+    uniform_entropy,
 )
 from hf_dropkey.inspection.figures import drop_fractions, entropy_and_distance, maps_over_images, uncertain_images
 from hf_dropkey.inspection.recording import AttentionRecord, UnreadableAttentionError, record_attention
@@ -60,34 +60,34 @@ DPI = 130
 
 @dataclass
 class DrawingArguments:
-    """Which model, which images, where to."""
+    """The model, the images, the output."""
 
     _argument_group_name = "Drawing"
 
-    model_name_or_path: str = field(metadata={"help": "Folder of a saved model, or a hub id."})
+    model_name_or_path: str = field(metadata={"help": "Folder of a saved model, or an id on the Hub."})
     output_dir: str = field(metadata={"help": "Folder for figures and numbers."})
-    images: list[str] | None = field(default=None, metadata={"help": "Image files, in place of a data source."})
+    images: list[str] | None = field(default=None, metadata={"help": "Image files, instead of a data source."})
     figures: list[str] | None = field(
         default=None, metadata={"help": f"Of {', '.join(FIGURES)}. Default: all that the model allows."}
     )
-    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
+    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the model."})
     dropkey_ratio: float | None = field(
-        default=None, metadata={"help": "Apply DropKey with this ratio. Default: what the model's configuration says."}
+        default=None, metadata={"help": "Apply DropKey with this ratio. Default: as in the model's configuration."}
     )
     images_shown: int = field(default=6, metadata={"help": "Images in the figures of maps."})
-    statistics_images: int = field(default=64, metadata={"help": "Images behind the statistics and the drops."})
-    passes: int = field(default=8, metadata={"help": "Training passes behind the drops."})
-    samples: int = field(default=20, metadata={"help": "Masks behind the uncertainty."})
-    batch_size: int = field(default=32, metadata={"help": "Images at a time."})
-    seed: int = field(default=0, metadata={"help": "Of the keys dropped."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
+    statistics_images: int = field(default=64, metadata={"help": "Images for the statistics and the drops."})
+    passes: int = field(default=8, metadata={"help": "Training passes for the drops."})
+    samples: int = field(default=20, metadata={"help": "Masks for the uncertainty."})
+    batch_size: int = field(default=32, metadata={"help": "Images in a batch."})
+    seed: int = field(default=0, metadata={"help": "Seed of the masks."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use the CPU only."})
 
     def __post_init__(self) -> None:
-        """Raises ValueError for figures that do not exist and numbers outside their range."""
+        """Raises ValueError for unknown figures and numbers outside their range."""
         unknown = sorted(set(self.figures or ()) - set(FIGURES))
         if unknown:
-            raise ValueError(f"--figures has {unknown}; choose from {', '.join(FIGURES)}")
+            raise ValueError(f"--figures {' '.join(unknown)} is unknown; choose from {', '.join(FIGURES)}")
         for name, least in (
             ("images_shown", 1),
             ("statistics_images", 1),
@@ -100,7 +100,7 @@ class DrawingArguments:
 
 
 class Pictures:
-    """Images by number, with their names and, where they are known, classes; and as the model sees them."""
+    """Images by number, with their names, their classes where known, and as inputs of the model."""
 
     split: str | None = None
 
@@ -112,7 +112,7 @@ class Pictures:
         return len(self.names)
 
     def spread(self, count: int) -> list[int]:
-        """The numbers of `count` images, evenly spaced."""
+        """The numbers of `count` equally spaced images."""
         return [int(number) for number in np.linspace(0, len(self) - 1, min(count, len(self)))]
 
     def batches(self, numbers: Sequence[int], size: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
@@ -122,7 +122,7 @@ class Pictures:
             yield {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"].to(device)}
 
     def seen(self, number: int) -> Image.Image:
-        """An image as the model sees it: resized and cropped, but in its own colours."""
+        """An image as the model sees it, resized and cropped, without the normalisation of colours."""
         pixels = next(self.batches([number], 1, torch.device("cpu")))["pixel_values"][0]
         if getattr(self.processor, "do_normalize", False):
             mean, std = (
@@ -134,7 +134,7 @@ class Pictures:
 
 
 class Notebook:
-    """What is written at the end: rows of numbers and images, files, and what is missing, with the reason."""
+    """Collects the output: rows of numbers and images, files, and what is missing with the reason."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -169,11 +169,11 @@ class Notebook:
         print(f"written to {self.folder}: {', '.join([*self.files, 'summary.json'])}")
 
 
-# --- what goes in -----------------------------------------------------------------------------------------------------
+# --- input ------------------------------------------------------------------------------------------------------------
 
 
 def load_model(arguments: DrawingArguments) -> Any:
-    """The model in float32 and eval mode, with the DropKey that was asked for or that its configuration remembers."""
+    """The model in float32 and eval mode, with DropKey as in the arguments, else as in its configuration."""
     folder = Path(arguments.model_name_or_path)
     if folder.is_dir():
         check_model_folder(folder)
@@ -191,20 +191,18 @@ def load_model(arguments: DrawingArguments) -> Any:
 
 
 def load_pictures(arguments: DrawingArguments, data: DataArguments, model: Any, notebook: Notebook) -> Pictures:
-    """The image files or the data set, with classes where both the data and the model name them alike."""
+    """The image files or the data set, with classes where the data and the model have the same names."""
     processor = AutoImageProcessor.from_pretrained(
         arguments.model_name_or_path, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
     )
-    # configurations that do not say are of models for colour images
+    # configurations without this field are of models for colour images
     channels = getattr(model.config, "num_channels", 3)
     if arguments.images is not None:
         if data.dataset_name or not data.is_digits:
-            raise ValueError(f"--images and the data source {data.name!r} at once; keep one")
+            raise ValueError(f"--images and the data source {data.name!r} exclude each other; pass one of them")
         problems = [image_problem({"path": file, "bytes": None}, row) for row, file in enumerate(arguments.images)]
         if not arguments.images or any(problems):
-            raise ValueError(
-                f"--images {'; '.join(filter(None, problems)) or 'names no file'}; give files that are images"
-            )
+            raise ValueError(f"--images {'; '.join(filter(None, problems)) or 'names no file'}; pass image files")
         notebook.missing["true classes"] = "image files have none; use a data source, such as --validation_dir"
         rows = [{"image": Image.open(file)} for file in arguments.images]
         return Pictures(rows, [Path(file).name for file in arguments.images], None, processor, channels)
@@ -224,15 +222,15 @@ def load_pictures(arguments: DrawingArguments, data: DataArguments, model: Any, 
 
 
 def classifier(model: Any) -> bool:
-    """Whether a model gives class probabilities."""
+    """Whether a model is an image classifier."""
     return "ForImageClassification" in type(model).__name__
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def draw_statistics(arguments: DrawingArguments, model: Any, pictures: Pictures, notebook: Notebook) -> None:
-    """Entropy and distance of each head, with DropKey if there is any."""
+    """Entropy and distance of each head, also with DropKey if the model has it."""
     numbers = pictures.spread(arguments.statistics_images)
     conditions = {"plain attention": False} | ({"with DropKey": True} if drops_keys(model) else {})
     if len(conditions) == 1:
@@ -250,7 +248,7 @@ def draw_statistics(arguments: DrawingArguments, model: Any, pictures: Pictures,
         for depth, layer in enumerate(records[0].layers):
             for metric, unit, values in (("entropy", "nats", entropies), ("distance", "patches", distances)):
                 for head, value in enumerate(values[name][depth]):
-                    # no distance where only the class token attends
+                    # class attention has no distance
                     if not np.isnan(value):
                         place = {"layer": depth + 1, "attention": layer.name, "head": head + 1, "dropkey": dropkey}
                         notebook.number(f"attention {metric}", float(value), unit, len(numbers), **place)
@@ -259,8 +257,8 @@ def draw_statistics(arguments: DrawingArguments, model: Any, pictures: Pictures,
         short_names([layer.name for layer in records[0].layers]),
         entropies,
         distances,
-        even_entropies=[even_entropy(layout) for layout in layouts],
-        even_distances=[even_distance(layout) for layout in layouts],
+        uniform_entropies=[uniform_entropy(layout) for layout in layouts],
+        uniform_distances=[uniform_distance(layout) for layout in layouts],
         title=f"{model_name(arguments)}: entropy and distance of attention, mean over {len(numbers)} images",
     )
     notebook.figure(figure, "statistics")
@@ -287,14 +285,14 @@ def draw_maps(arguments: DrawingArguments, model: Any, pictures: Pictures, noteb
     attends = {"class": "class token", "mean": "average patch"}[source]
     if source == "mean":
         notebook.missing["maps of a class token"] = (
-            "the model has none; the maps show what all patches attend to on average"
+            "the model has none; the maps are the mean over the queries of all patches"
         )
     chosen = []
     for depth, layer in enumerate(records[0].layers):
         if source == "mean" or layer.layout.prefix:
             chosen.append(depth)
         else:
-            notebook.missing[f"map of {layer.name}"] = "no class token attends there"
+            notebook.missing[f"map of {layer.name}"] = "the class token is not a query there"
     chosen = [chosen[place] for place in np.linspace(0, len(chosen) - 1, min(MAPS_SHOWN, len(chosen))).astype(int)]
     grid = records[0].layers[-1].layout.grid
     names = short_names([layer.name for layer in records[0].layers])
@@ -321,22 +319,24 @@ def stacked(parts: Iterable[torch.Tensor]) -> np.ndarray:
 
 
 def draw_drops(arguments: DrawingArguments, model: Any, pictures: Pictures, notebook: Notebook) -> None:
-    """The schedule and the measurement."""
+    """The configured ratios and the measured fractions."""
     numbers = pictures.spread(min(arguments.statistics_images, arguments.batch_size))
     batch = next(pictures.batches(numbers, len(numbers), model.device))
     layers = measured_drops(model, batch, passes=arguments.passes, seed=arguments.seed)
     for depth, layer in enumerate(layers):
         where = {"layer": depth + 1, "attention": layer.name, "dropkey": True}
-        notebook.number("drop ratio given", layer.ratio, "fraction", 1, **where)
+        notebook.number("drop ratio configured", layer.ratio, "fraction", 1, **where)
         if layer.reason is not None:
             notebook.missing[f"measured drops of {layer.name}"] = layer.reason
             continue
         notebook.number("fraction dropped", float(np.mean(layer.fractions)), "fraction", len(layer.fractions), **where)
         spread = float(np.std(layer.fractions, ddof=1))
-        notebook.number("fraction dropped, deviation of passes", spread, "fraction", len(layer.fractions), **where)
+        notebook.number(
+            "fraction dropped, standard deviation over passes", spread, "fraction", len(layer.fractions), **where
+        )
     pattern = next(module.dropkey_pattern for _, module in dropkey_modules(model))
     note = " (the ratio is of patches; a class token is never dropped)" if pattern in ("block", "cross") else ""
-    title = f"what DropKey drops, pattern {pattern}{note}, on {len(numbers)} images in training mode"
+    title = f"fraction dropped, pattern {pattern}{note}, on {len(numbers)} images in training mode"
     figure = drop_fractions(
         short_names([layer.name for layer in layers]),
         [layer.ratio for layer in layers],
@@ -347,7 +347,7 @@ def draw_drops(arguments: DrawingArguments, model: Any, pictures: Pictures, note
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Dotted names without the parts that all of them share at either end, but with the list that a number counts."""
+    """Dotted names without the parts at either end that are the same in all; a number keeps the part before it."""
     parts = [name.split(".") for name in names]
     while all(len(part) > 2 and part[0] == parts[0][0] and not part[1].isdigit() for part in parts):
         parts = [part[1:] for part in parts]
@@ -357,7 +357,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def draw_uncertainty(arguments: DrawingArguments, model: Any, pictures: Pictures, notebook: Notebook) -> None:
-    """Every image with its Monte-Carlo prediction, from the most uncertain on."""
+    """Every image with its Monte-Carlo prediction, the most uncertain first."""
     batches = pictures.batches(range(len(pictures)), arguments.batch_size, model.device)
     found = [
         monte_carlo_predict(model, batch, samples=arguments.samples, seed=arguments.seed + start)
@@ -402,7 +402,7 @@ def draw_uncertainty(arguments: DrawingArguments, model: Any, pictures: Pictures
 
 
 class ShownImages(Sequence[Image.Image]):
-    """The images as the model sees them, made when they are asked for."""
+    """The images as the model sees them, computed on access."""
 
     def __init__(self, pictures: Pictures):
         self.pictures = pictures
@@ -426,17 +426,17 @@ def drops_keys(model: Any) -> bool:
 
 
 def model_name(arguments: DrawingArguments) -> str:
-    """What to call the model where others read it."""
+    """The name of the model without local paths."""
     folder = Path(arguments.model_name_or_path)
     return folder.resolve().name if folder.is_dir() else arguments.model_name_or_path
 
 
 def why_not(figure: str, model: Any) -> str | None:
-    """What a figure needs and the model lacks, None if nothing."""
+    """Why a figure cannot be drawn of the model, None if it can."""
     if figure in ("drops", "uncertainty") and not drops_keys(model):
         return NO_DROPKEY
     if figure == "uncertainty" and not classifier(model):
-        return f"{type(model).__name__} is no image classifier; save one that is"
+        return f"{type(model).__name__} is not an image classifier; pass one"
     return None
 
 
@@ -458,7 +458,7 @@ def main() -> None:
                 continue
             except UnreadableAttentionError as error:
                 reason = str(error)
-        # what was asked for by name is drawn or is an error
+        # a figure named by the user is drawn, or is an error
         if arguments.figures:
             raise ValueError(f"--figures {name}: {reason}")
         notebook.missing[f"figure {name}"] = reason

@@ -20,7 +20,7 @@ def main() -> None:
     chosen = [row for row in rows if (row["device"], row["dtype"]) == (device, dtype)]
     if not chosen:
         there = sorted({(row["device"], row["dtype"]) for row in rows})
-        raise SystemExit(f"{source} has no attention rows of {device} in {dtype}; there are {there}")
+        raise SystemExit(f"{source} has no attention rows of {device} in {dtype}; it has those of {there}")
     # a later measurement of the same point replaces an earlier one
     latest = {tuple(row[name] for name in ("backend", "regulariser", "tokens", "metric")): row for row in chosen}
     about = chosen[-1]

@@ -1,4 +1,4 @@
-"""Draws the picture of the method in the README: the patterns for one seed, and the schedules over depth.
+"""Draws the figure of the method in the README: the masks of all patterns for one seed, the schedules over depth.
 
 python scripts/draw_method.py model_cards/figures/method.png
 """

@@ -1,4 +1,4 @@
-"""Draws a logged value over the steps of training for several runs of each kind: mean and 95 % band over the runs.
+"""Draws a logged metric over the steps of training, for several runs of each kind: mean and 95 % band over the runs.
 
     python scripts/draw_training_curves.py curves.png --runs DropKey=runs/a DropKey=runs/b none=runs/c
 
@@ -19,28 +19,28 @@ from hf_dropkey.training.checkpoints import STATE
 
 @dataclass
 class CurveArguments:
-    """What to draw, and where to."""
+    """The runs, the metric, the output."""
 
     figure: Path = field(metadata={"help": "Image file to write; the first argument."})
     runs: list[str] = field(metadata={"help": "Runs as KIND=FOLDER; runs of one kind become one curve."})
-    metric: str = field(default="loss", metadata={"help": "What was logged: loss, eval_accuracy, learning_rate, ..."})
+    metric: str = field(default="loss", metadata={"help": "A logged metric: loss, eval_accuracy, learning_rate, ..."})
 
 
 def histories(runs: list[str]) -> dict[str, list[list[dict[str, float]]]]:
     """The logs of the runs of each kind.
 
     Raises:
-        FileNotFoundError: A folder holds no run.
+        FileNotFoundError: A folder does not hold a run.
         ValueError: A run is not written as KIND=FOLDER.
     """
     found: dict[str, list[list[dict[str, float]]]] = {}
     for run in runs:
         kind, equals, folder = run.partition("=")
         if not (kind and equals and folder):
-            raise ValueError(f"--runs has {run!r}; write each as KIND=FOLDER, for example DropKey=runs/digits")
+            raise ValueError(f"--runs {run!r} is not of the form KIND=FOLDER; write for example DropKey=runs/digits")
         file = Path(folder) / STATE
         if not file.is_file():
-            raise FileNotFoundError(f"{folder} has no {STATE}; give the folder of a finished run")
+            raise FileNotFoundError(f"{folder} has no {STATE}; pass the folder of a finished run")
         found.setdefault(kind, []).append(json.loads(file.read_text(encoding="utf-8"))["log_history"])
     return found
 

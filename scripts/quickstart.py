@@ -1,10 +1,10 @@
-"""From nothing to a checkpoint that anyone can load: the first thing to run, about two minutes on two cores.
+"""Trains a small model, saves it, loads it without this package and draws its predictions: two minutes on two cores.
 
     python scripts/quickstart.py [folder]
 
 Trains DropKeyViT and the same model without dropout, with the same seed, on the built-in handwritten digits; loads
-the saved folder in a fresh process that does not have this package loaded; prints a table of both; and draws what
-the model predicts and where its class token looks. One seed of a small task: which one wins here says little.
+the saved folder in a fresh process that does not import this package; prints a table of both; and draws the
+predictions with the attention of the class token. One seed of a small task: the better one here is not evidence.
 """
 
 import json
@@ -39,15 +39,15 @@ ROWS = (
 
 
 def run_script(name: str, *arguments: str) -> None:
-    """Runs one of the scripts as a process of its own, which shows its progress here."""
+    """Runs one of the scripts in a process of its own, with its output here."""
     print(f"\n$ python scripts/{name} {' '.join(arguments[:6])}{' ...' if len(arguments) > 6 else ''}", flush=True)
-    # the model is so small that more threads would mostly wait for each other
+    # the model is so small that more threads would slow it down
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     subprocess.run([sys.executable, str(SCRIPTS / name), *arguments], check=True, env=environment)
 
 
 def train(folder: Path, changes: dict[str, float]) -> dict[str, float]:
-    """Trains the recipe with `changes` into `folder`, which keeps the recipe too; returns the run's metrics."""
+    """Trains the recipe with `changes` into `folder`, saves the recipe beside it; returns the metrics of the run."""
     recipe = {**json.loads(RECIPE.read_text(encoding="utf-8")), **changes, "output_dir": str(folder)}
     file = folder.with_suffix(".json")
     file.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
@@ -57,7 +57,7 @@ def train(folder: Path, changes: dict[str, float]) -> dict[str, float]:
 
 
 def save_test_images(data: ImageData, folder: Path) -> list[str]:
-    """Writes test images as files, evenly spaced over the test split; returns their names."""
+    """Writes equally spaced images of the test split as files; returns their names."""
     folder.mkdir(exist_ok=True)
     files = []
     for row in np.linspace(0, len(data.evaluation) - 1, IMAGES_SHOWN).astype(int):
@@ -108,7 +108,7 @@ def main() -> None:
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"\nHandwritten digits, {len(data.evaluation)} test images, the same seed:\n")
     print(table(results))
-    print("\nOne seed of a small task: which one wins here says little.")
+    print("\nOne seed of a small task: the better one here is not evidence.")
     print(f"\nsaved model  {folders['DropKey']}\npredictions  {folder / 'predictions.png'}")
     print(f"numbers      {folder / 'results.json'}\ntook         {time.monotonic() - start:.0f} s")
 

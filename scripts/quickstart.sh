@@ -4,5 +4,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
-make_environment .venv . constraints.txt
+make_environment .venv ".[plots,train]" constraints.txt
 exec .venv/bin/python scripts/quickstart.py "$@"

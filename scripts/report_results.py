@@ -1,8 +1,8 @@
-"""Makes the evidence anew from the rows: the tables of model_cards/evidence.md, the README's table, figures.
+"""Generates from the rows: model_cards/evidence.md, the parts of README.md and docs/speed.md between markers, figures.
 
     python scripts/report_results.py
 
-Nothing in them is typed by hand but the words in front of the tables, which are here.
+No number in them is typed by hand; the words in front of the tables of evidence.md are here.
 """
 
 from dataclasses import dataclass, field
@@ -11,38 +11,41 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from hf_dropkey.lab.costs import cost_lines, cost_tables, read_benchmarks
 from hf_dropkey.lab.evidence import (
     difference_figure,
+    in_words,
     occlusion_figure,
     ratio_figure,
     report,
     size_figure,
-    with_summary,
 )
 from hf_dropkey.lab.rows import read_rows
+from hf_dropkey.lab.tables import with_part
 
 
 ROOT = Path(__file__).resolve().parents[1]
 PREFACE = """# Does DropKey help?
 
-Small vision transformers from scratch on little data, on a CPU: what a setting is worth here says little about large
+Small vision transformers from scratch on little data, on a CPU: the effect of a setting here says little about large
 models on large data. Made by `python scripts/report_results.py` from [results.csv](results.csv), whose rows
 `python scripts/run_experiments.py scripts/grids/<task>.json` made.
 
 How to read it. A value is a mean over seeds ± half of its 95 % confidence interval (Student's t); a difference is taken
-seed by seed, since a seed has the same start and order of images in every cell. Intervals are over seeds, for these very
-images: what other training or test images would change (a point or two with a few hundred test images) is in none of them. "better" or "worse" is said only where the
-interval of the difference leaves out 0. With so many comparisons one in twenty does so by chance: a single "better" in a
-table is a reason to look again, not a finding.
+seed by seed, since a seed has the same start and order of images in every cell. Intervals are over seeds, for these
+images: they do not contain the effect of other training or test images (a point or two with a few hundred test images).
+"better" or "worse" is written only where the interval of the difference excludes 0. One in twenty comparisons does so by
+chance: a single "better" in a table is a reason to look again, not a finding.
 
 How it was chosen. Training length, learning rate and augmentation were fixed beforehand on runs without a regulariser. The
-ratio of each kind of cell was chosen by the likelihood of a held-out fifth (CIFAR-10: 1,000 of a tenth) of the training images, for
-attention dropout and for DropKey among the same ratios and seeds (the fine-tune, on digits and flowers12, among 0.1 and 0.3
-only); within these grids the test images were looked at once, with the chosen ratio. Schedules and patterns are compared on the held-out images at equal ratios, without any choice. DropKey "decreasing"
-falls from its ratio in the first layer to 0 in the last, so that at equal ratios "constant" drops twice as much in all.
+ratio of each kind of cell was chosen by the likelihood of a held-out fifth (CIFAR-10: 1,000 of a tenth) of the training
+images, for attention dropout and for DropKey among the same ratios and seeds (the fine-tune, on digits and flowers12,
+among 0.1 and 0.3 only); within these grids the test images were used once, with the chosen ratio. Schedules and patterns
+are compared on the held-out images at equal ratios, without any choice. DropKey "decreasing" falls from its ratio in the
+first layer to 0 in the last, so that at equal ratios "constant" drops twice as much in total.
 
 CIFAR-10 stops early: 2,000 images and 15 epochs leave accuracy on the training images hardly above that on the test
-images (the table has the gap), so that a regulariser has little to do there.
+images (the table has the gap), so that there is little overfitting to reduce.
 
 The digits are small and their training is short too: some seeds had not fitted their training images, which is most of the
 spread between seeds there.
@@ -59,21 +62,33 @@ CIFAR-10, T2T-ViT or VOLO in the grids, a search of learning rates for each regu
 
 @dataclass
 class ReportArguments:
-    """Where things are."""
+    """The files to read and write."""
 
     results: Path = field(default=ROOT / "model_cards" / "results.csv", metadata={"help": "The rows."})
+    benchmarks: Path = field(
+        default=ROOT / "model_cards" / "benchmarks.csv", metadata={"help": "The rows of the benchmarks."}
+    )
     out: Path = field(default=ROOT / "model_cards", metadata={"help": "Folder for evidence.md and figures/."})
-    readme: Path = field(default=ROOT / "README.md", metadata={"help": "Document with the markers of the table."})
+    readme: Path = field(
+        default=ROOT / "README.md", metadata={"help": "Document with the markers of evidence and costs."}
+    )
+    speed: Path = field(
+        default=ROOT / "docs" / "speed.md", metadata={"help": "Document with the markers of the tables of costs."}
+    )
 
 
 def main() -> None:
     """Runs the job."""
     group: Any = ReportArguments
     (arguments,) = HfArgumentParser(group).parse_args_into_dataclasses(look_for_args_file=False)
-    rows = read_rows(arguments.results)
-    # all of it is made before any of it is written
-    evidence = f"{PREFACE}\n{report(rows)}"
-    readme = with_summary(arguments.readme.read_text(encoding="utf-8"), rows)
+    rows, costs = read_rows(arguments.results), read_benchmarks(arguments.benchmarks)
+    # everything is generated before anything is written
+    readme = with_part(arguments.readme.read_text(encoding="utf-8"), "evidence", in_words(rows))
+    documents = {
+        arguments.out / "evidence.md": f"{PREFACE}\n{report(rows)}",
+        arguments.readme: with_part(readme, "costs", cost_lines(costs)),
+        arguments.speed: with_part(arguments.speed.read_text(encoding="utf-8"), "costs", cost_tables(costs)),
+    }
     figures = {
         "ratios": ratio_figure(rows, "accuracy"),
         "variants": difference_figure(rows, "accuracy", "0.1"),
@@ -81,11 +96,11 @@ def main() -> None:
         "data_size": size_figure(rows, "accuracy"),
     }
     (arguments.out / "figures").mkdir(parents=True, exist_ok=True)
-    (arguments.out / "evidence.md").write_text(evidence, encoding="utf-8")
-    arguments.readme.write_text(readme, encoding="utf-8")
+    for file, text in documents.items():
+        file.write_text(text, encoding="utf-8")
     for name, figure in figures.items():
         figure.savefig(arguments.out / "figures" / f"{name}.png", dpi=110)
-    print(f"written: {arguments.out / 'evidence.md'}, {arguments.readme}, {len(figures)} figures")
+    print(f"written: {', '.join(map(str, documents))}, {len(figures)} figures")
 
 
 if __name__ == "__main__":

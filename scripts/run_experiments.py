@@ -1,12 +1,12 @@
-"""Runs a grid of experiments: every cell that has no rows yet, several at a time, one row for each number.
+"""Runs a grid of experiments: every cell that has no rows yet, several in parallel, one row for each number.
 
     python scripts/run_experiments.py scripts/grids/digits.json
     python scripts/run_experiments.py scripts/grids/digits.json --test
 
 The first command trains all cells and measures them on a held-out part of the training images. The second one chooses
-the ratio of each kind of cell by these numbers, and measures the chosen cells on the test images, once. Both skip what is
-done: after an interruption the same command goes on. Weights stay in --output_dir; a cell whose folder is gone is
-trained again. Rows go to a CSV file that tables, figures and cards are made from; numbers of cells that lose stay in it.
+the ratio of each kind of cell by these numbers, and measures the chosen cells on the test images, once. Both skip
+finished cells: after an interruption the same command continues. Weights stay in --output_dir; a cell whose folder is
+gone is trained again. Rows go to a CSV file that tables, figures and cards are made from; losing cells stay in it.
 """
 
 import contextlib
@@ -40,28 +40,30 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class GridArguments:
-    """Which grid, and how."""
+    """The grid, the output, the workers."""
 
     grid: Path = field(metadata={"help": "JSON file with the grid; the first argument."})
-    test: bool = field(default=False, metadata={"help": "Choose the ratios, and look at the test images once."})
+    test: bool = field(default=False, metadata={"help": "Choose the ratios, and use the test images, once."})
     results: Path = field(
         default=ROOT / "model_cards" / "results.csv", metadata={"help": "CSV file that rows are appended to."}
     )
     output_dir: Path = field(default=Path("runs/experiments"), metadata={"help": "Folder for the weights."})
-    workers: int = field(default=1, metadata={"help": "Cells at a time, each in a process with one thread."})
-    seeds: int | None = field(default=None, metadata={"help": "Only the first so many seeds of the grid."})
-    train_file: str | None = field(default=None, metadata={"help": "Data in place of the recipe's."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same, for the test images."})
+    workers: int = field(default=1, metadata={"help": "Cells in parallel, each in a process with one thread."})
+    seeds: int | None = field(default=None, metadata={"help": "Number of seeds, the first of the grid. Default: all."})
+    train_file: str | None = field(default=None, metadata={"help": "Training data that replaces that of the recipe."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Test images that replace those of the recipe."}
+    )
 
     def data(self) -> dict[str, str]:
-        """The arguments of the data that were given."""
-        given = {"train_file": self.train_file, "validation_file": self.validation_file}
-        return {name: value for name, value in given.items() if value}
+        """The arguments that replace those of the recipe."""
+        files = {"train_file": self.train_file, "validation_file": self.validation_file}
+        return {name: value for name, value in files.items() if value}
 
 
 def start_worker() -> None:
-    """Makes a process quiet, and gives it one thread: the models are so small that more would wait for each other."""
-    # the commit of the code that is loaded here
+    """Silences a process and sets one thread: the models are so small that more would slow them down."""
+    # caches the commit of the code that is loaded here
     commit()
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
@@ -70,7 +72,7 @@ def start_worker() -> None:
 
 
 def end_with_parent() -> None:
-    """Ends this process when the one that started it is gone, however it ended; else it would train on for nobody."""
+    """Ends this process when its parent has ended, however it ended, since no one would record its results."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -79,24 +81,24 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def only_run(lock: Path) -> Iterator[None]:
-    """Keeps other runs of a grid from its rows or its folder: each would repeat the other's unfinished cells.
+    """Locks the rows or the folder of a grid against other runs, which would repeat its unfinished cells.
 
     Raises:
-        SystemExit: There is one.
+        SystemExit: Another run holds the lock.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # given back by the system when this process ends, however it ends
+        # the system releases it when this process ends, however it ends
         with FileLock(lock, timeout=0):
             yield
     except Timeout:
         raise SystemExit(
-            f"another run of this grid holds {lock}; wait for it, or give other --results and another --output_dir"
+            f"another run of this grid holds {lock}; wait for it, or pass another --results and another --output_dir"
         ) from None
 
 
 def run_group(grid: Grid, cells: list[Cell], folder: Path, **arguments: Any) -> tuple[list[dict[str, str]], float]:
-    """The rows of cells that share weights, and the seconds they took; what the libraries print is dropped."""
+    """The rows of cells that share weights, and the seconds they took; suppresses the output of the libraries."""
     start = time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         rows = measure(grid, cells, folder, root=ROOT, **arguments)
@@ -104,7 +106,7 @@ def run_group(grid: Grid, cells: list[Cell], folder: Path, **arguments: Any) -> 
 
 
 def show(done: int, total: int, rows: list[dict[str, str]], seconds: float, elapsed: float) -> None:
-    """A line of progress."""
+    """Prints a line of progress."""
     row = next(row for row in rows if row["metric"] == "accuracy")
     cell = " ".join(row[name] for name in ("model", "regulariser", "ratio", "schedule", "pattern", "train_images"))
     left = elapsed / done * (total - done) / 60
@@ -116,7 +118,7 @@ def show(done: int, total: int, rows: list[dict[str, str]], seconds: float, elap
 
 
 def main() -> int:
-    """Runs the job; the number of cells that failed is its exit status."""
+    """Runs the job; returns 1 if a cell failed."""
     group: Any = GridArguments
     command = sys.argv[1:]
     if command and not command[0].startswith("--"):
@@ -129,7 +131,7 @@ def main() -> int:
 
 
 def run(grid: Grid, arguments: GridArguments) -> int:
-    """Runs what is missing of a grid."""
+    """Runs the missing cells of a grid."""
     rows: list[dict[str, str]] = read_rows(arguments.results) if arguments.results.exists() else []
     cells = chosen_cells(grid, rows) if arguments.test else list(grid.cells)
     split = "test" if arguments.test else "validation"
@@ -144,7 +146,7 @@ def run(grid: Grid, arguments: GridArguments) -> int:
     if arguments.results.exists():
         check_columns(arguments.results, COLUMNS)
     folder = arguments.output_dir / grid.name
-    # a mistake in the grid or recipe is told before hours are spent
+    # a mistake in the grid or recipe is an error before hours are spent
     for first in {cell[0].kind(): cell[0] for cell in groups}.values():
         job_of(grid, first.trained, folder / first.name, root=ROOT, data=arguments.data())
 
@@ -153,13 +155,13 @@ def run(grid: Grid, arguments: GridArguments) -> int:
     source["threads"] = 1
 
     def at(row: dict[str, str]) -> str:
-        # weights that an earlier commit trained are told apart
+        # weights that an earlier commit trained are marked
         trained, measured = row["git_sha"], str(source["git_sha"])
         return measured if trained == measured else f"{trained} measured at {measured}"
 
     start, failed = time.monotonic(), 0
     job = partial(run_group, grid, split=split, data=arguments.data())
-    # a fresh interpreter: a copy of this one would share the locks of torch's threads
+    # a fresh interpreter: a fork of this one would inherit the locks of torch's threads
     pool_of_workers = partial(ProcessPoolExecutor, arguments.workers, multiprocessing.get_context("spawn"))
     with only_run(folder / ".lock"), pool_of_workers(start_worker) as pool:
         running: dict[Future[Any], list[Cell]] = {
@@ -177,13 +179,13 @@ def run(grid: Grid, arguments: GridArguments) -> int:
                 append_rows(arguments.results, ordered)
                 show(number, len(groups), ordered, seconds, time.monotonic() - start)
         except BaseException:
-            # nobody would record what the workers went on with
+            # the results of the workers would not be recorded
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
-    for told in warnings(choose(read_rows(arguments.results), experiment=grid.name)):
-        print(f"note: {told}")
+    for note in warnings(choose(read_rows(arguments.results), experiment=grid.name)):
+        print(f"note: {note}")
     if failed:
         print(f"{failed} of {len(groups)} trainings failed; the same command tries them again")
     return min(failed, 1)

@@ -21,13 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import (
-    Accelerator,
-    DataLoaderConfiguration,
-    DistributedType,
-    skip_first_batches,
-)
-from accelerate.tracking import get_available_trackers
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
@@ -45,17 +38,26 @@ from transformers import (
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import speed_metrics
 
-from hf_dropkey.classification.arguments import ModelArguments
 from hf_dropkey.classification.data import ImageData
 from hf_dropkey.classification.job import ClassificationJob
 from hf_dropkey.classification.metrics import classification_metrics
-from hf_dropkey.classification.model import make_model
 from hf_dropkey.classification.transform import ImageTransform, collate_images, transform_rows
+from hf_dropkey.extras import needed
 from hf_dropkey.hub.cards import RunFacts, shown_command, write_card
 from hf_dropkey.training.callbacks import seed_process
 from hf_dropkey.training.checkpoints import STATE, RunRecord, run_settings, step_of
 from hf_dropkey.training.guards import LossGuard, check_devices, check_engine, named_save, note_where_to_resume
 from hf_dropkey.training.job import started_command
+
+
+with needed("train"):
+    from accelerate import (
+        Accelerator,
+        DataLoaderConfiguration,
+        DistributedType,
+        skip_first_batches,
+    )
+    from accelerate.tracking import get_available_trackers
 
 
 logger = logging.getLogger(__name__)
@@ -493,9 +495,8 @@ def main() -> None:
     checkpoint = job.begin()
     model, data = job.prepare(checkpoint)
     if checkpoint is not None and (checkpoint / "model.safetensors").is_file():
-        saved = make_model(job.config, ModelArguments(model_name_or_path=str(checkpoint)))
         # copied, because a file in memory is aligned otherwise, and with it the rounding of products
-        model.load_state_dict(saved.state_dict())
+        model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
     loop = make_loop(job, model, data)
 
     metrics = {}

@@ -11,7 +11,7 @@ On a data set of the hub whose rows list their boxes in `objects`:
 A small model from scratch, from a recipe, with anything after it taking precedence:
     python scripts/train_object_detection.py scripts/recipes/detection_overfit.json --output_dir runs/few \
         --train_images ... --train_annotations ... --validation_images ... --validation_annotations ...
---help lists everything. It needs pycocotools and scipy: pip install "hf_dropkey[coco]".
+--help lists everything. It needs the extras: pip install 'hf_dropkey[coco,plots,train]'.
 
 Besides the model, its image processor and COCO's metrics it saves `predictions.png`: validation images with the boxes
 that were annotated and those that the model found. The checkpoint loads without this package; apply_dropkey(model)

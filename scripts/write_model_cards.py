@@ -4,8 +4,8 @@
     python scripts/write_model_cards.py --names dropkey-vit-digits
 
 Weights that are not in --output_dir, the folder of scripts/run_experiments.py, are trained by the code that trained
-them for the rows. They are measured again, and a card is written only if that gives the rows' numbers. What somebody
-wrote into a card stays.
+them for the rows. They are measured again, and a card is written only if the result equals the rows. Text that was
+added to a card by hand is kept.
 """
 
 import json
@@ -27,13 +27,13 @@ from hf_dropkey.lab.rows import Row, read_rows
 
 
 ROOT = Path(__file__).resolve().parents[1]
-# between the rows and the same weights measured again: rows have six digits, and processors differ in the last bits
+# rows have six digits, and processors differ in the last bits
 TOLERANCE = 1e-4
 
 
 @dataclass
 class CardArguments:
-    """Which cards, from where, to where."""
+    """The cards, the files to read and write."""
 
     checkpoints: Path = field(
         default=ROOT / "scripts" / "checkpoints.json", metadata={"help": "JSON file that lists the cards."}
@@ -51,9 +51,9 @@ def check_values(entry: CardEntry, rows: list[dict[str, str]], expected: dict[st
     found = {row["metric"]: float(row["value"]) for row in rows}
     other = [metric for metric in MEASURED if abs(found[metric] - expected[metric]) > TOLERANCE]
     if other:
-        told = ", ".join(f"{metric} {found[metric]} (rows: {expected[metric]})" for metric in other)
+        differing = ", ".join(f"{metric} {found[metric]} (rows: {expected[metric]})" for metric in other)
         raise ValueError(
-            f"the weights of {entry.name} are not those of the rows: {told}; delete their folder to train them again, "
+            f"the weights of {entry.name} are not those of the rows: {differing}; delete their folder to train them again, "
             "or run the grid again under another name"
         )
 
@@ -69,8 +69,8 @@ def write(entry: CardEntry, rows: list[Row], arguments: CardArguments) -> Path:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / entry.name
         shutil.copytree(weights, folder)
-        told = json.loads((folder / DONE).read_text(encoding="utf-8"))["told"]
-        facts_of_card(entry, grid, rows, told=told, weights=folder / "model.safetensors").save(folder)
+        configured = json.loads((folder / DONE).read_text(encoding="utf-8"))["told"]
+        facts_of_card(entry, grid, rows, configured=configured, weights=folder / "model.safetensors").save(folder)
         evaluated = {f"eval_{metric}": value for metric, value in values.items()}
         (folder / "eval_results.json").write_text(json.dumps(evaluated), encoding="utf-8")
         model_card(folder, existing=card.read_text(encoding="utf-8") if card.is_file() else "").save(card)
@@ -81,13 +81,16 @@ def main() -> int:
     """Runs the job."""
     group: Any = CardArguments
     (arguments,) = HfArgumentParser(group).parse_args_into_dataclasses()
-    # as scripts/run_experiments.py trains
+    # as in scripts/run_experiments.py
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     entries = CardEntry.load(arguments.checkpoints)
     unknown = sorted(set(arguments.names) - {entry.name for entry in entries})
     if unknown:
-        raise ValueError(f"no card {unknown} in {arguments.checkpoints}; it has {[entry.name for entry in entries]}")
+        raise ValueError(
+            f"--names {' '.join(unknown)} is not in {arguments.checkpoints}; choose from "
+            f"{', '.join(entry.name for entry in entries)}"
+        )
     rows: list[Row] = list(read_rows(arguments.results))
     for entry in entries:
         if not arguments.names or entry.name in arguments.names:

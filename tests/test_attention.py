@@ -12,10 +12,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTModel, default_backend
-from hf_dropkey.models import attention, modeling_dropkey
-from hf_dropkey.models.attention import dropkey_attention_forward, dropkey_is_active
+from hf_dropkey.models import attention, cpu_attention, modeling_dropkey
+from hf_dropkey.models.attention import dropkey_attention_forward
+from hf_dropkey.models.attention_mask import real_keys
 from hf_dropkey.models.counter_hash import draw_seed
-from hf_dropkey.models.dropkey import PATTERNS, dropped_scores, protect_rows, real_keys, reference_attention
+from hf_dropkey.models.dropkey import dropkey_is_active
+from hf_dropkey.models.patterns import PATTERNS, dropped_scores, protect_rows
+from hf_dropkey.reference import reference_attention
 
 
 BACKENDS = ["eager", "sdpa"]
@@ -342,10 +345,10 @@ def test_checkpointing_takes_another_number_of_threads(monkeypatch: pytest.Monke
     plain = torch.autograd.grad(run(site(0.3), qkv, None, "sdpa")[0].sum(), qkv)
     threads = [1]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
-    monkeypatch.setattr(attention, "PART_BYTES", 1)
-    assert len(attention._parts(*qkv[:2])) == 60
+    monkeypatch.setattr(cpu_attention, "CHUNK_BYTES", 1)
+    assert len(cpu_attention.chunks_of(*qkv[:2])) == 60
     threads[0] = 2
-    assert len(attention._parts(*qkv[:2])) == 30
+    assert len(cpu_attention.chunks_of(*qkv[:2])) == 30
     output = checkpoint(lambda *given: run(site(0.3), list(given), None, "sdpa")[0], *qkv, use_reentrant=False)
     threads[0] = 1
     for one, other in zip(torch.autograd.grad(output.sum(), qkv), plain, strict=True):
@@ -381,9 +384,9 @@ def test_a_batch_in_parts_gives_what_it_gives_at_once(
     whole, _ = run(module, qkv, None, "sdpa")
     upstream = torch.randn_like(whole)
     gradients = torch.autograd.grad(whole, qkv, upstream)
-    monkeypatch.setattr(attention, "PART_BYTES", 4 * 23 * rows)
+    monkeypatch.setattr(cpu_attention, "CHUNK_BYTES", 4 * 23 * rows)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    cut = attention._parts(*qkv[:2])
+    cut = cpu_attention.chunks_of(*qkv[:2])
     assert len(cut) == parts
     taken = torch.zeros(5, 3, 19)
     for part in cut:

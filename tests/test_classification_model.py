@@ -160,12 +160,16 @@ def test_a_pretrained_model_without_a_head_gets_one(tmp_path: Path) -> None:
     assert make_model(config, arguments).classifier.out_features == 3
 
 
-@pytest.mark.parametrize("model_type", ["swin", None])
-def test_other_models_are_refused(tmp_path: Path, model_type: str | None) -> None:
+@pytest.mark.parametrize("code", [False, True])
+def test_a_configuration_without_a_known_type_is_refused(tmp_path: Path, code: bool) -> None:
     saved(tmp_path, "ceit")
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
-    with pytest.raises(ValueError, match=f"has model_type {model_type!r}; training starts from .*dropkey_volo"):
+    config |= {"model_type": None}
+    if not code:
+        del config["auto_map"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    match = "pass --trust_remote_code" if code else "has model_type None, which Transformers does not know"
+    with pytest.raises(ValueError, match=match):
         config_of(model_name_or_path=str(tmp_path))
 
 

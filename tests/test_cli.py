@@ -1,7 +1,7 @@
 """The console command does what the library does, and turns errors into one line and an exit code."""
 
 import json
-import tomllib
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ from hub_server import TOKEN, serving
 from huggingface_hub import ModelCard
 from small_runs import SHAPE
 
+import hf_dropkey
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
 from hf_dropkey.cli import main
 
@@ -23,9 +24,9 @@ def folder(tmp_path: Path) -> str:
     return str(tmp_path / "saved")
 
 
-def test_the_command_is_installed_under_its_name():
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"hf-dropkey": "hf_dropkey.cli:main"}
+def test_the_command_is_installed_under_its_name() -> None:
+    (entry,) = entry_points(group="console_scripts", name="hf-dropkey")
+    assert entry.load() is main
 
 
 def test_check_answers_by_its_exit_code(folder, capsys):
@@ -110,3 +111,44 @@ def test_push_and_check_a_repository(folder, tmp_path):
         assert hub.repositories["tester/cli"].private and hub.messages("tester/cli")[1:] == ["By hand"]
     assert "nothing new, no commit made" in done.stdout and "left at home: training_args.bin" in done.stdout
     assert done.stdout.count("load it with revision=") == 3
+
+
+RUN = ["--do_train", "--max_steps", "1", "--max_train_samples", "8", "--use_cpu", "--report_to", "none"]
+
+
+def test_a_pip_user_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train", *RUN, "--output_dir", str(tmp_path / "run"), "--save_strategy", "no"]
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/hf-dropkey", *words])
+    assert main() == 0
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "hf-dropkey train --do_train" in card and "--output_dir run" in card
+
+
+def test_a_mistake_is_one_line_and_debug_shows_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--output_dir", str(tmp_path), "--do_train", "--image_size", "9", "--patch_size", "2"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("hf-dropkey train: image_size=9 is not a multiple of patch_size=2")
+        and "Traceback" not in error
+    )
+    with pytest.raises(ValueError, match="image_size=9"):
+        main([*words, "--debug"])
+    with pytest.raises(SystemExit):
+        main(["info", str(tmp_path), "--unknown"])
+    assert "unknown arguments: --unknown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "argument"), [("classification", "--dropkey_ratio"), ("detection", "--train_annotations")]
+)
+def test_each_task_has_its_own_help(task: str, argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--task", task, "--help"])
+    assert ended.value.code == 0 and argument in capsys.readouterr().out
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"hf-dropkey {hf_dropkey.__version__}\n"

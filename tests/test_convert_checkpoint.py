@@ -272,7 +272,7 @@ def test_files_without_weights_are_refused(tmp_path: Path, content: Any) -> None
 
 
 def test_missing_files_and_full_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*nowhere.pth"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint .*nowhere.pth does not exist"):
         CONVERT.read_checkpoint(tmp_path / "nowhere.pth")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()

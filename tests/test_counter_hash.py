@@ -6,8 +6,9 @@ import pytest
 import torch
 from scipy import stats
 
-from hf_dropkey.models.counter_hash import draw_seed, score_is_dropped
-from hf_dropkey.models.dropkey import PATTERNS, drop_bias, dropped_scores
+from hf_dropkey.models.counter_hash import draw_seed
+from hf_dropkey.models.patterns import PATTERNS, drop_bias, dropped_scores
+from hf_dropkey.reference import score_is_dropped
 
 
 def seed_of(number: int) -> torch.Tensor:

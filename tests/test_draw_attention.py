@@ -80,10 +80,10 @@ def test_a_model_of_the_package_is_drawn_whole(monkeypatch: pytest.MonkeyPatch, 
         for dropkey in ("True", "False")
     }
     assert {(row["metric"], row["unit"]) for row in numbers} >= {(metrics[0], "nats"), (metrics[1], "patches")}
-    given = [float(row["value"]) for row in numbers if row["metric"] == "drop ratio given"]
+    configured = [float(row["value"]) for row in numbers if row["metric"] == "drop ratio configured"]
     measured = [float(row["value"]) for row in numbers if row["metric"] == "fraction dropped"]
-    assert given == pytest.approx([0.4, 0.8 / 3, 0.4 / 3, 0])
-    assert measured == pytest.approx(given, abs=0.02)
+    assert configured == pytest.approx([0.4, 0.8 / 3, 0.4 / 3, 0])
+    assert measured == pytest.approx(configured, abs=0.02)
     images = rows(tmp_path / "seen" / "images.csv")
     information = [float(row["mutual_information_nats"]) for row in images]
     assert len(images) == 12 and information == sorted(information, reverse=True)
@@ -98,14 +98,16 @@ def test_a_stock_model_gets_the_dropkey_back_that_it_remembers(
 ) -> None:
     summary = draw(monkeypatch, stock(tmp_path / "model", 0.3), tmp_path / "seen", *FEW, "--figures", "drops")
     assert summary["class"] == "Dinov2ForImageClassification" and summary["files"] == ["drops.png", "numbers.csv"]
-    given = [
-        float(row["value"]) for row in rows(tmp_path / "seen" / "numbers.csv") if row["metric"] == "drop ratio given"
+    configured = [
+        float(row["value"])
+        for row in rows(tmp_path / "seen" / "numbers.csv")
+        if row["metric"] == "drop ratio configured"
     ]
-    assert given == pytest.approx([0.3, 0.15, 0])
+    assert configured == pytest.approx([0.3, 0.15, 0])
     assert "3 attentions drop keys" in capsys.readouterr().out
 
 
-def test_without_dropkey_the_rest_is_drawn_and_the_user_told(
+def test_without_dropkey_the_rest_is_drawn_with_a_message(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = stock(tmp_path / "model", None)
@@ -121,19 +123,19 @@ def test_without_dropkey_the_rest_is_drawn_and_the_user_told(
 def test_the_other_families_are_drawn_and_their_other_attentions_listed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str
 ) -> None:
-    asked = ("--figures", "maps", "statistics") if family == "volo" else ("--figures", "drops", "statistics")
-    summary = draw(monkeypatch, native(tmp_path / "model", family), tmp_path / "seen", *FEW, *asked)
+    arguments = ("--figures", "maps", "statistics") if family == "volo" else ("--figures", "drops", "statistics")
+    summary = draw(monkeypatch, native(tmp_path / "model", family), tmp_path / "seen", *FEW, *arguments)
     assert {"statistics.png", "numbers.csv"} < set(summary["files"])
     listed = " ".join(f"{what}: {reason}" for what, reason in summary["missing"].items())
-    told = {
+    reasons = {
         "volo": (
             "volo.outlook_layers.1.attention: attends within 16 windows",
-            "map of volo.stages.0.0.attention: no class",
+            "map of volo.stages.0.0.attention: the class token is not a query",
         ),
         "t2t_vit": ("DropKeyT2TViTPerformer computes no attention weights",),
         "ceit": ("ceit.class_layer.attention: not square: 1 queries and 4 keys",),
     }
-    assert all(words in listed for words in told[family])
+    assert all(words in listed for words in reasons[family])
 
 
 def test_image_files_are_drawn_without_classes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -160,9 +162,9 @@ def test_a_model_without_class_token_or_classes_shows_the_average_patch(
     summary = draw(monkeypatch, save(model, tmp_path / "model", 16), tmp_path / "seen", *FEW, "--dropkey_ratio", "0.2")
     assert set(summary["files"]) == FIGURES - {"uncertainty.png"} | {"numbers.csv"}
     missing = summary["missing"]
-    assert "what all patches attend to on average" in missing["maps of a class token"]
+    assert "the mean over the queries of all patches" in missing["maps of a class token"]
     assert "torch.nn.MultiheadAttention" in missing["attention head"]
-    assert "is no image classifier" in missing["figure uncertainty"] and "such as 0" in missing["true classes"]
+    assert "is not an image classifier" in missing["figure uncertainty"] and "such as 0" in missing["true classes"]
 
 
 def test_windows_leave_the_drops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_windows_leave_the_drops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     summary = draw(monkeypatch, model, tmp_path / "seen", *FEW, "--dropkey_ratio", "0.2")
     assert summary["files"] == ["drops.png", "numbers.csv"]
     assert "attends within 4 windows" in summary["missing"]["figure maps"]
-    with pytest.raises(ValueError, match="--figures maps: SwinModel has no attention over the tokens"):
+    with pytest.raises(ValueError, match="--figures maps: SwinModel has no readable attention over the tokens"):
         draw(monkeypatch, model, tmp_path / "seen", *FEW, "--figures", "maps")
 
 
@@ -194,23 +196,25 @@ def digits_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        (["--figures", "map"], r"--figures has \['map'\]; choose from statistics, maps, drops, uncertainty"),
+        (["--figures", "map"], r"--figures map is unknown; choose from statistics, maps, drops, uncertainty"),
         (["--samples", "1"], "--samples 1 is below 2"),
-        (["--images", "nowhere.png"], "nowhere.png .*give files that are images"),
-        (["--images", "a.png", "--dataset_name", "digits"], "at once; keep one"),
+        (["--images", "nowhere.png"], "nowhere.png .*pass image files"),
+        (["--images", "a.png", "--dataset_name", "digits"], "exclude each other; pass one of them"),
     ],
 )
-def test_bad_arguments_are_told(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, digits_model: str, arguments: list[str], told: str
+def test_bad_arguments_are_errors(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, digits_model: str, arguments: list[str], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         draw(monkeypatch, digits_model, tmp_path / "seen", *arguments)
     assert not (tmp_path / "seen").exists()
 
 
-def test_a_folder_that_is_no_model_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, digits_model: str) -> None:
+def test_a_folder_that_is_no_model_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, digits_model: str
+) -> None:
     shutil.copytree(digits_model, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors"):

@@ -32,10 +32,10 @@ def test_runs_of_a_kind_become_one_curve(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert image.width > 300 and len(image.convert("RGB").getcolors(1 << 24) or []) > 10
 
 
-def test_runs_that_are_none_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--runs has 'runs/a'; write each as KIND=FOLDER"):
+def test_folders_without_a_run_are_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--runs 'runs/a' is not of the form KIND=FOLDER"):
         draw(monkeypatch, str(tmp_path / "x.png"), "--runs", "runs/a")
-    with pytest.raises(FileNotFoundError, match=r"has no trainer_state\.json; give the folder of a finished run"):
+    with pytest.raises(FileNotFoundError, match=r"has no trainer_state\.json; pass the folder of a finished run"):
         draw(monkeypatch, str(tmp_path / "x.png"), "--runs", f"x={tmp_path}")
     folder = run_folder(tmp_path / "a", [1.0])
     with pytest.raises(ValueError, match="logged no 'eval_accuracy'"):

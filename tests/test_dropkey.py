@@ -1,23 +1,23 @@
-"""The schedule, the patterns, the rule for rows, and the reference."""
+"""The schedule, the patterns, the rule for rows, the operation on scores, and the reference."""
 
+import copy
 import math
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
+from hf_dropkey import DropKey, drop_keys, dropkey_active, dropkey_disabled, reference
+from hf_dropkey.models import dropkey
+from hf_dropkey.models.attention_mask import real_keys
 from hf_dropkey.models.counter_hash import draw_seed
-from hf_dropkey.models.dropkey import (
-    dropped_scores,
-    kept_tokens,
-    layer_ratios,
-    patch_grid,
-    protect_rows,
-    real_keys,
-    reference_attention,
-    token_order,
-)
+from hf_dropkey.models.dropkey import layer_ratios
+from hf_dropkey.models.patterns import PATTERNS, dropped_scores, kept_tokens, patch_grid, protect_rows, token_order
+from hf_dropkey.reference import reference_attention, reference_mask, score_is_dropped
 
 
 def seed_of(number: int) -> torch.Tensor:
@@ -144,6 +144,106 @@ def test_real_keys_of_every_mask_form() -> None:
         real_keys(torch.ones(1, 2, 3))
 
 
+# --- the operation on scores ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_drop_keys_drops_what_the_oracle_drops(pattern: str, padded: bool) -> None:
+    scores = torch.randn(2, 3, 10, 10)
+    keep = torch.arange(10) < torch.tensor([[10], [4 if padded else 10]])
+    scores = scores.masked_fill(~keep[:, None, None], -torch.inf)
+    torch.manual_seed(3)
+    found = drop_keys(scores, 0.5, pattern=pattern, window=2)
+    torch.manual_seed(3)
+    seed = draw_seed(torch.device("cpu")).tolist()
+    dropped = reference_mask(seed, (2, 3, 10, 10), 0.5, pattern=pattern, window=2, real=keep)
+    eye = torch.eye(10, dtype=torch.float64).expand(2, 3, 10, 10)
+    query, key = torch.zeros(2, 3, 10, 1, dtype=torch.float64), torch.zeros(2, 3, 10, 1, dtype=torch.float64)
+    kept = reference_attention(query, key, eye, dropped, keep) > 0
+    assert torch.equal(found > -torch.inf, kept) and torch.equal(found[kept], scores[kept])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_drop_keys_of_any_dtype_leaves_no_row_empty(dtype: torch.dtype) -> None:
+    scores = torch.randn(64, 4, 5, 3).to(dtype).requires_grad_()
+    weights = drop_keys(scores, 0.9).softmax(-1)
+    assert weights.dtype == dtype and torch.isfinite(weights).all() and (weights == 0).any()
+    gradient = torch.autograd.grad((weights * torch.randn_like(weights)).sum(), scores)[0]
+    assert torch.isfinite(gradient).all() and not gradient[weights == 0].any()
+
+
+def test_drop_keys_of_one_head_is_that_of_the_first_of_many() -> None:
+    scores = torch.randn(4, 7, 9)
+    results = []
+    for given in (scores, scores[:, None]):
+        torch.manual_seed(0)
+        results.append(drop_keys(given, 0.3).view(4, 7, 9))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("ratio", "training"), [(0.0, True), (0.5, False), (0.5, True)])
+def test_drop_keys_does_nothing_where_nothing_is_to_drop(ratio: float, training: bool) -> None:
+    scores = torch.randn(2, 2, 8, 8)
+    assert (drop_keys(scores, ratio, training) is scores) == (ratio == 0 or not training)
+    empty = torch.randn(0, 2, 8, 8)
+    assert drop_keys(empty, 0.5).shape == empty.shape
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"ratio": 1.0}, ValueError, r"`ratio` must lie in \[0, 1\), got 1.0"),
+        ({"ratio": "half"}, TypeError, "`ratio` must be a number"),
+        ({"pattern": "keys"}, ValueError, "Unknown `pattern` 'keys'"),
+        ({"scores": torch.zeros(3, 3)}, ValueError, r"\[B, H, N, M\] or \[B, N, M\], got shape \(3, 3\)"),
+        ({"scores": torch.zeros(1, 1, 3, 3, dtype=torch.long)}, TypeError, "must be floats, got torch.int64"),
+        ({"pattern": "block", "window": 9}, ValueError, "`dropkey_window` must lie between 1 and 2"),
+    ],
+)
+def test_drop_keys_names_bad_input(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        drop_keys(**{"scores": torch.zeros(1, 1, 4, 4), "ratio": 0.1, **arguments})
+
+
+def test_the_module_is_the_function_with_settings_that_may_change() -> None:
+    module, scores = DropKey(0.4, "key"), torch.randn(2, 2, 9, 9)
+    torch.manual_seed(0)
+    found = module(scores)
+    torch.manual_seed(0)
+    assert torch.equal(found, drop_keys(scores, 0.4, pattern="key"))
+    assert repr(module) == "DropKey(ratio=0.4, pattern='key', window=3)"
+    assert not module.state_dict() and not list(module.buffers())
+    module.dropkey_ratio = 0.0
+    assert module(scores) is scores
+    assert module.eval()(scores) is scores
+    for bad in (1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match=r"`dropkey_ratio` must lie in \[0, 1\)"):
+            module.dropkey_ratio = bad
+    assert module.dropkey_ratio == 0.0
+    with pytest.raises(ValueError, match="Unknown `pattern`"):
+        DropKey(0.1, "tokens")
+
+
+def test_the_module_belongs_to_the_packages_contexts() -> None:
+    """In a plain model, as the layers of this package do."""
+    model, scores = nn.Sequential(DropKey(0.5)), torch.zeros(1, 2, 30, 30)
+    with dropkey_disabled(model):
+        assert model(scores) is scores
+    model.eval()
+    with dropkey_active(model):
+        assert (model(scores) == -torch.inf).any()
+
+
+def test_copies_of_the_module_keep_their_settings() -> None:
+    module = DropKey(0.3, "cross", 2)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert (other.dropkey_ratio, other.dropkey_pattern, other.dropkey_window) == (0.3, "cross", 2)
+        other.dropkey_ratio = 0.1
+        assert module.dropkey_ratio == 0.3
+        assert not torch.equal(other.dropkey_ratio_tensor.thresholds, module.dropkey_ratio_tensor.thresholds)
+
+
 # --- the oracle -------------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +282,24 @@ def test_reference_never_attends_padding() -> None:
     torch.testing.assert_close(output[:1], short)
     nothing = reference_attention(query, key, value, None, torch.zeros(2, 6, dtype=torch.long))
     assert not nothing.any()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("ratio", [0.004, 0.1, 0.5, 0.93])
+def test_masks_equal_the_definition(pattern: str, ratio: float) -> None:
+    """The whole of each pattern against plain integers, class tokens and oblong grids included."""
+    seed = seed_of(13)
+    shape, grid = (2, 2, 3, 68), (5, 13)
+    found = dropped_scores(seed, shape, ratio, pattern=pattern, window=2, grid=grid).expand(shape)
+    assert torch.equal(found, reference_mask(seed.tolist(), shape, ratio, pattern=pattern, window=2, grid=grid))
+
+
+def test_the_oracle_borrows_nothing_from_what_it_judges() -> None:
+    source = Path(reference.__file__).read_text()
+    imported = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
+    assert imported == ["import math", "from collections.abc import Sequence", "import torch"]
+    assert not list(Path(dropkey.__file__).parent.glob("reference*")), "the oracle travels with no checkpoint"
+    assert score_is_dropped((1, 2), 3, 4, 5, 2, 0.25) and not score_is_dropped((1, 2), 3, 4, 5, 3, 0.25)
 
 
 # --- the schedule -----------------------------------------------------------------------------------------------------

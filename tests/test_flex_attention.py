@@ -6,9 +6,11 @@ from attention_inputs import site, tensors
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
+from hf_dropkey.models.attention_mask import real_keys
 from hf_dropkey.models.counter_hash import draw_seed
-from hf_dropkey.models.dropkey import dropped_scores, protect_rows, real_keys, reference_attention
 from hf_dropkey.models.flex_attention import flex_dropkey_forward, score_mod_of
+from hf_dropkey.models.patterns import dropped_scores, protect_rows
+from hf_dropkey.reference import reference_attention
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

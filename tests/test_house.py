@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 from packaging.requirements import Requirement
 
 import hf_dropkey
@@ -21,6 +22,8 @@ PACKAGE = ROOT / "hf_dropkey"
 MODELS = PACKAGE / "models"
 MODEL_FILES = sorted(MODELS.glob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+# what a user reads; its examples run
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # what the loader of remote code takes for a relative import: any such line, in a docstring too
@@ -72,7 +75,7 @@ def tracked_files() -> list[str]:
 
 
 def readme() -> str:
-    return (ROOT / "README.md").read_text()
+    return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
@@ -121,8 +124,8 @@ def test_scripts_are_imported_by_nothing() -> None:
 
 # from the ground up: a file imports from floors below its own, and from its own room or file
 FLOORS = (
-    ("version", "moved"),
-    ("models", "images", "intervals", "plots"),
+    ("version", "moved", "extras"),
+    ("models", "images", "intervals", "plots", "reference"),
     ("patching",),
     ("inference", "saved"),
     ("export", "inspection"),
@@ -130,6 +133,7 @@ FLOORS = (
     ("training",),
     ("classification", "detection", "hoi", "mesh", "segmentation"),
     ("lab", "demo", "cli"),
+    ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # `__init__` names the public face of all floors, and `moved` the old names of all of them
@@ -198,9 +202,18 @@ def test_the_public_names() -> None:
     }
     patching = {"DropKeyReport", "apply_dropkey", "remove_dropkey", "dropkey", "dropkey_active", "dropkey_disabled"}
     inference = {"MonteCarloPrediction", "monte_carlo_predict", "export_plain", "layer_ratios", "default_backend"}
-    training = {"DropKeyLogCallback", "DropKeyScheduleCallback", "DropKeySeedCallback", "HubTrainer", "push_folder"}
-    others = {"DropKeyViTForMaskedImageModeling", "__version__", "DropKeyHoiForObjectDetection", "HoiPipeline"}
-    others |= {f"DropKeyHoi{part}" for part in ("Config", "Model", "PreTrainedModel")}
+    training = {
+        "DropKeyGuardCallback",
+        "DropKeyLogCallback",
+        "DropKeyScheduleCallback",
+        "DropKeySeedCallback",
+        "HubTrainer",
+        "push_folder",
+    }
+    others = {"DropKeyViTForMaskedImageModeling", "__version__"}
+    others |= {"DropKeyFeaturesConfig", "DropKeyFeaturesForImageClassification"}
+    others |= {"HoiPipeline", *(f"DropKeyHoi{part}" for part in ("Config", "Model", "PreTrainedModel"))}
+    others |= {"DropKeyHoiForObjectDetection"}
     assert set(hf_dropkey.__all__) == models | patching | inference | training | others
     for name in hf_dropkey.__all__:
         assert getattr(hf_dropkey, name) is not None and name in dir(hf_dropkey)
@@ -214,19 +227,89 @@ def test_no_test_file_imports_from_another() -> None:
         assert not found, f"{path.name} imports {found}; move what it needs to tests/support/"
 
 
-def test_the_examples_in_the_readme_run(tmp_path: Path) -> None:
-    inside, lines, blocks = False, [], 0
-    for line in readme().splitlines():
+def examples(page: str) -> str:
+    """The Python examples of a page, with a blank line for each other line: a traceback names the page's own line."""
+    inside, lines = False, []
+    for line in page.splitlines():
         starts = line.strip() == "```python"
-        blocks += starts
         inside = (inside or starts) and line.strip() != "```"
-        # a blank line for each line of prose: a traceback names README's own line
         lines.append(line if inside and not starts else "")
-    assert blocks >= 3, f"README.md has {blocks} Python examples"
-    script = tmp_path / "README.py"
-    script.write_text("\n".join(lines))
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    return "\n".join(lines)
+
+
+# each page in a folder and with names of its own; one process, because most of the time is for imports
+RUN_PAGES = """
+import os, sys
+for page in sys.argv[1:]:
+    os.chdir(os.path.dirname(page))
+    exec(compile(open(page, encoding="utf-8").read(), page, "exec"), {"__name__": "__main__"})
+    print("passed", page, flush=True)
+"""
+
+
+def test_the_examples_of_all_pages_run(tmp_path: Path) -> None:
+    files = []
+    for page in PAGES:
+        source = examples(page.read_text(encoding="utf-8"))
+        if source.strip():
+            (tmp_path / page.stem).mkdir()
+            files.append(tmp_path / page.stem / f"{page.stem}.py")
+            files[-1].write_text(source, encoding="utf-8")
+    assert {"README", "patching"} <= {file.stem for file in files}
+    command = [sys.executable, "-c", RUN_PAGES, *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("passed") >= len(files)
+
+
+def test_an_example_keeps_its_line() -> None:
+    assert examples("a\n```python\nb = 1\n```\nc\n```\nd\n```") == "\n\nb = 1\n\n\n\n\n"
+
+
+def test_the_table_of_the_readme_is_the_public_api() -> None:
+    section = readme().partition("## Public API")[2].partition("\n## ")[0]
+    lines = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    names = [name for line in lines for name in re.findall(r"`(\w+)`", line)]
+    assert sorted(names) == sorted(hf_dropkey.__all__)
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """The links of a page to files that are not there, or to headings that the other page lacks."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, heading = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        if "://" in link or (target.exists() and not heading):
+            continue
+        titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE) if target.is_file() else []
+        if heading not in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]:
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert not broken_links(page, page.read_text(encoding="utf-8"))
+
+
+def test_a_broken_link_is_found() -> None:
+    page = ROOT / "README.md"
+    assert broken_links(page, "[a](docs/none.md) [b](#none) [c](docs/speed.md#none)") == [
+        "docs/none.md",
+        "#none",
+        "docs/speed.md#none",
+    ]
+    assert not broken_links(page, "[a](docs/speed.md) [b](#public-api) [c](docs/speed.md#costs) [d](https://a.b/c)")
+
+
+def test_the_readme_and_the_pages_link_to_each_other() -> None:
+    for page in PAGES[1:]:
+        assert f"](docs/{page.name})" in readme(), f"README.md does not link to docs/{page.name}"
+        assert "](../README.md)" in page.read_text(encoding="utf-8"), f"docs/{page.name} does not link to README.md"
+
+
+def test_the_readme_is_short() -> None:
+    assert len(readme().splitlines()) < 150
 
 
 @pytest.mark.parametrize("command", ["bash scripts/quickstart.sh", "bash scripts/test.sh"])
@@ -272,6 +355,13 @@ def test_the_tested_versions_lie_in_the_ranges(floor: bool) -> None:
     for found in map(Requirement, PROJECT["dependencies"] + optional):
         if found.name != PROJECT["name"]:
             assert found.specifier.contains(versions[found.name.lower().replace("-", "_")]), found
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = hf_dropkey.__version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] == version
 
 
 def endless_calls(source: str) -> list[int]:

@@ -1,15 +1,22 @@
 """A checkpoint is trusted only if its code is this package's, its weights are safetensors, and nothing else can run."""
 
+import hashlib
 import json
 import pickle
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hostile_checkpoints as hostile
 import pytest
-from hub_server import File, HubServer, Repository, serving
+from hub_server import ROOT, File, HubServer, Repository, serving
 from small_runs import SHAPE
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
+from hf_dropkey.cli import main
+from hf_dropkey.hub import released_code
 from hf_dropkey.hub.cards import write_card
 from hf_dropkey.hub.release_check import check_release
 
@@ -99,18 +106,21 @@ def test_executables_and_links_are_told(folder):
     Path("code").mkdir()
     (folder / "custom_generate").symlink_to(Path("code").resolve())
     problems = " ".join(check_release(folder).problems)
-    assert "custom_generate is of a kind that no model needs" in problems
+    assert "custom_generate is a link to" in problems
     assert "notes.txt is marked as executable" in problems and "link.txt is a link to" in problems
 
 
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"auto_map": {"AutoModel": "somebody/code--modeling.Model"}}, "AutoModel is code of another repository"),
-        ({"custom_pipelines": {"x": {"impl": "x.Pipeline"}}}, "pipelines with code of their own"),
-        ({"attn_implementation": "somebody/kernel"}, "is a kernel to download, somebody/kernel"),
-        ({"auto_map": {"AutoModel": ["no", "text"]}}, "has a form that no model has"),
-        ({"auto_map": {"AutoModel": "gone.Model"}}, "lacks gone.py"),
+        (
+            {"auto_map": {"AutoModel": "somebody/code--modeling.Model"}},
+            "auto_map.AutoModel is code of another repository",
+        ),
+        ({"custom_pipelines": {"x": {"impl": "x.Pipeline"}}}, "there is no x.py of hf_dropkey beside"),
+        ({"attn_implementation": "somebody/kernel"}, "which may be a kernel to download; allowed are eager"),
+        ({"auto_map": {"AutoModel": ["no", "text"]}}, "is \"text\", not 'module.Class'"),
+        ({"auto_map": {"AutoModel": "gone.Model"}}, "there is no gone.py of hf_dropkey beside"),
     ],
 )
 def test_a_configuration_that_fetches_code_is_told(folder, fields, told):
@@ -121,7 +131,7 @@ def test_a_configuration_that_fetches_code_is_told(folder, fields, told):
 def test_code_named_by_the_image_processor_is_told(folder):
     (folder / "preprocessor_config.json").write_text('{"auto_map": {"AutoImageProcessor": "a/b--c.D"}}')
     assert check_release(folder).problems == (
-        "preprocessor_config.json: AutoImageProcessor is code of another repository, a/b--c.D",
+        'preprocessor_config.json: auto_map.AutoImageProcessor is code of another repository, "a/b--c.D"',
     )
 
 
@@ -129,9 +139,9 @@ def test_damaged_missing_and_pickled_weights_are_told(folder):
     weights = folder / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-10])
-    assert "are damaged" in " ".join(check_release(folder).problems)
+    assert "is damaged" in " ".join(check_release(folder).problems)
     weights.unlink()
-    assert "lacks model.safetensors" in " ".join(check_release(folder).problems)
+    assert "neither model.safetensors nor model.safetensors.index.json" in " ".join(check_release(folder).problems)
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
     problems = " ".join(check_release(folder).problems)
     assert "there are no weights in safetensors" in problems and "pytorch_model.bin is of a kind" in problems
@@ -145,6 +155,148 @@ def test_targets_that_are_none_are_told(folder):
         check_release("a/b/c")
     with pytest.raises(ConnectionError, match="me/x was not checked: HF_HUB_OFFLINE is set"):
         check_release("me/x")
+
+
+# --- whose code it is, and where it lies --------------------------------------------------------------------------------
+
+
+def released_files(version: str) -> dict[str, bytes]:
+    """The code of a release, from git."""
+    commit = json.loads(released_code.RELEASES.read_text())[version]["commit"]
+    shown = ["git", "-C", str(ROOT), "show"]
+    if subprocess.run([*shown[:3], "cat-file", "-e", commit], capture_output=True).returncode:
+        pytest.skip(f"this clone has no history down to {commit}")
+    names = json.loads(released_code.RELEASES.read_text())[version]["files"]
+    return {
+        name: subprocess.run([*shown, f"{commit}:hf_dropkey/models/{name}"], capture_output=True, check=True).stdout
+        for name in names
+    }
+
+
+def test_a_checkpoint_of_an_older_release_stays_trusted_and_the_version_is_named(folder):
+    for name, content in released_files("0.1.0").items():
+        if (folder / name).is_file():
+            (folder / name).write_bytes(content)
+    report = check_release(folder)
+    assert report.trusted and "hf_dropkey 0.1.0" in str(report)
+
+
+def test_files_of_two_versions_side_by_side_are_told(folder, monkeypatch):
+    other = dict.fromkeys(released_code.known_code()[released_code.INSTALLED], "0" * 64)
+    other["dropkey.py"] = hashlib.sha256(b"# older").hexdigest()
+    monkeypatch.setattr(released_code, "known_code", lambda known=released_code.known_code(): known | {"0.0.1": other})
+    (folder / "dropkey.py").write_bytes(b"# older")
+    assert "are of several versions of hf_dropkey" in " ".join(check_release(folder).problems)
+
+
+def test_the_hashes_of_releases_are_those_of_git():
+    released_files("0.1.0")
+    made = subprocess.run(
+        [sys.executable, "-c", "import write_released_code; print(write_released_code.content(), end='')"],
+        cwd=ROOT / "scripts",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert made.stdout == released_code.RELEASES.read_text()
+
+
+def test_the_cache_of_huggingface_hub_is_a_folder_like_another(folder, tmp_path):
+    snapshot = tmp_path / "models--me--x" / "snapshots" / ("a" * 40)
+    blobs = tmp_path / "models--me--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        shutil.copyfile(file, blobs / f"{number:040}")
+        (blobs / f"{number:040}").chmod(0o755)
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"{number:040}"))
+    assert check_release(snapshot).problems == ()
+    (tmp_path / "models--me--y" / "blobs").mkdir(parents=True)
+    foreign = tmp_path / "models--me--y" / "blobs" / "x"
+    foreign.write_text("x")
+    (snapshot / "notes.txt").symlink_to(foreign)
+    assert [problem[:20] for problem in check_release(snapshot).problems] == ["notes.txt is a link "]
+
+
+def test_a_run_folder_is_called_one_and_nobody_is_told_to_delete_it(folder):
+    shutil.copytree(folder, folder / "checkpoint-4")
+    for name in (
+        "training_args.bin",
+        "checkpoint-4/optimizer.pt",
+        "checkpoint-4/rng_state.pth",
+        "runs/x/events.out.tfevents.1",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    (folder / "trainer_state.json").write_text(
+        '{"best_model_checkpoint": "/home/me/run/checkpoint-4", "global_step": 4}'
+    )
+    (problem,) = check_release(folder).problems
+    assert "checkpoint-4/optimizer.pt and 3 more belong to a training run" in problem and "delete" not in problem
+    (folder / "x.pkl").write_bytes(b"x")
+    assert "x.pkl is of a kind" in " ".join(check_release(folder).problems)
+
+
+def test_a_digest_tells_a_folder_that_has_changed(folder, capsys):
+    assert main(["check", str(folder)]) == 0
+    digest = capsys.readouterr().out.split("digest: ")[1].split()[0]
+    shutil.copytree(folder, "elsewhere")
+    assert main(["check", "elsewhere", "--digest", digest]) == 0
+    Path("elsewhere", "README.md").write_text("# Other\n")
+    assert main(["check", "elsewhere", "--digest", digest]) == 1
+    assert f"not {digest}: the folder has changed since" in capsys.readouterr().out
+    assert main(["check", "elsewhere", "--digest", "abc"]) == 2
+
+
+def test_weights_of_hidden_sizes_beyond_the_file_are_never_built(folder):
+    """Within every bound on single numbers the model would have some 10^14 elements."""
+    change_config(folder, hidden_size=60000, intermediate_size=60000, num_attention_heads=2)
+    assert "larger than the weights" in " ".join(check_release(folder).problems)
+
+
+# --- attacks by kind -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    saved = tmp_path_factory.mktemp("template") / "saved"
+    DropKeyViTForImageClassification(DropKeyViTConfig(**SHAPE)).save_pretrained(saved)
+    return saved
+
+
+@pytest.fixture
+def copy(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(template, tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("name", hostile.JSON_ATTACKS)
+def test_json_that_a_loader_could_follow_is_never_trusted(copy, name):
+    hostile.apply_json(copy, *hostile.JSON_ATTACKS[name])
+    report = check_release(copy)
+    assert report.problems and "trusted: " not in str(report)
+
+
+@pytest.mark.parametrize("name", hostile.FOLDER_ATTACKS)
+def test_folders_with_anything_else_are_never_trusted(copy, name):
+    hostile.FOLDER_ATTACKS[name](copy)
+    report = check_release(copy)
+    assert report.problems and "trusted: " not in str(report)
+    assert not Path("opened").exists() and not (copy / "opened").exists()
+
+
+@pytest.mark.parametrize("name", hostile.UNREADABLE)
+def test_what_cannot_be_read_is_one_line_and_exit_code_2(copy, name, capsys):
+    hostile.UNREADABLE[name](copy)
+    assert main(["check", str(copy)]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and len([line for line in told.err.splitlines() if not line.startswith("Loading")]) == 1
+
+
+@pytest.mark.parametrize("name", hostile.HARMLESS)
+def test_what_is_harmless_stays_trusted(copy, name):
+    hostile.HARMLESS[name](copy)
+    assert check_release(copy).problems == ()
 
 
 def put(hub: HubServer, repo: str, folder: Path, **more: bytes) -> str:

@@ -87,14 +87,14 @@ def test_rotation_turns_around_the_centre_to_both_sides():
 
 def test_crops_keep_the_promised_share_inside_the_image():
     generator = draws()
-    shares = []
+    fractions = []
     for _ in range(500):
         left, upper, right, lower = random_crop_box((60, 40), smallest_scale=0.35, generator=generator)
         assert 0 <= left < right <= 60 and 0 <= upper < lower <= 40
-        shares.append((right - left) * (lower - upper) / 2400)
-        assert 0.74 < (right - left) / (lower - upper) < 1.34 or shares[-1] == 1
-    assert min(shares) < 0.4 and max(shares) > 0.8
-    assert min(shares) >= 0.35 - 1e-9
+        fractions.append((right - left) * (lower - upper) / 2400)
+        assert 0.74 < (right - left) / (lower - upper) < 1.34 or fractions[-1] == 1
+    assert min(fractions) < 0.4 and max(fractions) > 0.8
+    assert min(fractions) >= 0.35 - 1e-9
 
 
 def test_jitter_changes_brightness_both_ways_within_bounds():

@@ -17,10 +17,10 @@ from hf_dropkey.inspection.analysis import (
     attention_map,
     attention_rollout,
     drop_schedule,
-    even_distance,
-    even_entropy,
     measured_drops,
     rollout_map,
+    uniform_distance,
+    uniform_entropy,
 )
 from hf_dropkey.inspection.recording import LayerAttention, TokenLayout, record_attention
 from hf_dropkey.patching.apply import dropkey_disabled
@@ -92,10 +92,12 @@ def test_a_grid_that_is_not_square_has_its_own_distances() -> None:
     assert expected != pytest.approx(loop_distance(layer.weights[1, 2], (5, 2), 1))
 
 
-def test_even_attention_has_the_even_numbers() -> None:
+def test_uniform_attention_has_the_entropy_and_distance_of_uniform_attention() -> None:
     layer = layer_of(torch.full((1, 1, 13, 13), 1 / 13), (3, 4), 1)
-    assert float(attention_entropy(layer)) == pytest.approx(even_entropy(layer.layout)) == pytest.approx(math.log(13))
-    assert float(attention_distance(layer)) == pytest.approx(even_distance(layer.layout))
+    assert (
+        float(attention_entropy(layer)) == pytest.approx(uniform_entropy(layer.layout)) == pytest.approx(math.log(13))
+    )
+    assert float(attention_distance(layer)) == pytest.approx(uniform_distance(layer.layout))
     itself = layer_of(torch.eye(13)[None, None], (3, 4), 1)
     assert float(attention_entropy(itself)) == 0 and float(attention_distance(itself)) == 0
 
@@ -110,7 +112,7 @@ def test_attention_to_the_class_token_is_no_distance() -> None:
     assert attention_distance(layer_of(weights, (2, 2), 1)).isnan().all()
 
 
-def test_maps_are_the_rows_of_who_attends() -> None:
+def test_maps_are_the_rows_of_the_query() -> None:
     layer = random_layer()
     assert torch.equal(attention_map(layer), layer.weights[:, :, 0, 2:].reshape(2, 3, 2, 3))
     mean = sum(layer.weights[:, :, query, 2:] for query in range(2, 8)) / 6
@@ -124,7 +126,7 @@ def test_maps_are_the_rows_of_who_attends() -> None:
     with pytest.raises(ValueError, match="Unknown `source` 'cls'"):
         attention_map(layer, "cls")
     alone = layer_of(layer.weights[:, :, :1], (2, 3), 2)
-    with pytest.raises(ValueError, match="the class token alone attends"):
+    with pytest.raises(ValueError, match="the class token is the only query"):
         attention_map(alone, "mean")
     assert torch.equal(attention_map(alone), attention_map(layer))
     assert attention_distance(alone).isnan().all()
@@ -150,25 +152,25 @@ def test_layers_on_several_grids_are_refused() -> None:
         attention_rollout([])
 
 
-def assert_measured(model: Any, inputs: Any, passes: int = 8, share: float = 1.0) -> Any:
-    """The mean of the measured fractions lies within four and a half standard errors of the ratio times `share`."""
+def assert_measured(model: Any, inputs: Any, passes: int = 8, fraction: float = 1.0) -> Any:
+    """The mean of the measured fractions lies within four and a half standard errors of the ratio times `fraction`."""
     found = measured_drops(model, inputs, passes=passes)
     for layer in found:
         if layer.reason is None:
             fractions = torch.tensor(layer.fractions)
             error = max(float(fractions.std()), 0.5 / layer.scores) / passes**0.5
-            assert len(fractions) == passes and abs(float(fractions.mean()) - share * layer.ratio) <= 4.5 * error, (
+            assert len(fractions) == passes and abs(float(fractions.mean()) - fraction * layer.ratio) <= 4.5 * error, (
                 layer
             )
     return found
 
 
-# the class token is no part of a block or a cross
-@pytest.mark.parametrize(("pattern", "share"), [("score", 1), ("key", 1), ("block", 16 / 17), ("cross", 16 / 17)])
+# the class token is never part of a block or a cross
+@pytest.mark.parametrize(("pattern", "fraction"), [("score", 1), ("key", 1), ("block", 16 / 17), ("cross", 16 / 17)])
 @pytest.mark.parametrize("make", [lambda pattern: native(dropkey_pattern=pattern), patched])
-def test_the_measured_drop_is_the_ratio(make: Any, pattern: str, share: float) -> None:
+def test_the_measured_drop_is_the_ratio(make: Any, pattern: str, fraction: float) -> None:
     model = make(pattern)
-    found = assert_measured(model, pixels(batch=8), share=share)
+    found = assert_measured(model, pixels(batch=8), fraction=fraction)
     assert [layer.ratio for layer in found] == [0.5, 0.25, 0.0]
     assert {layer.scores for layer in found} == {8 * 4 * 17 * 17}
     assert [layer.ratio for layer in drop_schedule(model)] == [0.5, 0.25, 0.0]
@@ -257,7 +259,7 @@ def test_bad_measurements_are_refused() -> None:
     broken = patched()
     with torch.no_grad():
         next(broken.parameters()).fill_(float("nan"))
-    with pytest.raises(ValueError, match="are all 0 or NaN; check the model's weights"):
+    with pytest.raises(ValueError, match="are all 0 or NaN. Check the model's weights"):
         measured_drops(broken, pixels())
     with pytest.raises(ValueError, match=r"Pass model.float\(\)"):
         measured_drops(patched().half(), pixels())

@@ -54,8 +54,8 @@ def statistics(**changes: Any) -> Figure:
         "names": ["layers.0", "layers.1"],
         "entropies": ENTROPIES,
         "distances": DISTANCES,
-        "even_entropies": [4.5, 4.5],
-        "even_distances": [3.0, 3.0],
+        "uniform_entropies": [4.5, 4.5],
+        "uniform_distances": [3.0, 3.0],
         **changes,
     }
     return entropy_and_distance(**arguments, title="some model")
@@ -69,7 +69,7 @@ def test_statistics_show_every_head_and_the_mean() -> None:
     lines = {str(line.get_label()): line for line in entropy.lines}
     assert list(lines["plain attention, mean of heads"].get_ydata()) == [1.5, 3.0]
     assert list(lines["with DropKey, mean of heads"].get_ydata()) == [1.0, 2.0]
-    assert list(lines["even attention, for comparison"].get_ydata()) == [4.5, 4.5]
+    assert list(lines["uniform attention"].get_ydata()) == [4.5, 4.5]
     colors = [lines[f"{name}, mean of heads"].get_color() for name in ENTROPIES]
     assert colors == [PLAIN_COLOR, DROPKEY_COLOR]
     heads = sorted(
@@ -87,16 +87,22 @@ def test_statistics_show_every_head_and_the_mean() -> None:
 def test_statistics_without_dropkey_show_one_condition() -> None:
     one = {"plain attention": ENTROPIES["plain attention"]}
     figure = statistics(entropies=one, distances=one)
-    assert legend(figure) == ["even attention, for comparison", "plain attention, mean of heads"]
+    assert legend(figure) == ["uniform attention", "plain attention, mean of heads"]
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"names": ["layers.0"]},
-        {"even_entropies": [1.0]},
+        {"uniform_entropies": [1.0]},
         {"distances": {"plain attention": DISTANCES["plain attention"]}},
-        {"names": [], "entropies": {"a": []}, "distances": {"a": []}, "even_entropies": [], "even_distances": []},
+        {
+            "names": [],
+            "entropies": {"a": []},
+            "distances": {"a": []},
+            "uniform_entropies": [],
+            "uniform_distances": [],
+        },
     ],
 )
 def test_statistics_of_different_lengths_are_refused(changes: dict[str, Any]) -> None:
@@ -107,23 +113,23 @@ def test_statistics_of_different_lengths_are_refused(changes: dict[str, Any]) ->
 # --- maps -------------------------------------------------------------------------------------------------------------
 
 
-def test_maps_share_a_scale_with_even_attention_in_its_middle() -> None:
+def test_maps_have_one_scale_with_uniform_attention_in_its_middle() -> None:
     maps = {"layers.0": np.ones((2, 3, 4)), "rollout": np.ones((2, 3, 4))}
     maps["rollout"][1] *= 2
     maps["rollout"][1, 0] = [16, 0, 2, 2]
     figure = maps_over_images(pictures(2), maps, title="some model", attends="class token")
     panels = [axis for axis in figure.axes if axis.images]
     assert [axis.get_title() for axis in panels] == ["image", "layers.0", "rollout", "", "", ""]
-    even, peaked = panels[1].images[-1], panels[5].images[-1]
-    assert np.allclose(even.get_array(), 1)
+    uniform, peaked = panels[1].images[-1], panels[5].images[-1]
+    assert np.allclose(uniform.get_array(), 1)
     most = 16 / maps["rollout"][1].mean()
     assert peaked.get_array()[0, 0] == pytest.approx(most)
-    # where there is no attention the darkest color is drawn, not the bare image
+    # a patch without attention has the darkest colour
     assert peaked.get_array()[0, 1] == pytest.approx(1 / most)
-    assert even.get_clim() == peaked.get_clim() == pytest.approx((1 / most, most))
-    assert even.norm(1) == pytest.approx(0.5) and even.get_cmap().name == "cividis"
+    assert uniform.get_clim() == peaked.get_clim() == pytest.approx((1 / most, most))
+    assert uniform.norm(1) == pytest.approx(0.5) and uniform.get_cmap().name == "cividis"
     # the map lies on the whole image
-    assert list(even.get_extent()) == list(panels[1].images[0].get_extent()) == [0, 8, 8, 0]
+    assert list(uniform.get_extent()) == list(panels[1].images[0].get_extent()) == [0, 8, 8, 0]
     assert np.array_equal(panels[0].images[0].get_array(), np.asarray(pictures(2)[0]))
     (bar,) = [axis for axis in figure.axes if "class token" in axis.get_ylabel()]
     assert "1: the same on every patch" in bar.get_ylabel()
@@ -139,7 +145,7 @@ def test_a_map_under_which_the_image_is_pale_keeps_its_colors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "maps", "told"),
+    ("count", "maps", "message"),
     [
         (0, {"a": np.ones((0, 2, 2))}, "0 images"),
         (1, {}, "at least one"),
@@ -148,21 +154,21 @@ def test_a_map_under_which_the_image_is_pale_keeps_its_colors() -> None:
         (1, {"a": np.full((1, 2, 2), np.nan)}, "not finite"),
     ],
 )
-def test_bad_maps_are_refused(count: int, maps: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_bad_maps_are_refused(count: int, maps: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         maps_over_images(pictures(count), maps, title="t", attends="class token")
 
 
 # --- drops ------------------------------------------------------------------------------------------------------------
 
 
-def test_drops_show_what_was_given_and_what_was_measured() -> None:
+def test_drops_show_configured_and_measured_fractions() -> None:
     figure = drop_fractions(["a.0", "a.1", "b"], [0.3, 0.1, 0.2], [[0.28, 0.34], [0.1, 0.1], []], title="some model")
     upper, lower = figure.axes
-    assert "fraction of attention weights" in upper.get_ylabel() and lower.get_ylabel() == "measured minus given"
+    assert "fraction of attention weights" in upper.get_ylabel() and lower.get_ylabel() == "measured minus configured"
     assert "in order of execution" in lower.get_xlabel()
     lines = {str(line.get_label()): line for line in upper.lines}
-    assert list(lines["given by the schedule"].get_ydata()) == [0.3, 0.1, 0.2]
+    assert list(lines["configured"].get_ydata()) == [0.3, 0.1, 0.2]
     assert list(lines["not measured"].get_xdata()) == [3]
     means, _, (bars,) = upper.containers[0].lines
     assert list(means.get_ydata()) == pytest.approx([0.31, 0.1])
@@ -176,19 +182,19 @@ def test_drops_show_what_was_given_and_what_was_measured() -> None:
 
 
 def test_drops_without_a_measurement_say_so() -> None:
-    assert legend(drop_fractions(["a"], [0.2], [[]], title="t")) == ["given by the schedule", "not measured"]
+    assert legend(drop_fractions(["a"], [0.2], [[]], title="t")) == ["configured", "not measured"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (([], [], []), "at least one"),
         ((["a"], [0.1, 0.2], [[0.1]]), "one of each per attention"),
         ((["a"], [0.1], [[0.1, float("nan")]]), "is NaN"),
     ],
 )
-def test_bad_drops_are_refused(arguments: Any, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_bad_drops_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         drop_fractions(*arguments, title="t")
 
 
@@ -231,7 +237,7 @@ def test_images_come_from_the_most_uncertain_on_and_say_right_or_wrong() -> None
     saved(figure)
 
 
-def test_of_many_images_both_ends_are_shown_and_the_reader_is_told() -> None:
+def test_of_many_images_both_ends_are_shown_and_the_reader_is_an_error() -> None:
     figure = uncertain(most=2)
     titles = [axis.get_title() for axis in figure.axes if axis.images]
     assert [title.split()[0] for title in titles] == ["0.300", "0.000"]
@@ -253,7 +259,7 @@ def test_without_true_classes_nothing_is_called_right() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"images": []}, "at least one image"),
         ({"predicted": ["cat"]}, "one of each per image"),
@@ -263,8 +269,8 @@ def test_without_true_classes_nothing_is_called_right() -> None:
         ({"most": 1}, "at least 2"),
     ],
 )
-def test_bad_uncertainties_are_refused(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_bad_uncertainties_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         uncertain(**changes)
 
 

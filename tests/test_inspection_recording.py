@@ -98,7 +98,7 @@ def test_what_is_no_attention_over_an_image_is_listed_with_the_reason() -> None:
     assert "torch.nn.MultiheadAttention" in reasons(siglip)["head"]
     pyramid = record_attention(build("segformer"), pixels(64))
     assert [layer.layout.grid for layer in pyramid.on_last_grid] == [(2, 2)] and len(pyramid.layers) == 2
-    # the object queries of a decoder are no patches, even where they are a square number
+    # the object queries of a decoder are not patches, also where their number is a square
     detector = hf.DetrConfig(**{**build("detr").config.to_dict(), "num_queries": 16})
     found = record_attention(hf.DetrForObjectDetection(detector), pixels(64))
     assert all(".encoder." in layer.name for layer in found.layers) and len(found.layers) == 2
@@ -124,5 +124,5 @@ def test_bad_images_and_models_are_refused() -> None:
         broken.vit.layers[1].attention.q_proj.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match=r"weights of vit\.layers\.1\.attention are not finite"):
         record_attention(broken, pixels())
-    with pytest.raises(TypeError, match="no Transformers model"):
+    with pytest.raises(TypeError, match="not a Transformers model"):
         record_attention(nn.Linear(2, 2), pixels())

@@ -1,4 +1,4 @@
-"""What a saved configuration alone tells is what the loaded model does."""
+"""The report on a saved configuration equals the behaviour of the loaded model."""
 
 import json
 from pathlib import Path
@@ -43,8 +43,8 @@ def test_a_model_without_weights_has_the_ratios_of_one_with(family, tmp_path):
     assert len(report.sites) >= 3 and report.sites[0].ratio > report.sites[-1].ratio
     for site in report.sites:
         assert (site.ratio, site.backend) == (modules[site.name].dropkey_ratio, config._attn_implementation or "sdpa")
-    told = inspect_folder(tmp_path)
-    assert "schedule      decreasing" in told and all(site.name in told for site in report.sites)
+    shown = inspect_folder(tmp_path)
+    assert "schedule      decreasing" in shown and all(site.name in shown for site in report.sites)
 
 
 def test_a_patched_and_a_plain_model(tmp_path):
@@ -59,7 +59,7 @@ def test_a_patched_and_a_plain_model(tmp_path):
     assert str(expected) in inspect_folder(tmp_path / "patched")
 
 
-def test_an_unknown_class_and_a_missing_configuration_are_told(tmp_path):
+def test_an_unknown_class_and_a_missing_configuration_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone has no config.json"):
         inspect_folder(tmp_path / "gone")
     DropKeyViTConfig(**SHAPE, architectures=["MyOwn"]).save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""A card's words follow the rows: what wins, what loses, what cannot be told, and where the rows come from."""
+"""The sentences of a card follow the rows: better, worse, not distinguishable, and the origin of the rows."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def cell(accuracy: float, *, seeds: int = 3, **changes: Any) -> list[dict[str, s
     usual = dict.fromkeys(COLUMNS, "none") | {"experiment": "small", "task": "cats", "model": "tiny", "ratio": "0"}
     usual |= {"train_images": "all", "images": "40", "split": "test", "git_sha": "abc", "regulariser": "none"}
     metrics = {"accuracy": accuracy, "nll": 2 - accuracy, "ece": 0.1}
-    metrics |= {f"accuracy_at_occlusion_{share}": accuracy / 2 for share in (0.25, 0.5, 0.75)}
+    metrics |= {f"accuracy_at_occlusion_{fraction}": accuracy / 2 for fraction in (0.25, 0.5, 0.75)}
     return [
         usual | changes | {"metric": name, "seed": str(seed), "value": f"{value + NOISE[seed]:.6g}"}
         for name, value in metrics.items()
@@ -42,40 +42,42 @@ def text(found: list[dict[str, str]]) -> str:
 
 
 def test_a_card_says_where_its_model_wins_and_where_it_loses() -> None:
-    told = text(rows(0.8, none=0.7, dropout=0.9))
-    assert "**DropKey 0.3 is better than none in accuracy (+0.100 ± 0.000), and better than none in NLL (-0.1" in told
-    assert "it is worse than attention dropout 0.2 in accuracy (-0.100 ± 0.000), and worse than attention" in told
-    assert "No advantage" not in told
+    shown = text(rows(0.8, none=0.7, dropout=0.9))
+    assert "**DropKey 0.3 is better than none in accuracy (+0.100 ± 0.000), and better than none in NLL (-0.1" in shown
+    assert "it is worse than attention dropout 0.2 in accuracy (-0.100 ± 0.000), and worse than attention" in shown
+    assert "No advantage" not in shown
 
 
 def test_a_card_says_plainly_that_nothing_is_won() -> None:
     for ours, word in ((0.7, "not distinguishable from"), (0.6, "worse than")):
-        told = text(rows(ours, none=0.7, dropout=0.7))
-        assert told.count(word) == 4 and "better" not in told and "No advantage of DropKey 0.3 is shown." in told
+        shown = text(rows(ours, none=0.7, dropout=0.7))
+        assert shown.count(word) == 4 and "better" not in shown and "No advantage of DropKey 0.3 is shown." in shown
 
 
-def test_one_seed_tells_nothing() -> None:
+def test_one_seed_distinguishes_nothing() -> None:
     found = [row for row in rows(0.9, none=0.7, dropout=0.7) if row["seed"] == "1"]
-    told = text(found)
-    assert told.count("measured once, too little to tell it from") == 4
-    assert "No advantage" in told and "0.920 (one seed, no interval)" in told and "mean differences of 1 pairs" in told
+    shown = text(found)
+    assert shown.count("measured once, so not distinguishable from") == 4
+    assert (
+        "No advantage" in shown and "0.920 (one seed, no interval)" in shown and "mean differences of 1 pairs" in shown
+    )
 
 
 def test_each_seed_has_its_own_values_beside_those_of_all() -> None:
-    told = text(rows(0.8, none=0.7, dropout=0.7))
-    # Student's t of two degrees of freedom, 4.303, by the deviation of three seeds, over the root of three
-    assert "| accuracy | 0.820 | 0.803 ± 0.038 |" in told and "40 test images of cats" in told
+    shown = text(rows(0.8, none=0.7, dropout=0.7))
+    # Student's t of two degrees of freedom, 4.303, by the standard deviation of three seeds, over the root of three
+    assert "| accuracy | 0.820 | 0.803 ± 0.038 |" in shown and "40 test images of cats" in shown
 
 
-def test_rows_of_several_commits_are_told() -> None:
+def test_rows_of_several_commits_are_reported() -> None:
     assert "Rows of commit `abc`" in text(rows(0.8, none=0.7, dropout=0.7))
-    told = text(rows(0.8, none=0.7, dropout=0.7, git_sha="def-changed"))
-    assert "Rows of commit `abc`, `def-changed`" in told and "mixed git_sha: abc, def-changed" in told
-    assert "some rows were measured on code that no commit holds" in told
+    shown = text(rows(0.8, none=0.7, dropout=0.7, git_sha="def-changed"))
+    assert "Rows of commit `abc`, `def-changed`" in shown and "mixed git_sha: abc, def-changed" in shown
+    assert "some rows were measured on code that no commit holds" in shown
 
 
-def test_a_seed_or_metric_without_rows_is_told() -> None:
-    with pytest.raises(ValueError, match="no test row of accuracy, nll, .* run its grid with --test first"):
+def test_a_seed_or_metric_without_rows_is_an_error() -> None:
+    with pytest.raises(ValueError, match="has no test row of accuracy, nll, .* run its grid with --test first"):
         text([row for row in rows(0.8, none=0.7, dropout=0.7) if row["seed"] != "1"])
 
 

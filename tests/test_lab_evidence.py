@@ -1,32 +1,25 @@
-"""Tables and figures say what the rows say, seed by seed; the committed ones are made from the committed rows."""
+"""Tables and figures say what the rows say, seed by seed."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hf_dropkey.intervals import Interval, difference, interval
 from hf_dropkey.lab.evidence import (
-    BEGIN,
-    END,
     at_equal_ratios,
     by_ratio,
     by_regulariser,
     difference_figure,
-    judged,
+    in_words,
     occlusion_figure,
     ratio_figure,
     report,
     size_figure,
     summary,
     verdict,
-    with_summary,
 )
-from hf_dropkey.lab.rows import COLUMNS, read_rows
-
-
-ROOT = Path(__file__).resolve().parents[1]
-CARDS = ROOT / "model_cards"
+from hf_dropkey.lab.judgement import judged
+from hf_dropkey.lab.rows import COLUMNS
 
 
 def row(metric: str, value: float, seed: int, **changes: Any) -> dict[str, str]:
@@ -38,7 +31,7 @@ def row(metric: str, value: float, seed: int, **changes: Any) -> dict[str, str]:
 def cell(level: float, **changes: Any) -> list[dict[str, str]]:
     """Rows of a cell of three seeds: the same differences between seeds in each cell."""
     metrics = {"accuracy": level, "nll": 2 - level, "ece": 0.1, "accuracy_gap": 0.2}
-    metrics |= {f"accuracy_at_occlusion_{share}": level - share for share in (0.25, 0.5, 0.75)}
+    metrics |= {f"accuracy_at_occlusion_{fraction}": level - fraction for fraction in (0.25, 0.5, 0.75)}
     noise = (0.0, 0.02, -0.01)
     return [row(name, value + noise[seed], seed, **changes) for name, value in metrics.items() for seed in range(3)]
 
@@ -78,12 +71,22 @@ def test_the_regularisers_are_compared_at_their_chosen_ratio(rows: list[dict[str
     assert table["none"][5:] == ["", "", ""]
 
 
-def test_a_difference_inside_its_interval_is_not_called_anything() -> None:
-    assert judged(Interval(0.02, -0.01, 0.05, 5), "accuracy") == "+0.020 ± 0.030"
-    assert judged(Interval(0.02, 0.01, 0.03, 5), "accuracy") == "+0.020 ± 0.010, better"
-    assert judged(Interval(0.02, 0.01, 0.03, 5), "nll") == "+0.020 ± 0.010, worse"
-    assert judged(difference({"0": 1.0}, {"0": 0.5}), "accuracy") == "+0.500 (one seed)"
-    assert judged(difference({"0": 1.0}, {"0": 1.0001}), "accuracy") == "+0.000 (one seed)"
+def test_a_difference_inside_its_interval_is_neither_better_nor_worse() -> None:
+    assert judged(Interval(0.02, -0.01, 0.05, 5), "accuracy").word == ""
+    assert judged(Interval(0.02, 0.01, 0.03, 5), "accuracy").word == "better"
+    assert judged(Interval(0.02, 0.01, 0.03, 5), "nll").word == "worse"
+    assert judged(difference({"0": 1.0}, {"0": 0.5}), "accuracy").word == ""
+    with pytest.raises(ValueError, match="neither larger nor smaller values of accuracy_gap are better"):
+        judged(Interval(0.02, 0.01, 0.03, 5), "accuracy_gap")
+
+
+def test_a_judgement_is_formatted_last() -> None:
+    found = judged(Interval(0.02, 0.01, 0.03, 5), "accuracy")
+    assert (found.mean, found.half, found.n) == pytest.approx((0.02, 0.01, 5))
+    assert (found.numbers, str(found)) == ("+0.020 ± 0.010", "+0.020 ± 0.010, better")
+    assert str(judged(Interval(0.02, -0.01, 0.05, 5), "accuracy")) == "+0.020 ± 0.030"
+    assert str(judged(difference({"0": 1.0}, {"0": 0.5}), "accuracy")) == "+0.500 (one seed)"
+    assert str(judged(difference({"0": 1.0}, {"0": 1.0001}), "accuracy")) == "+0.000 (one seed)"
 
 
 def test_every_ratio_has_its_place(rows: list[dict[str, str]]) -> None:
@@ -104,14 +107,12 @@ def test_words_and_summary_follow_the_rows(rows: list[dict[str, str]]) -> None:
     assert verdict(rows, "digits").startswith("DropKey: accuracy +0.020 ± 0.000, better; NLL -0.020 ± 0.000, better.")
     table = summary(rows)
     assert "| digits | none | 3 |" in table and "|  | DropKey 0.1 | 3 |" in table and "other" not in table
-    assert table.endswith("by more than the interval on digits (accuracy better, NLL better).")
+    assert in_words(rows).endswith(
+        "by more than the interval on digits (better accuracy +0.020 ± 0.000, better NLL -0.020 ± 0.000)."
+    )
     same = [found for found in rows if found["regulariser"] != "dropkey" or found["split"] == "validation"]
     same += cell(0.80, **DROPKEY, ratio="0.1", split="test")
-    assert summary(same).endswith("by more than the interval on none of these.")
-    document = with_summary(f"# x\n{BEGIN}\nold\n{END}\nlast\n", rows)
-    assert document == f"# x\n{BEGIN}\n{table}\n{END}\nlast\n" and with_summary(document, rows) == document
-    with pytest.raises(ValueError, match="needs one line <!-- evidence begin -->"):
-        with_summary("# x\n", rows)
+    assert in_words(same).endswith("by more than the interval on none of these.")
 
 
 def test_the_report_flags_rows_of_several_commits(rows: list[dict[str, str]]) -> None:
@@ -130,7 +131,7 @@ def test_figures_show_the_rows(rows: list[dict[str, str]]) -> None:
     (occluded,) = occlusion_figure(rows).axes
     curve = next(line for line in occluded.lines if "DropKey" in str(line.get_label()))
     assert list(curve.get_xdata()) == [0, 25, 50, 75] and occluded.get_xlabel() == "patches hidden, %"
-    assert list(curve.get_ydata()) == pytest.approx([0.82 + 0.01 / 3 - share for share in (0, 0.25, 0.5, 0.75)])
+    assert list(curve.get_ydata()) == pytest.approx([0.82 + 0.01 / 3 - fraction for fraction in (0, 0.25, 0.5, 0.75)])
     (variants,) = difference_figure(rows, "accuracy", "0.1").axes
     points = {bar.get_label(): float(bar.lines[0].get_xdata()[0]) for bar in variants.containers}
     assert points == pytest.approx(
@@ -158,10 +159,3 @@ def test_data_sizes_are_compared_with_their_own_baseline(rows: list[dict[str, st
             "attention dropout, all images": -0.05,
         }
     )
-
-
-def test_the_committed_tables_are_those_of_the_committed_rows() -> None:
-    rows = read_rows(CARDS / "results.csv")
-    assert (CARDS / "evidence.md").read_text().endswith(report(rows)), "run python scripts/report_results.py"
-    readme = (ROOT / "README.md").read_text()
-    assert with_summary(readme, rows) == readme, "run python scripts/report_results.py"

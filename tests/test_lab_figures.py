@@ -1,4 +1,4 @@
-"""Figures of results show the means and intervals that were handed in, and say when there is none."""
+"""Figures of results show the means and intervals of their arguments, and say where there is no interval."""
 
 import io
 from typing import Any

@@ -67,14 +67,14 @@ def test_a_grid_is_the_product_of_its_cells_in_the_order_of_seeds(make_grid: Any
     groups = grid.groups(grid.cells)
     assert [cells[0].seed for cells in groups] == [0, 0, 0, 1, 1, 1]
     assert [len(cells) for cells in groups] == [1, 2, 2, 1, 2, 2], "Monte-Carlo inference trains nothing"
-    # what DropKey leaves out is the same in a list
+    # the defaults of DropKey are the same in a list
     listed = make_grid(cells=[{"regulariser": ["attention dropout", "dropkey"], "ratio": 0.5}])
     assert replace(dropkey, seed=0) in listed.cells and len(listed.cells) == 2 * 2
     # listed twice, trained once
     assert make_grid(cells=[*GRID["cells"], {"regulariser": ["none"]}]).cells == grid.cells
 
 
-def test_a_cell_says_what_the_train_script_is_told() -> None:
+def test_a_cell_says_what_the_train_script_is_an_error() -> None:
     dropkey = Cell(
         model="vit", regulariser="dropkey", ratio=0.3, schedule="constant", pattern="key", alignment="fine-tune"
     )
@@ -90,7 +90,7 @@ def test_a_cell_says_what_the_train_script_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (
             {"cells": [{"regulariser": "dropout"}]},
@@ -100,7 +100,7 @@ def test_a_cell_says_what_the_train_script_is_told() -> None:
         ({"cells": [{"regulariser": "dropkey", "ratio": 1.0}]}, r"ratio 1.0 .* in \(0, 1\) for the others"),
         ({"cells": [{"regulariser": "dropkey", "ratio": 0.1, "pattern": "row"}]}, "pattern 'row'.*'score', 'key'"),
         ({"cells": [{"regulariser": "none", "schedule": "constant"}]}, "schedule 'constant' with regulariser 'none'"),
-        ({"cells": [{"regulariser": "none", "train_images": 0}]}, "train_images 0; give a number from 1 on, or 'all'"),
+        ({"cells": [{"regulariser": "none", "train_images": 0}]}, "train_images 0; pass a number from 1 on, or 'all'"),
         (
             {"cells": [{"regulariser": "none", "colour": 1}]},
             r"fields \['colour'\] in .*; allowed are alignment, model",
@@ -109,23 +109,23 @@ def test_a_cell_says_what_the_train_script_is_told() -> None:
         ({"cells": [{"ratio": 0.1}]}, "names no regulariser; allowed are none, attention dropout, dropkey"),
         (
             {"cells": [{"regulariser": "dropkey", "ratio": "0.1"}]},
-            "ratio '0.1'; give a number from 0 on, without quotes",
+            "ratio '0.1'; pass a number from 0 on, without quotes",
         ),
         ({"cells": [{"regulariser": "dropkey", "ratio": 0.12345678}]}, "ratio 0.12345678; rows hold six digits"),
         ({"cells": [{"regulariser": "dropkey", "ratio": []}]}, "no value of ratio in"),
-        ({"seeds": [0, "1"]}, "seed '1'; give a number"),
-        ({"seeds": 3}, r"has the seeds 3; give a list, such as \[0, 1, 2\]"),
+        ({"seeds": [0, "1"]}, "seed '1'; pass a number"),
+        ({"seeds": 3}, r"has the seeds 3; pass a list, such as \[0, 1, 2\]"),
         ({"cells": []}, "lists no cell"),
         ({"select_by": "f1"}, "selects by 'f1'; every cell has accuracy, nll, ece"),
         ({"task": None, "more": 1}, "unknown fields more"),
     ],
 )
-def test_an_unknown_cell_is_told(make_grid: Any, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_an_unknown_cell_is_an_error(make_grid: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         make_grid(**changes)
 
 
-def test_a_grid_without_a_field_is_told(tmp_path: Path) -> None:
+def test_a_grid_without_a_field_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text(json.dumps({name: GRID[name] for name in GRID if name != "seeds"}))
     with pytest.raises(ValueError, match=r"half.json lacks seeds; a grid has about, cells, models"):
         Grid.load(tmp_path / "half.json")
@@ -175,7 +175,7 @@ def test_held_out_test_and_training_images_are_different_ones(make_grid: Any, tm
     assert test.evaluation_split == "test" and len(test.evaluation) == 359
 
 
-def test_patches_that_do_not_fill_the_images_are_told_before_training(make_grid: Any, tmp_path: Path) -> None:
+def test_patches_that_do_not_fill_the_images_are_an_error_before_training(make_grid: Any, tmp_path: Path) -> None:
     grid = make_grid(occlusion_patch=3)
     with pytest.raises(ValueError, match="hides patches of 3 pixels, which do not fill images of 8 x 8"):
         job_of(grid, grid.cells[0], tmp_path / "run", root=tmp_path, data={})
@@ -199,17 +199,17 @@ def test_weights_of_another_recipe_are_not_taken_for_these(make_grid: Any, tmp_p
     cell = grid.cells[0]
     folder = tmp_path / "run"
     train_cell(job_of(grid, cell, folder, root=tmp_path, data={}), folder)
-    # less was written down by an older release, which is no other recipe
+    # a setting that an older release did not record does not differ
     facts = json.loads((folder / DONE).read_text())
     older = {name: value for name, value in facts["told"].items() if name != "adam_beta1"}
     (folder / DONE).write_text(json.dumps(facts | {"told": older}))
     assert train_cell(job_of(grid, cell, folder, root=tmp_path, data={}), folder)[1]["epochs"] == facts["epochs"]
     changed = make_grid(recipe_fields={"learning_rate": 0.02})
-    with pytest.raises(ValueError, match=r"a run of another recipe \(other learning_rate\); delete it"):
+    with pytest.raises(ValueError, match=r"a run with other settings \(learning_rate\); delete it"):
         train_cell(job_of(changed, cell, folder, root=tmp_path, data={}), folder)
     # nor the start of a run that was stopped
     (folder / DONE).rename(folder / BEGUN)
-    with pytest.raises(ValueError, match=r"a run of another recipe \(other learning_rate\); delete it"):
+    with pytest.raises(ValueError, match=r"a run with other settings \(learning_rate\); delete it"):
         train_cell(job_of(changed, cell, folder, root=tmp_path, data={}), folder)
 
 
@@ -231,16 +231,16 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(make_grid: Any, tmp_pat
     resumed_facts = json.loads((folder / DONE).read_text())
     assert "train_seconds" not in resumed_facts and not (folder / BEGUN).exists()
     assert resumed_facts["git_sha"].startswith("abc then ")
-    # nobody knows what an older release was told for these checkpoints
+    # an older release did not record the settings of these checkpoints
     (folder / DONE).rename(tmp_path / DONE)
-    with pytest.raises(ValueError, match="holds the start of a run whose recipe is not known; delete it"):
+    with pytest.raises(ValueError, match="holds the start of a run whose settings are not known; delete it"):
         train_cell(job_of(grid, cell, folder, root=tmp_path, data={}), folder)
-    # a third part by the commit of the second is told once
+    # a third part by the commit of the second is named once
     (tmp_path / DONE).rename(folder / BEGUN)
     train_cell(job_of(grid, cell, folder, root=tmp_path, data={}), folder)
     assert json.loads((folder / DONE).read_text())["git_sha"] == resumed_facts["git_sha"]
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
-    # one that saved none begins anew
+    # one that saved none starts again
     (folder / DONE).unlink()
     for checkpoint in folder.glob("*checkpoint*"):
         (checkpoint / "trainer_state.json").unlink(missing_ok=True)
@@ -272,9 +272,7 @@ def test_a_second_choice_after_a_look_at_the_test_is_refused(make_grid: Any) -> 
     grid = make_grid()
     held_out = drawn_rows(grid, {0.0: 3.0, 0.1: 2.0, 0.5: 1.0})
     looked = [row for row in drawn_rows(grid, {0.0: 3.0, 0.1: 2.0, 0.5: 1.0}, "test") if row["ratio"] in ("0", "0.1")]
-    with pytest.raises(
-        ValueError, match="test images were looked at with cells that are not chosen now.*another name"
-    ):
+    with pytest.raises(ValueError, match="test images were used with cells that are not chosen now.*another name"):
         chosen_cells(grid, held_out + looked)
 
 

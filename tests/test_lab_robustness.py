@@ -1,10 +1,10 @@
-"""Hidden patches are the share that was asked for, random for each image, and the same for every model."""
+"""The requested fraction of patches is hidden, random for each image, and the same for every model."""
 
 import pytest
 import torch
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
-from hf_dropkey.lab.robustness import OCCLUDED_SHARES, metrics_of, occlude, occlusion_accuracy, predict_logits
+from hf_dropkey.lab.robustness import OCCLUDED_FRACTIONS, metrics_of, occlude, occlusion_accuracy, predict_logits
 
 
 @pytest.fixture
@@ -16,10 +16,10 @@ def model() -> DropKeyViTForImageClassification:
     )
 
 
-@pytest.mark.parametrize(("share", "hidden"), [(0, 0), (0.25, 3), (0.5, 6), (0.75, 9), (1, 12)])
-def test_whole_patches_are_hidden(share: float, hidden: int) -> None:
+@pytest.mark.parametrize(("fraction", "hidden"), [(0, 0), (0.25, 3), (0.5, 6), (0.75, 9), (1, 12)])
+def test_whole_patches_are_hidden(fraction: float, hidden: int) -> None:
     images = torch.rand(5, 3, 6, 8) + 1
-    found = occlude(images, share, patch=2)
+    found = occlude(images, fraction, patch=2)
     patches = found.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     gone = (patches == 0).all(-1)
     assert (gone == (patches == 0).any(-1)).all(), "a patch is hidden whole or not at all"
@@ -38,9 +38,9 @@ def test_each_image_hides_other_patches_and_the_seed_repeats_them() -> None:
     assert ((found == 0).float().mean(0) - 0.5).abs().max() < 0.3
 
 
-def test_bad_values_are_told() -> None:
+def test_bad_values_are_errors() -> None:
     images = torch.ones(1, 1, 8, 6)
-    with pytest.raises(ValueError, match=r"share=1.5 of the patches is outside \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"fraction=1.5 of the patches is outside \[0, 1\]"):
         occlude(images, 1.5, patch=2)
     for patch in (0, 4):
         with pytest.raises(ValueError, match=f"patches of {patch} pixels do not fill images of 8 x 6"):
@@ -63,7 +63,7 @@ def test_accuracy_falls_to_that_of_a_grey_image(model: DropKeyViTForImageClassif
     labels = predict_logits(model, images).argmax(-1)
     assert metrics_of(predict_logits(model, images), labels)["accuracy"] == 1
     found = occlusion_accuracy(model, images, labels, patch=2)
-    assert list(found) == list(OCCLUDED_SHARES)
-    for share, accuracy in found.items():
-        hidden = predict_logits(model, occlude(images, share, patch=2)).argmax(-1)
+    assert list(found) == list(OCCLUDED_FRACTIONS)
+    for fraction, accuracy in found.items():
+        hidden = predict_logits(model, occlude(images, fraction, patch=2)).argmax(-1)
         assert accuracy == pytest.approx((hidden == labels).float().mean().item())

@@ -1,4 +1,4 @@
-"""Rows are read whole or not at all, intervals are Student's, and comparisons say what they mix."""
+"""Rows are read whole or not at all, intervals are Student's t, and mixed origins are reported."""
 
 from pathlib import Path
 
@@ -58,17 +58,17 @@ def test_rows_are_chosen_and_sorted_into_cells() -> None:
         ("x", "0.1"): {"0": 0.5, "1": 0.6},
         ("x", "0.3"): {"0": 0.7},
     }
-    with pytest.raises(ValueError, match=r"\['ratios'\] are no columns"):
+    with pytest.raises(ValueError, match=r"there are no columns \['ratios'\]"):
         choose(rows, ratios=1)
     with pytest.raises(ValueError, match="two values of accuracy for seed 0 of the cell with task x"):
         by_cell(rows, ["task"], "accuracy")
 
 
-def test_what_was_mixed_is_told() -> None:
+def test_what_was_mixed_is_an_error() -> None:
     assert warnings([row(), row()]) == []
-    told = " ".join(warnings([row(), row(git_sha="def-changed", device="cuda")]))
-    assert "mixed git_sha: abc, def-changed" in told and "mixed device: cuda, x" in told
-    assert "on code that no commit holds" in told
+    notes = " ".join(warnings([row(), row(git_sha="def-changed", device="cuda")]))
+    assert "mixed git_sha: abc, def-changed" in notes and "mixed device: cuda, x" in notes
+    assert "on code that no commit holds" in notes
 
 
 def test_a_file_reads_back(tmp_path: Path) -> None:
@@ -78,24 +78,24 @@ def test_a_file_reads_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"device": ""}, "line 3 of .* has no device; complete the row"),
-        ({"value": "high"}, "line 3 of .* has the value 'high', no finite number"),
-        ({"value": "nan"}, "line 3 of .* has the value 'nan', no finite number"),
+        ({"value": "high"}, "line 3 of .* has the value 'high', not a finite number"),
+        ({"value": "nan"}, "line 3 of .* has the value 'nan', not a finite number"),
         ({"seed": "", "epochs": ""}, "no seed, epochs"),
     ],
 )
-def test_rows_with_missing_fields_are_told(tmp_path: Path, change: dict[str, str], told: str) -> None:
+def test_rows_with_missing_fields_are_errors(tmp_path: Path, change: dict[str, str], message: str) -> None:
     file = tmp_path / "rows.csv"
     append_rows(file, [row(), row(**change)])
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         read_rows(file)
 
 
-def test_files_of_another_kind_are_told(tmp_path: Path) -> None:
+def test_files_of_another_kind_are_errors(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
-    with pytest.raises(FileNotFoundError, match=r"run_experiments\.py writes them"):
+    with pytest.raises(FileNotFoundError, match=r"run_experiments\.py writes it"):
         read_rows(file)
     file.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="lacks the columns experiment, task"):

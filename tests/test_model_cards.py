@@ -57,21 +57,21 @@ def test_at_least_three_checkpoints_have_cards() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
-        ([{"colour": 1}], "a card's colour is missing or unknown"),
+        ([{"colour": 1}], "a card whose fields colour are missing or unknown"),
         ([{"seed": None}, {}], "lists a card twice"),
     ],
 )
-def test_a_list_of_cards_that_is_none_is_told(tmp_path: Path, changes: list[dict], told: str) -> None:
+def test_a_wrong_list_of_cards_is_an_error(tmp_path: Path, changes: list[dict], message: str) -> None:
     usual = {"name": "x", "grid": "g.json", "cell": {"model": "vit", "regulariser": "none"}, "seed": 0}
     file = tmp_path / "checkpoints.json"
     file.write_text(json.dumps([usual | change for change in changes]))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         CardEntry.load(file)
 
 
-def test_a_card_of_a_cell_without_test_rows_is_told() -> None:
+def test_a_card_of_a_cell_without_test_rows_is_an_error() -> None:
     entry = replace(ENTRIES[0], cell={**ENTRIES[0].cell, "train_images": 7})
     with pytest.raises(ValueError, match="needs test rows of one ratio, found none; run scripts/run_experiments.py"):
         entry.chosen(Grid.load(ROOT / entry.grid), read_rows(ROOT / "model_cards" / "results.csv"))

@@ -9,12 +9,12 @@ from architecture_suite import ArchitectureSuite, pytest_parameters
 
 from hf_dropkey.models.configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
 from hf_dropkey.models.counter_hash import draw_seed
-from hf_dropkey.models.dropkey import PATTERNS, dropped_scores, protect_rows
 from hf_dropkey.models.modeling_dropkey_t2t_vit import (
     DropKeyT2TViTForImageClassification,
     DropKeyT2TViTModel,
     sinusoid_positions,
 )
+from hf_dropkey.models.patterns import PATTERNS, dropped_scores, protect_rows
 
 
 STAGES = {

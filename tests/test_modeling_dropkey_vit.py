@@ -2,11 +2,13 @@
 
 import copy
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -458,3 +460,24 @@ def test_wrong_images_are_refused(shape: tuple[int, ...], message: str) -> None:
 def test_missing_images_are_refused() -> None:
     with pytest.raises(ValueError, match="`pixel_values` must have the shape.*got None"):
         dropkey("classification")()
+
+
+def test_another_architecture_is_refused_and_a_plain_vit_loads_without_a_warning(tmp_path: Path) -> None:
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    transformers.Dinov2Model(transformers.Dinov2Config(**shape)).save_pretrained(tmp_path / "dinov2")
+    with pytest.raises(
+        ValueError, match=r"has model_type 'dinov2' and DropKeyViTConfig reads dropkey_vit, vit.*apply_dropkey"
+    ):
+        DropKeyViTModel.from_pretrained(tmp_path / "dinov2")
+    shape["intermediate_size"] = 16
+    transformers.ViTForImageClassification(transformers.ViTConfig(**shape)).save_pretrained(tmp_path / "vit")
+    shown: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        model = DropKeyViTForImageClassification.from_pretrained(tmp_path / "vit")
+    finally:
+        logger.removeHandler(handler)
+    assert model.config.model_type == "dropkey_vit" and not [line for line in shown if "of type" in line]

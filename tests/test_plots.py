@@ -29,7 +29,7 @@ def words(figure: Figure) -> list[str]:
     return [axis.get_title() for axis in figure.axes if axis.get_title()]
 
 
-def test_a_wrong_prediction_is_told_in_words():
+def test_a_wrong_prediction_is_marked_in_words():
     figure = figure_of()
     assert words(figure) == ["cat (70%)\nright", "cat (70%)\nwrong, is dog", "cat (70%)\nright"]
     assert figure.get_suptitle() == "What it sees"
@@ -65,7 +65,7 @@ def test_the_two_colors_differ_in_grey_and_read_on_white():
 
 @pytest.mark.parametrize("changes", [{"labels": [0]}, {"attention": np.ones((2, 4, 4))}, {"images": []}])
 def test_lists_of_different_lengths_are_an_error(changes):
-    with pytest.raises(ValueError, match="give one of each per image"):
+    with pytest.raises(ValueError, match="pass one of each per image"):
         figure_of(3, **changes)
 
 
@@ -113,6 +113,8 @@ def test_attention_costs_show_the_measured_points() -> None:
         assert list(lines["eager, dropkey"].get_xdata()) == [10, 100]
         # two images with three heads
         assert list(lines["eager, dropkey"].get_ydata()) == pytest.approx([30 / 6, 300 / 6])
+    eager, fused = time.lines
+    assert eager.get_color() == fused.get_color() and eager.get_marker() != fused.get_marker()
     assert [label.get_text() for label in time.get_xticklabels()] == ["10", "100"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["eager, dropkey", "sdpa, dropkey"]
 
@@ -122,3 +124,5 @@ def test_attention_costs_of_two_dtypes_are_refused() -> None:
         attention_costs(cost_rows() + cost_rows(dtype="bfloat16"), title="")
     with pytest.raises(ValueError, match="peak memory"):
         attention_costs([row for row in cost_rows() if row["metric"] == "time"], title="")
+    with pytest.raises(ValueError, match="no row has one of the metrics time, peak memory"):
+        attention_costs([row for row in cost_rows() if row["metric"] == "time over sdpa/none"], title="")

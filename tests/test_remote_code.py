@@ -23,16 +23,22 @@ from hf_dropkey.models import compatibility
 REPOSITORY = Path(__file__).parents[1]
 CODE = {
     "attention.py",
+    "attention_mask.py",
     "compatibility.py",
     "configuration_dropkey.py",
     "configuration_dropkey_sizes.py",
     "configuration_dropkey_vit.py",
     "counter_hash.py",
+    "cpu_attention.py",
     "dropkey.py",
     "flex_attention.py",
     "modeling_dropkey.py",
     "modeling_dropkey_vit.py",
+    "operators.py",
+    "patterns.py",
     "triton_attention.py",
+    "triton_kernels.py",
+    "triton_launches.py",
 }
 TINY = {
     "hidden_size": 32,

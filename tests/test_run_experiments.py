@@ -66,17 +66,17 @@ def test_a_grid_runs_goes_on_and_looks_at_the_test_once(tmp_path: Path, run: Any
     write(tmp_path)
     with pytest.raises(ValueError, match="10 of 10 cells are not finished"):
         run("--test")
-    status, told = run("--seeds", "1", "--workers", "2")
-    assert status == 0 and "small, validation: 5 cells, 0 of them done" in told and "[3/3]" in told
+    status, output = run("--seeds", "1", "--workers", "2")
+    assert status == 0 and "small, validation: 5 cells, 0 of them done" in output and "[3/3]" in output
     rows = read_rows(tmp_path / "rows.csv")
     assert {row["seed"] for row in rows} == {"0"} and {row["split"] for row in rows} == {"validation"}
     assert all(row["command"].startswith("python scripts/run_experiments.py small.json") for row in rows)
 
-    status, told = run()
-    assert status == 0 and "10 cells, 5 of them done" in told and "[3/3]" in told
+    status, output = run()
+    assert status == 0 and "10 cells, 5 of them done" in output and "[3/3]" in output
     assert read_rows(tmp_path / "rows.csv")[: len(rows)] == rows
-    status, told = run("--test")
-    assert status == 0 and "small, test: 6 cells, 0 of them done" in told
+    status, output = run("--test")
+    assert status == 0 and "small, test: 6 cells, 0 of them done" in output
     whole = (tmp_path / "rows.csv").read_bytes()
     assert "6 cells, 6 of them done" in run("--test")[1]
     assert (tmp_path / "rows.csv").read_bytes() == whole
@@ -116,25 +116,25 @@ def test_a_stopped_grid_leaves_no_process_and_no_half_cell(tmp_path: Path, sent:
 def test_a_cell_that_fails_is_named_and_the_others_are_kept(tmp_path: Path, run: Any) -> None:
     models = {"tiny": {}, "wild": {"learning_rate": 1e30}}
     write(tmp_path, models=models, cells=[{"regulariser": "none"}], seeds=[0])
-    status, told = run()
+    status, output = run()
     assert status == 1
-    assert "FAILED wild_0.0_all_seed0: FloatingPointError" in told and "1 of 2 trainings failed" in told
+    assert "FAILED wild_0.0_all_seed0: FloatingPointError" in output and "1 of 2 trainings failed" in output
     assert {row["model"] for row in read_rows(tmp_path / "rows.csv")} == {"tiny"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"cells": [{"regulariser": "dropout"}]}, "unknown cell: regulariser 'dropout'"),
         ({"models": {"tiny": {"image_size": 9}}}, "image_size=9"),
         ({"models": {"tiny": {"colour": 1}}}, "colour"),
     ],
 )
-def test_a_mistake_is_told_before_anything_runs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any], told: str
+def test_a_mistake_is_an_error_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     write(tmp_path, **changes)
     monkeypatch.setattr(sys, "argv", command(tmp_path)[1:])
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         runpy.run_path(str(RUNNER), run_name="__main__")
     assert not (tmp_path / "weights").exists() and not (tmp_path / "rows.csv").exists()

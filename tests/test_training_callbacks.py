@@ -1,6 +1,7 @@
 """DropKey over the steps of training, alone and in a Trainer that is stopped and resumed."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import transformers as hf
 from stock_architectures import VIT, loss_of, pixels
 from torch import nn
 
-from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
-from hf_dropkey.patching.apply import apply_dropkey, dropkey_modules
+from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification, HubTrainer
+from hf_dropkey.patching.apply import apply_dropkey, dropkey_modules, forgotten_ratio
 from hf_dropkey.training.callbacks import (
+    DropKeyGuardCallback,
     DropKeyLogCallback,
     DropKeyScheduleCallback,
     DropKeySeedCallback,
@@ -247,3 +249,37 @@ def test_two_processes_drop_other_keys_reproducibly(tmp_path: Path) -> None:
     script.write_text(TWO_RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     subprocess.run([*command, str(tmp_path)], check=True, timeout=600)
+
+
+@pytest.mark.parametrize("reapply", [False, True])
+def test_a_model_that_forgot_its_dropkey_is_noticed(tmp_path: Path, reapply: bool) -> None:
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    model = hf.Dinov2ForImageClassification(hf.Dinov2Config(**shape))
+    apply_dropkey(model, 0.3)
+    assert forgotten_ratio(model) is None
+    model.save_pretrained(tmp_path)
+    loaded = hf.Dinov2ForImageClassification.from_pretrained(tmp_path)
+    assert forgotten_ratio(loaded) == 0.3
+    shown: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers.dropkey")
+    logger.addHandler(handler)
+    try:
+        given: Any = (None, None, None)
+        DropKeyGuardCallback(reapply=reapply).on_train_begin(*given, model=loaded)
+        rows = [{"pixel_values": torch.zeros(3, 28, 28), "labels": 0}] * 4
+        args = hf.TrainingArguments(tmp_path / "run", use_cpu=True, max_steps=1, report_to="none", save_strategy="no")
+        HubTrainer(model=loaded, args=args, train_dataset=rows).train()
+    finally:
+        logger.removeHandler(handler)
+    warnings = [
+        line for line in shown if "has dropkey_ratio 0.3, but no attention drops keys: call apply_dropkey" in line
+    ]
+    # the callback's, and the trainer's own
+    assert len(warnings) == (0 if reapply else 2)
+    assert (forgotten_ratio(loaded) is None) == reapply
+
+
+def test_other_modules_have_nothing_to_forget() -> None:
+    assert forgotten_ratio(nn.Linear(1, 1)) is None

@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 must be set before that: below for this file alone, in confte
 
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -24,8 +25,12 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="the fused kernels need Triton, which is not installed")
 
 from hf_dropkey.models import triton_attention
-from hf_dropkey.models.dropkey import dropped_scores, protect_rows, real_keys, reference_attention
+from hf_dropkey.models.attention_mask import real_keys
+from hf_dropkey.models.counter_hash import threshold_tensor
+from hf_dropkey.models.dropkey import ratio_tensor
+from hf_dropkey.models.patterns import dropped_scores, protect_rows
 from hf_dropkey.models.triton_attention import MAXIMUM_WIDTH, triton_dropkey_attention, triton_is_available
+from hf_dropkey.reference import reference_attention
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -464,8 +469,8 @@ def test_nothing_of_the_size_of_the_mask_is_saved() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         triton_dropkey_attention(*leaves, make_seed(), 0.3)
-    # query, key, value, output, seed, normaliser, flag
-    assert sorted(sizes) == sorted([150 * 16] * 4 + [2, 150, 150])
+    # query, key, value, output, seed, thresholds, normaliser, flag
+    assert sorted(sizes) == sorted([150 * 16] * 4 + [2, 3, 150, 150])
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -487,7 +492,26 @@ def test_activation_checkpointing_gives_the_same_bits(use_reentrant: bool) -> No
         assert torch.equal(first, second)
 
 
-def test_compiles_into_one_graph_for_all_seeds() -> None:
+def test_eager_mode_and_the_operator_give_the_same_bits() -> None:
+    """Eager mode goes round the operator, which costs the host twice as much."""
+    inputs, limits = make_inputs((1, 2, 20, 33), 16, SINGLE), threshold_tensor(0.3, DEVICE)
+    eager = output_and_gradients(lambda *qkv: triton_dropkey_attention(*qkv, make_seed(), 0.3), inputs, SINGLE)
+    operator = output_and_gradients(
+        lambda *qkv: triton_attention._attention(*qkv, make_seed(), limits, None, 16**-0.5, False)[0], inputs, SINGLE
+    )
+    for got, want in zip(operator, eager, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_thresholds_are_made_once_for_each_ratio() -> None:
+    first = triton_attention._limits(0.3, DEVICE)
+    assert first is triton_attention._limits(0.3, DEVICE) and first is not triton_attention._limits(0.4, DEVICE)
+    with torch.inference_mode():
+        made = triton_attention._limits(0.123, DEVICE)
+    assert not made.is_inference(), "an inference tensor could not be saved for a backward pass"
+
+
+def test_compiles_into_one_graph_for_all_seeds_and_ratios() -> None:
     inputs = make_inputs((1, 2, 20, 33), 16, SINGLE)
     padding = make_padding(1, 33)
     compilations = []
@@ -496,15 +520,18 @@ def test_compiles_into_one_graph_for_all_seeds() -> None:
         compilations.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, examples)
 
-    def attention(seed: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return triton_dropkey_attention(query * 2, key, value, seed, 0.3, padding=padding) * 2
+    def attention(
+        seed: torch.Tensor, ratio: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        return triton_dropkey_attention(query * 2, key, value, seed, ratio, padding=padding) * 2
 
     compiled = torch.compile(attention, backend=backend, fullgraph=True)
     results = []
-    for words in SEEDS:
+    for words, ratio in zip(SEEDS, (0.3, 0.1, 0.25), strict=True):
         seed = make_seed(words)
-        expected = output_and_gradients(partial(attention, seed), inputs, SINGLE)
-        results.append(output_and_gradients(partial(compiled, seed), inputs, SINGLE))
+        expected = output_and_gradients(partial(attention, seed, ratio), inputs, SINGLE)
+        data = ratio_tensor("score", ratio, 3)
+        results.append(output_and_gradients(partial(compiled, seed, data), inputs, SINGLE))
         for got, want in zip(results[-1], expected, strict=True):
             assert torch.equal(got, want)
     assert not torch.equal(results[0][0], results[1][0])
@@ -513,13 +540,13 @@ def test_compiles_into_one_graph_for_all_seeds() -> None:
 
 def test_operators_are_declared_correctly() -> None:
     query, key, value, _ = make_inputs((1, 2, 3, 5), 16, SINGLE, 24)
-    padding = make_padding(1, 5)
+    padding, limits = make_padding(1, 5), threshold_tensor(0.3, DEVICE)
     leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-    torch.library.opcheck(triton_attention._attention, (*leaves, make_seed(), padding, 0.3, 0.25, False))
-    output = triton_attention._attention(query, key, value, make_seed(), padding, 0.3, 0.25, False)
+    torch.library.opcheck(triton_attention._attention, (*leaves, make_seed(), limits, padding, 0.25, False))
+    output = triton_attention._attention(query, key, value, make_seed(), limits, padding, 0.25, False)
     torch.library.opcheck(
         triton_attention._attention_backward,
-        (torch.ones_like(output[0]), query, key, value, make_seed(), padding, *output, 0.3, 0.25, False),
+        (torch.ones_like(output[0]), query, key, value, make_seed(), limits, padding, *output, 0.25, False),
     )
 
 
@@ -565,7 +592,7 @@ def test_bad_input_is_named(changes: dict[str, Any], error: type[Exception], mes
 
 def test_wrong_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value, _ = (tensor.cpu() for tensor in make_inputs((1, 1, 3, 3), 16, SINGLE))
-    monkeypatch.setattr(triton_attention, "_INTERPRETED", False)
+    monkeypatch.setattr(triton_attention, "INTERPRETED", False)
     assert not triton_is_available(torch.device("cpu"))
     with pytest.raises(ValueError, match="needs a GPU, got tensors on 'cpu'.*TRITON_INTERPRET=1"):
         triton_dropkey_attention(query, key, value, make_seed().cpu(), 0.1)
@@ -585,6 +612,8 @@ def load_copy(name: str, path: Path = Path(str(triton_attention.__file__))) -> M
 
 def test_copies_of_the_module_work_side_by_side(tmp_path: Path) -> None:
     inputs = make_inputs((1, 1, 9, 20), 16, SINGLE)
+    for neighbour in ("triton_kernels.py", "triton_launches.py"):
+        shutil.copy(Path(str(triton_attention.__file__)).with_name(neighbour), tmp_path)
     other_release = tmp_path / "triton_attention.py"
     other_release.write_text(Path(str(triton_attention.__file__)).read_text() + "\n# another release\n")
     same, other = load_copy("checkpoint"), load_copy("checkpoint_of_another_release", other_release)
@@ -601,6 +630,10 @@ def test_copies_of_the_module_work_side_by_side(tmp_path: Path) -> None:
 
 def test_module_imports_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
+    # the device code that the copy imports is one without Triton too
+    kernels = load_copy("triton_kernels", Path(str(triton_attention.__file__)).with_name("triton_kernels.py"))
+    assert not kernels.INTERPRETED
+    monkeypatch.setitem(sys.modules, "hf_dropkey.models.triton_kernels", kernels)
     module = load_copy("without_triton")
     assert not module.triton_is_available()
     query, key, value, _ = make_inputs((1, 1, 3, 3), 16, SINGLE)

@@ -1,24 +1,42 @@
-"""The fused kernels compiled for three generations of GPUs, with no GPU: none of them may spill registers.
+"""The fused kernels compiled for three generations of GPUs by each supported Triton, with no GPU: none spills registers.
 
-A fresh process compiles each set of kernels, because Triton cannot compile where its interpreter is in use.
+A fresh process compiles each set of kernels, because Triton cannot compile where its interpreter is in use, and because
+each release lies in a folder of its own: `~/.cache/hf_dropkey/triton/<release>`, put there by `pip install --target`. What
+was compiled is noted beside it, by the contents of all that it depends on, and not compiled again.
 """
 
+import hashlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 
 ROOT = Path(__file__).resolve().parents[1]
+MODELS = ROOT / "hf_dropkey" / "models"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_dropkey"
+# the last one of each supported minor release
+RELEASES = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 # what one program may use of the smallest device of each generation: 8.6, 9.0 and 10.0
 SHARED_MEMORY_BYTES = {80: 101_376, 90: 232_448, 100: 232_448}
-# arguments that change with the step, the layer or the batch
-DATA = {"lower", "upper", "fraction", "heads", "N", "M"}
+# arguments that change with the batch
+DATA = {"heads", "N", "M"}
+
+
+def without_the_packages_own_imports() -> None:
+    """Makes `hf_dropkey.models` importable file by file, without what importing the package brings (Transformers)."""
+    for name, folder in (("hf_dropkey", MODELS.parent), ("hf_dropkey.models", MODELS)):
+        package = ModuleType(name)
+        package.__path__ = [str(folder)]
+        sys.modules[name] = package
 
 
 def compile_kernel(
@@ -30,10 +48,12 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hf_dropkey.models.triton_attention import KERNELS, _key_blocks, launch_configuration
+    from hf_dropkey.models.triton_attention import KERNELS, RELEASE, _key_blocks, launch_configuration
 
     capability, narrow = divmod(architecture, 10), columns is not None
-    name, launch = launch_configuration(name, width, torch.bfloat16, 1025, capability, padded=padded or narrow)
+    name, launch = launch_configuration(
+        name, width, torch.bfloat16, 1025, capability, padded=padded or narrow, release=RELEASE
+    )
     kernel = KERNELS[name]
     blocks, tail = _key_blocks(keys)
     constants: dict[str, Any] = {
@@ -47,9 +67,16 @@ def compile_kernel(
         "UPCAST": False,
     }
     if not padded:
-        constants["p_padding"] = None
-    types = {"p_lse": "*fp32", "p_delta": "*fp32", "p_undone": "*i8", "p_padding": "*i1", "p_seed": "*i32"}
-    types |= {"scale": "fp32", "scaling": "fp32"}
+        constants |= {"p_padding": None, "p_silent": None}
+    types = {
+        "p_lse": "*fp32",
+        "p_delta": "*fp32",
+        "p_undone": "*i8",
+        "p_silent": "*i8",
+        "p_padding": "*i1",
+        "p_seed": "*i32",
+    }
+    types |= {"p_limits": "*i32", "scale": "fp32", "scaling": "fp32"}
     signature: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for place, argument in enumerate(kernel.arg_names):
@@ -84,6 +111,7 @@ def compile_kernel(
     registers, stack, local = map(int, found.groups())
     return {
         "case": f"{name} sm_{architecture} {columns or width} of {width}, {keys} keys, {padded=}, {shared=}, {launch}",
+        "triton": triton.__version__,
         "registers": registers,
         "spilled_bytes": stack + local,
         "shared_memory_bytes": binary.metadata.shared,
@@ -95,6 +123,7 @@ def compile_kernel(
 
 def main(architecture: int, width: int) -> None:
     """Compiles every kernel for one architecture and head width, and prints one line of JSON for each."""
+    without_the_packages_own_imports()
     cases: list[tuple[str, int, bool, bool, int | None]] = []
     # pattern "score", pattern "key", and at the largest width the head width of ViT-H, filled up
     for shared, columns in ((False, None), (True, None), *([(False, 80)] if width == 128 else [])):
@@ -108,27 +137,75 @@ def main(architecture: int, width: int) -> None:
         print(json.dumps(compile_kernel(name, architecture, width, keys, padded, shared, columns)), flush=True)
 
 
+def folder_of(release: str) -> Path:
+    """The folder with a Triton release, installed there unless it is."""
+    folder = CACHE / "triton" / release
+    if not (folder / "triton" / "__init__.py").is_file():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        done = subprocess.run(
+            [*command, "--target", str(folder), f"triton=={release}"], capture_output=True, text=True, timeout=600
+        )
+        if done.returncode != 0:
+            pytest.skip(f"triton {release} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+def compiled(release: str, architecture: int, width: int, scratch: Path) -> list[dict[str, Any]]:
+    """What `main` prints under a Triton release, from the note of an earlier run if nothing has changed since."""
+    digest = hashlib.sha256(repr((release, architecture, width, sys.version_info[:2])).encode())
+    for file in (Path(__file__), MODELS / "triton_kernels.py", MODELS / "triton_launches.py"):
+        digest.update(file.read_bytes())
+    note = CACHE / "compiled" / f"{digest.hexdigest()[:32]}.json"
+    if not note.is_file():
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        path = os.pathsep.join([*([] if release == installed() else [str(folder_of(release))]), str(ROOT)])
+        environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(scratch)}
+        process = subprocess.run(
+            [sys.executable, __file__, str(architecture), str(width)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=900,
+        )
+        assert process.returncode == 0, process.stderr[-4000:]
+        note.parent.mkdir(parents=True, exist_ok=True)
+        # in one step, because other runs may read it
+        unfinished = note.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps([json.loads(line) for line in process.stdout.splitlines()]))
+        unfinished.replace(note)
+    rows: list[dict[str, Any]] = json.loads(note.read_text())
+    return rows
+
+
+def installed() -> str:
+    """The Triton release of this environment."""
+    return version("triton")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [32, 64, 128])
+@pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton's releases are for Linux on x86-64"
+)
+@pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_no_kernel_spills_registers(architecture: int, width: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_no_kernel_spills_registers(release: str, architecture: int, width: int, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="the fused kernels need Triton, which is not installed")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    process = subprocess.run(
-        [sys.executable, __file__, str(architecture), str(width)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-    )
-    assert process.returncode == 0, process.stderr
-    results = [json.loads(line) for line in process.stdout.splitlines()]
+    results = compiled(release, architecture, width, tmp_path)
     assert len(results) == (23 if width == 128 else 15)
     for result in results:
+        assert result["triton"] == release, result
         assert result["spilled_bytes"] == 0, result
         assert result["shared_memory_bytes"] <= SHARED_MEMORY_BYTES[architecture], result
         assert not result["specialised"], result
+
+
+def test_every_supported_release_is_compiled_for() -> None:
+    from hf_dropkey.models.triton_launches import MINIMUM_TRITON, NEXT_TRITON
+
+    minors = sorted(tuple(map(int, release.split(".")[:2])) for release in RELEASES)
+    assert minors[0] == MINIMUM_TRITON and minors[-1] == (NEXT_TRITON[0], NEXT_TRITON[1] - 1)
+    assert minors == [(3, minor) for minor in range(minors[0][1], NEXT_TRITON[1])]
 
 
 if __name__ == "__main__":

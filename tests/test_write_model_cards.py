@@ -1,4 +1,4 @@
-"""The job that writes cards, as a user runs it: from weights and rows to a card, which keeps what somebody wrote."""
+"""The job that writes cards, as a user runs it: from weights and rows to a card, which keeps text added by hand."""
 
 import json
 import runpy
@@ -88,7 +88,7 @@ def test_a_card_is_made_of_weights_and_rows(write: Any, evidence: Path) -> None:
     assert shown == values and f"| accuracy | {values['accuracy']:.3f} |" in text
     assert "OMP_NUM_THREADS=1 python scripts/train_image_classification.py" in text
     assert " ".join([*cell.arguments(), "--output_dir", "runs/tiny-card"]) in text
-    assert "- Tiny." in text and "too little to tell it from none" in text and str(evidence) not in text
+    assert "- Tiny." in text and "so not distinguishable from none" in text and str(evidence) not in text
     assert "license" not in ModelCard(text).data.to_dict()
 
     card.write_text(text.replace("# tiny-card\n", "# tiny-card\n\nMy words.\n"), encoding="utf-8")
@@ -112,6 +112,6 @@ def test_other_weights_than_those_of_the_rows_get_no_card(write: Any, tmp_path: 
     assert not list((tmp_path / "cards").iterdir())
 
 
-def test_an_unknown_card_is_told(write: Any) -> None:
-    with pytest.raises(ValueError, match=r"no card \['other'\] in .*; it has \['tiny-card'\]"):
+def test_an_unknown_card_is_an_error(write: Any) -> None:
+    with pytest.raises(ValueError, match=r"--names other is not in .*; choose from tiny-card"):
         write("--names", "other")

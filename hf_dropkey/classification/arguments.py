@@ -33,9 +33,13 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Model to start from, of any family or a plain ViT: a folder or a hub id. Default: none."},
+        metadata={
+            "help": "Model to start from: any image classifier or vision model of Transformers, a folder or a hub id. "
+            "Default: none."
+        },
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the model."})
     image_processor_name: str | None = field(
         default=None, metadata={"help": "Folder or hub id of the image processor, if the model has none."}
     )
@@ -58,7 +62,8 @@ class ModelArguments:
     image_size: int | None = field(
         default=None,
         metadata={
-            "help": "Side in pixels, but for vit a multiple of 16. Default: 12 for digits (vit) or 64, else 224."
+            "help": "Side in pixels, a multiple of the patch size; resizes the positions of a pretrained model. Default: "
+            "as the pretrained model; 12 for digits (vit) or 64, else 224."
         },
     )
     patch_size: int | None = field(
@@ -98,7 +103,7 @@ class ModelArguments:
                 ) from error
         if not isinstance(self.config_overrides, dict | None):
             raise ValueError(f"--config_overrides {self.config_overrides!r} is no JSON object of fields and values")
-        shape = {name: value for name, value in self.shape().items() if value is not None}
+        shape = {name: value for name, value in self.shape().items() if value is not None and name != "image_size"}
         if self.model_name_or_path and shape:
             raise ValueError(
                 f"--model_name_or_path {self.model_name_or_path} fixes the shape of the model; leave out {shape}"
@@ -116,6 +121,12 @@ class ClassificationDropKeyArguments(DropKeyArguments):
     attention_probs_dropout_prob: float | None = field(
         default=None,
         metadata={"help": "Plain dropout on attention weights, to compare with; needs --dropkey_ratio 0."},
+    )
+    dropkey_patch: bool = field(
+        default=False,
+        metadata={
+            "help": "Patch a pretrained ViT with apply_dropkey, as other models, instead of loading a DropKeyViT."
+        },
     )
 
 

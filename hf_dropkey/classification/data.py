@@ -13,15 +13,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
-from sklearn.datasets import load_digits
 
+from ..extras import needed
 from ..images.checks import drop_bad_images, name_some, with_named_images
 from ..images.sources import CHOICE_SEED, EVALUATION_SPLITS, check_known
 from .arguments import DataArguments
+
+
+with needed("train"):
+    import datasets
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+    from sklearn.datasets import load_digits
 
 
 DIGITS_TEST_SHARE = 0.2

@@ -21,7 +21,8 @@ from ..training.trainer import GuardedTrainer
 from .arguments import AugmentationArguments, ClassificationDropKeyArguments, DataArguments, ModelArguments
 from .data import ImageData, load_image_data
 from .metrics import classification_metrics
-from .model import check_loss, image_size, make_config, make_image_processor, make_model, set_classes
+from .model import check_loss, is_native, made_size, make_config, make_image_processor, make_model, set_classes
+from .pretrained import pretrained_model
 from .transform import collate_images, transform_rows
 
 
@@ -54,6 +55,7 @@ class ClassificationJob(TrainingJob[ImageData]):
 
     Attributes:
         config: The configuration; without the classes until the data is loaded.
+        size: Height and width of the images that the model gets, in pixels.
         augmentation: How training images vary.
         processor: The image processor.
     """
@@ -76,11 +78,11 @@ class ClassificationJob(TrainingJob[ImageData]):
         """
         digits = self.data.is_digits
         self.config: PreTrainedConfig = make_config(self.model, self.dropkey, digits=digits)
-        self.augmentation: Augmentation = self.augmentation_arguments.augmentation(
-            image_size(self.config), digits=digits
-        )
         check_loss(self.config, label_smoothing=self.training.label_smoothing_factor)
         self.processor: BaseImageProcessor = make_image_processor(self.config, self.model, digits=digits)
+        made: Any = made_size(self.processor)
+        self.size: tuple[int, int] = made
+        self.augmentation: Augmentation = self.augmentation_arguments.augmentation(made, digits=digits)
         self.callbacks = self.ramp.callbacks()
 
     def load(self) -> ImageData:
@@ -91,7 +93,9 @@ class ClassificationJob(TrainingJob[ImageData]):
 
     def make_model(self, data: ImageData) -> PreTrainedModel:
         """The model, with pretrained weights or new ones."""
-        return make_model(self.config, self.model)
+        if is_native(self.config):
+            return make_model(self.config, self.model)
+        return pretrained_model(self.config, self.model, self.dropkey, self.size)
 
     def make_trainer(self, model: PreTrainedModel, data: ImageData) -> GuardedTrainer:
         """The `Trainer`; the data sets give tensors from now on."""

@@ -9,6 +9,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfi
 from ..saved import check_model_folder
 from .arguments import SHAPE_FIELDS, ClassificationDropKeyArguments, ModelArguments
 from .families import FAMILIES, SMALLEST, Family, family_of, image_processor
+from .pretrained import pretrained_config, resize_positions
 
 
 # weights that a pretrained model need not have, because every task has its own
@@ -19,31 +20,51 @@ def make_config(model: ModelArguments, dropkey: ClassificationDropKeyArguments, 
     """The configuration, checked, without the classes, which the data will tell.
 
     Raises:
-        ValueError: A value is not allowed, the folder lacks files, or the pretrained model is of no family.
+        ValueError: A value is not allowed, the folder lacks files, or the pretrained model cannot classify images.
     """
     if model.model_name_or_path:
         if Path(model.model_name_or_path).is_dir():
             check_model_folder(Path(model.model_name_or_path))
         found, _ = PreTrainedConfig.get_config_dict(model.model_name_or_path, revision=model.revision)
         name = family_of(found.get("model_type"))
-        if name is None:
-            known = [model_type for family in FAMILIES.values() for model_type in family.model_types]
-            raise ValueError(
-                f"{model.model_name_or_path} has model_type {found.get('model_type')!r}; training starts from {known}"
-            )
-        settings = {**dropkey.given(), **overrides(model, name)}
+        if name is None or (dropkey.dropkey_patch and name == "vit"):
+            return pretrained_config(model, dropkey)
+        settings = {**own_settings(dropkey), **overrides(model, name)}
+        if model.image_size is not None:
+            settings["image_size"] = model.image_size
         config = FAMILIES[name].config_class.from_pretrained(
             model.model_name_or_path, revision=model.revision, **settings
         )
     else:
         name = model.model_family or "vit"
-        settings = {**shape_from_scratch(model, digits=digits), **dropkey.given(), **overrides(model, name)}
+        settings = {**shape_from_scratch(model, digits=digits), **own_settings(dropkey), **overrides(model, name)}
         config = FAMILIES[name].config_class(**settings)
     if model.hidden_dropout_prob is not None:
         config.hidden_dropout_prob = model.hidden_dropout_prob
     # fields of a pretrained configuration were set one by one
     config.validate()
     return config
+
+
+def own_settings(dropkey: ClassificationDropKeyArguments) -> dict[str, Any]:
+    """The DropKey arguments that are fields of this package's configurations.
+
+    Raises:
+        ValueError: Arguments are only for models that are patched.
+    """
+    given = dropkey.given()
+    patched = [name for name in ("dropkey_include", "dropkey_exclude", "dropkey_patch") if given.pop(name, None)]
+    if patched:
+        raise ValueError(
+            f"--{patched[0]} is for models that apply_dropkey patches, and this one has DropKey of its own; leave it out"
+            + (", or pass --dropkey_patch with a plain ViT" if "dropkey_patch" not in patched else "")
+        )
+    return given
+
+
+def is_native(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is of a family of this package, whose models have DropKey without patching."""
+    return any(isinstance(config, family.config_class) for family in FAMILIES.values())
 
 
 def overrides(model: ModelArguments, family: str) -> dict[str, Any]:
@@ -152,10 +173,11 @@ def make_model(config: PreTrainedConfig, model: ModelArguments) -> PreTrainedMod
         model.model_name_or_path,
         config=config,
         revision=model.revision,
-        ignore_mismatched_sizes=model.ignore_mismatched_sizes,
+        ignore_mismatched_sizes=model.ignore_mismatched_sizes or model.image_size is not None,
         attn_implementation=model.attn_implementation,
         output_loading_info=True,
     )
+    resize_positions(made, report["mismatched_keys"], model_class, model)
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(HEADS))
     if missing:
         raise ValueError(
@@ -181,14 +203,37 @@ def make_image_processor(config: PreTrainedConfig, model: ModelArguments, *, dig
         raise FileNotFoundError(
             f"{source} lacks preprocessor_config.json; add it, or name another source with --image_processor_name"
         )
-    processor = AutoImageProcessor.from_pretrained(source, revision=model.revision, backend="pil")
+    processor = AutoImageProcessor.from_pretrained(
+        source, revision=model.revision, backend="pil", trust_remote_code=model.trust_remote_code or None
+    )
+    if model.image_size is not None:
+        set_size(processor, model.image_size)
     makes = made_size(processor)
-    if makes != image_size(config):
+    if None in makes:
+        raise ValueError(
+            f"the image processor of {source} makes images of different sizes ({processor.size}); pass --image_size"
+        )
+    # other models are given an image of this size before training starts
+    if is_native(config) and makes != image_size(config):
         raise ValueError(
             f"the image processor of {source} makes images of {makes} and the model takes {image_size(config)}; "
             "name a matching one with --image_processor_name"
         )
     return processor
+
+
+def set_size(processor: Any, side: int) -> None:
+    """Lets an image processor make squares of `side` pixels; where it crops, it keeps the same part of the image."""
+    if getattr(processor, "do_center_crop", None):
+        before = dict(processor.crop_size)["height"]
+        shortest = dict(processor.size).get("shortest_edge")
+        if shortest is not None:
+            processor.size = {"shortest_edge": round(shortest * side / before)}
+        else:
+            processor.size = {"height": side, "width": side}
+        processor.crop_size = {"height": side, "width": side}
+    else:
+        processor.size = {"height": side, "width": side}
 
 
 def made_size(processor: Any) -> tuple[int | None, int | None]:

@@ -10,6 +10,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig
 from ..images.augmentation import Augmentation
 from ..images.checks import read_images
 from .data import ImageData
+from .pretrained import channels
 
 
 IMAGE_MODES = {1: "L", 3: "RGB"}
@@ -77,7 +78,7 @@ def transform_rows(
     data: ImageData, processor: BaseImageProcessor, config: PreTrainedConfig, augmentation: Augmentation, *, seed: int
 ) -> ImageTransform:
     """Makes the data sets give tensors from now on; returns the transform of the training rows."""
-    takes = {"label_ids": data.label_ids, "num_channels": config.num_channels}
+    takes: dict[str, Any] = {"label_ids": data.label_ids, "num_channels": channels(config)}
     data.evaluation.set_transform(ImageTransform(processor, **takes))
     training = ImageTransform(processor, **takes, augmentation=augmentation, seed=seed)
     if data.train is not None:

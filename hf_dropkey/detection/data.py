@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets import ClassLabel
 from transformers.utils.logging import tqdm
 
+from ..extras import needed
 from ..images.annotated import (
     AnnotatedImages,
     as_records,
@@ -36,6 +35,11 @@ from ..images.annotated import (
 from ..images.checks import name_some
 from ..images.sources import EVALUATION_SPLITS, check_known
 from .arguments import DetectionDataArguments
+
+
+with needed("train"):
+    import datasets
+    from datasets import ClassLabel
 
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import importlib.util
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import BaseImageProcessor, EvalPrediction
 
+from ..extras import needed
 from .data import DetectionSplit
 
 
@@ -32,18 +32,15 @@ COCO_METRICS = (
     "AR_medium",
     "AR_large",
 )
-EXTRA_PACKAGES = ("pycocotools", "scipy")
 # below every score, so that each image has the same number of detections
 NO_THRESHOLD = -1.0
 
 
 def check_coco_packages() -> None:
     """Raises ImportError if a package of the extra `coco` is missing (scipy is what Transformers' losses match with)."""
-    missing = [name for name in EXTRA_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f'training and evaluating detection needs {" and ".join(missing)}; run pip install "hf_dropkey[coco]"'
-        )
+    with needed("coco"):
+        import pycocotools  # noqa: F401
+        import scipy  # noqa: F401
 
 
 def coco_metrics(truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -109,6 +109,15 @@ class HoiDropKeyArguments(DropKeyArguments):
         default=None, metadata={"help": "Where queries attend to the image. Default: no."}
     )
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for shell patterns, which are for models that are patched."""
+        for name in ("dropkey_include", "dropkey_exclude"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is for models that are patched; choose with --dropkey_encoder, --dropkey_decoder and "
+                    "--dropkey_cross_attention"
+                )
+
 
 @dataclass
 class HoiDataArguments:

@@ -15,12 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-from datasets import ClassLabel
 from numpy.typing import NDArray
 from transformers.utils.logging import tqdm
 
+from ..extras import needed
 from ..images.annotated import (
     AnnotatedImages,
     as_records,
@@ -42,6 +41,11 @@ from .arguments import HoiDataArguments
 from .metrics import NO_OBJECT, TruePairs
 from .names import COCO_OBJECTS, HICO_VERBS, MISSING_OBJECT, VCOCO_VERBS, plain_name
 from .scenes import SCENE_OBJECTS, SCENE_VERBS, scene_cell, scene_record
+
+
+with needed("train"):
+    import datasets
+    from datasets import ClassLabel
 
 
 logger = logging.getLogger(__name__)

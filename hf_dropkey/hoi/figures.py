@@ -3,13 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.patheffects as effects
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 
+from ..extras import needed
 from ..plots import BOX_COLORS
+
+
+with needed("plots"):
+    import matplotlib.patheffects as effects
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
 
 # more would not fit below an image

@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePath
 from typing import Any
 
+# huggingface_hub and Transformers require it
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its list of names
 
 from ..models.configuration_dropkey_hoi import HOI_TASK
+from .metric_names import full_name
 
 
 RUN_FACTS = "run_facts.json"
@@ -26,19 +28,6 @@ SECTION = re.compile(r"<!-- hf_dropkey:(\w+) begin[^>]*-->\r?\n.*?<!-- hf_dropke
 MARKER = re.compile(r"<!-- hf_dropkey:(\w+) (begin|end)")
 # of a run's results: how long it took, not how well it went
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "model_preparation_time")
-METRIC_NAMES = {
-    "mAP_known_object": "mAP, known object",
-    "mAP_rare": "mAP, rare classes",
-    "mAP_non_rare": "mAP, other classes",
-    "accuracy": "accuracy",
-    "top5_accuracy": "top-5 accuracy",
-    "nll": "negative log-likelihood (nats)",
-    "ece": "expected calibration error, 15 bins",
-    "loss": "loss",
-    "accuracy_at_occlusion_0.25": "accuracy, 25 % of patches hidden",
-    "accuracy_at_occlusion_0.5": "accuracy, 50 % of patches hidden",
-    "accuracy_at_occlusion_0.75": "accuracy, 75 % of patches hidden",
-}
 # end of a class name: the Hub's name of the task, the Auto class
 TASKS = {
     "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
@@ -205,7 +194,7 @@ def _metadata(folder: Path, facts: RunFacts, config: dict[str, Any], name: str) 
             dataset_name=facts.dataset or facts.dataset_id or "unknown",
             dataset_split=facts.dataset_split,
             metric_type=metric,
-            metric_name=METRIC_NAMES.get(metric, metric),
+            metric_name=full_name(metric),
             metric_value=value,
         )
         for metric, value in metrics.items()
@@ -389,7 +378,7 @@ def _results(folder: Path, facts: RunFacts) -> str:
         return "## Results\n\nNothing was measured on these weights."
     where = f" on {facts.dataset or 'the evaluation data'}"
     where += f", split `{facts.dataset_split}`" if facts.dataset_split else ""
-    rows = [(METRIC_NAMES.get(name, name), f"{value:.4g}") for name, value in metrics.items()]
+    rows = [(full_name(name), f"{value:.4g}") for name, value in metrics.items()]
     return f"## Results\n\nOne run, measured{where}:\n\n" + _table(("metric", "value"), rows)
 
 

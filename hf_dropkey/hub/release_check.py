@@ -1,30 +1,35 @@
 """Whether a checkpoint can be trusted before `trust_remote_code=True`: `check_release` of a folder or a repository.
 
-Nothing of the checkpoint is run and no pickle is opened: code is compared as bytes with the files of this installed
-package, weights are read as safetensors, and every other file must be of a kind that cannot run. May import
-huggingface_hub, safetensors and its neighbours; no model.
+Nothing of the checkpoint is run and no pickle is opened: code is compared as bytes with this package's releases, every
+JSON file is walked to its leaves, weights are read as safetensors and loaded by our own classes, and every other file must
+be of a kind that cannot run. What this promises, and what not, is in docs/limits.md.
 """
 
-import difflib
-import hashlib
-import json
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from .. import models
-from ..models.configuration_dropkey_hoi import DropKeyHoiConfig
-from ..saved import check_model_folder
 from ..version import __version__
+from .contents import (
+    TEXT_LIMIT,
+    Entry,
+    UnreadableFile,
+    digest_of,
+    entries,
+    folder_digest,
+    has_holes,
+    parsed,
+    read_bytes,
+    visible,
+)
 from .push import PUSHED, PUSHED_NAMES, api, clear_errors
+from .references import defined_classes, json_problems
+from .released_code import code_difference, compare_code
+from .weights_check import header, loading_problems, weights_problems
 
 
-CODE_FOLDER = Path(str(models.__file__)).parent
-# what git and huggingface_hub keep beside a checkpoint; no loader reads it
-SKIPPED = (".git", ".cache")
 HARMLESS_NAMES = (*PUSHED_NAMES, ".gitignore")
 # first bytes of programs, archives and pickles, which no file of a harmless kind has
 MAGIC = {
@@ -38,7 +43,15 @@ MAGIC = {
     b"\x80\x04": "a pickle",
     b"\x80\x05": "a pickle",
 }
-IMAGES = (".png", ".jpg", ".jpeg")
+IMAGES = {".png": b"\x89PNG\r\n\x1a\n", ".jpg": b"\xff\xd8\xff", ".jpeg": b"\xff\xd8\xff"}
+TEMPLATES = (".jinja", ".j2")
+SCRIPTED = re.compile(r"<script|javascript:|\son[a-z]+\s*=|<foreignobject|<!entity", re.IGNORECASE)
+# what a Trainer leaves in its folder beside the model; only resuming reads it, and `push` leaves it at home
+RUN_FILES = re.compile(
+    r"(.*/)?(training_args\.bin|(optimizer|scheduler|scaler|rng_state)[\w.-]*\.(pt|pth|bin))"
+    r"|(.*/)?(runs|wandb|mlruns|trackio)/.*|(.*/)?events\.out\.tfevents\.[^/]*|(.*/)?[^/]*\.log"
+)
+DIGEST = re.compile(r"(sha256:)?[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -48,10 +61,11 @@ class ReleaseReport:
     Attributes:
         target: The folder or the repository.
         commit: The commit of a repository, to pin; None for a folder.
-        version: Version of this package, whose code was compared with.
+        version: Versions of this package whose code the checkpoint carries, the installed one if it carries none.
         identical: Python files that are those of this package, to the byte.
         problems: What is wrong, one sentence each; empty if the checkpoint can be trusted.
         diffs: Unified diff of each Python file that is not, by path.
+        digest: One hash of all names and contents of a folder, "sha256:..."; None for a repository.
     """
 
     target: str
@@ -60,6 +74,7 @@ class ReleaseReport:
     identical: tuple[str, ...]
     problems: tuple[str, ...]
     diffs: dict[str, str]
+    digest: str | None = None
 
     @property
     def trusted(self) -> bool:
@@ -74,10 +89,12 @@ class ReleaseReport:
         code = f"{len(self.identical)} Python files are those of hf_dropkey {self.version}"
         if self.trusted:
             code = code if self.identical else "no code"
-            yield f"trusted: {code}; weights are readable safetensors; nothing else can run"
+            yield f"trusted: {code}; the weights are safetensors that fill the model; nothing else can run"
             if self.commit:
                 trust = ", trust_remote_code=True" if self.identical else ""
                 yield f'load it with revision="{self.commit}"{trust}'
+            if self.digest:
+                yield f"digest: {self.digest} (compare later with --digest)"
             return
         yield from (f"problem: {problem}" for problem in self.problems)
         yield f"{code}; {len(self.problems)} problems, so do not load it with trust_remote_code=True"
@@ -85,13 +102,12 @@ class ReleaseReport:
             yield from difference.splitlines()
 
 
-def visible(line: str) -> str:
-    """A line in which no control character can hide or colour what stands there."""
-    return "".join(char if char.isprintable() or char == "\t" else ascii(char)[1:-1] for char in line)
-
-
 def check_release(
-    target: Path | str, *, revision: str | None = None, token: str | bool | None = None
+    target: Path | str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    digest: str | None = None,
 ) -> ReleaseReport:
     """Checks a checkpoint folder, or a repository of the Hub, of which only files that cannot run are downloaded.
 
@@ -99,152 +115,198 @@ def check_release(
         target: Folder, or "owner/name" if there is no such folder.
         revision: Branch, tag or commit of a repository; default: the newest commit of "main".
         token: For a private repository; default: what `hf auth login` or HF_TOKEN left.
+        digest: What an earlier check of a folder printed, for a folder that must not have changed since.
 
     Raises:
         NotADirectoryError: The target is a file.
         FileNotFoundError, ValueError, PermissionError, ConnectionError: There is no such folder, repository or revision, or
-            it cannot be read.
+            it cannot be read: a pipe, a device, a link in a circle, JSON too deep, a file with holes or too large.
     """
+    if digest is not None and not DIGEST.fullmatch(digest):
+        raise ValueError(f"--digest {digest} is none; give what an earlier check printed, sha256: and 64 digits")
+    folder, commit, names = _located(target, revision, token)
+    if commit is not None and digest is not None:
+        raise ValueError("--digest is for folders; a repository is pinned by its commit, with --revision")
+    files = {entry.name: entry for entry in entries(folder) if commit is None or entry.name in names}
+    kept = {name: entry for name, entry in files.items() if not entry.leaves}
+    python = {name: entry for name, entry in kept.items() if name.endswith(".py")}
+    code = compare_code({name: digest_of(entry) for name, entry in python.items()})
+    classes = {
+        PurePosixPath(name).stem: defined_classes(read_bytes(kept[name])) for name in code.identical if "/" not in name
+    }
+    run = [name for name in names if RUN_FILES.fullmatch(name)] if commit is None and _is_run(names) else []
+    problems = [f"{name} {reason}" for name, reason in code.problems.items()]
+    for name in sorted(set(names) - set(python) - set(run)):
+        problems += _file_problems(name, files.get(name))
+    contents, unread = _parsed(kept)
+    problems += unread
+    for name, found in contents.items():
+        problems += json_problems(name, found, classes, code=bool(python))
+    if run:
+        problems.append(_run_problem(run))
+    problems += _model_problems(folder, kept, contents, classes, complete=not problems)
+    made = None
+    if commit is None:
+        made = folder_digest(list(kept.values()))
+        if digest is not None and made.removeprefix("sha256:") != digest.removeprefix("sha256:"):
+            problems.append(f"the digest is {made}, not {digest}: the folder has changed since")
+    diffs = {name: code_difference(name, read_bytes(python[name])) for name in python if name not in code.identical}
+    version = " and ".join(code.versions) or __version__
+    return ReleaseReport(str(target), commit, version, code.identical, tuple(problems), diffs, made)
 
-    folder, commit = Path(target), None
-    names = None
-    if folder.is_file():
+
+def _located(target: Path | str, revision: str | None, token: str | bool | None) -> tuple[Path, str | None, list[str]]:
+    """The folder to look at, the commit of a repository, and the names of all files."""
+    folder = Path(target)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{target} is a folder, which has no revisions; leave out --revision")
+        return folder, None, [entry.name for entry in entries(folder)]
+    if folder.exists() or folder.is_symlink():
         raise NotADirectoryError(f"{folder} is a file; give the folder it lies in")
-    if not folder.is_dir():
-        if len(PurePosixPath(str(target)).parts) > 2:
-            raise FileNotFoundError(f"{target} is no folder, and no name of a repository, 'owner/name'")
-        folder, commit, names = _download(str(target), revision, token)
-    if names is None:
-        files = (
-            path.relative_to(folder) for path in sorted(folder.rglob("*")) if not path.is_dir() or path.is_symlink()
-        )
-        names = [file.as_posix() for file in files if file.parts[0] not in SKIPPED]
-    problems = [*_model_problems(folder), *_configured_code(folder, names)]
-    identical, diffs = [], {}
-    for name in names:
-        if not name.endswith(".py"):
-            problems += _file_problems(folder, name, linked=commit is None)
-            continue
-        difference = code_difference(folder / name)
-        if difference is None:
-            identical.append(name)
-        else:
-            diffs[name] = difference
-            known = (CODE_FOLDER / Path(name).name).is_file()
-            problems.append(
-                f"{name} differs from hf_dropkey {__version__}, see the diff"
-                if known
-                else f"{name} is no code of hf_dropkey"
-            )
-    return ReleaseReport(str(target), commit, __version__, tuple(identical), tuple(problems), diffs)
-
-
-def code_difference(file: Path) -> str | None:
-    """None if a Python file is that of this package, to the byte; else the unified diff to it."""
-    own = CODE_FOLDER / file.name
-    content, expected = file.read_bytes(), own.read_bytes() if own.is_file() else b""
-    if own.is_file() and hashlib.sha256(content).digest() == hashlib.sha256(expected).digest():
-        return None
-    before, after = (part.decode("utf-8", "backslashreplace").splitlines() for part in (expected, content))
-    name = f"hf_dropkey/models/{file.name}" if own.is_file() else "(not in hf_dropkey)"
-    lines = list(difflib.unified_diff(before, after, name, str(file.name), lineterm=""))
-    return "\n".join(lines or [f"{file.name}: only line ends differ"])
+    if len(PurePosixPath(str(target)).parts) > 2:
+        raise FileNotFoundError(f"{target} is no folder, and no name of a repository, 'owner/name'")
+    return _download(str(target), revision, token)
 
 
 def _download(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Path, str, list[str]]:
     """The files of a repository that may be looked at, the commit they are of, and the names of all its files."""
     with clear_errors(repo_id, f"{repo_id} was not checked"):
-        about = api.model_info(repo_id, revision=revision, token=token)
-        names = sorted(sibling.rfilename for sibling in about.siblings or [])
+        about = api.model_info(repo_id, revision=revision, token=token, files_metadata=True)
+        siblings = about.siblings or []
+        too_large = [
+            one.rfilename
+            for one in siblings
+            if (one.size or 0) > TEXT_LIMIT and not one.rfilename.endswith(".safetensors")
+        ]
+        if too_large:
+            raise UnreadableFile(
+                visible(
+                    f"{repo_id} was not checked: {too_large[0]} has more than {TEXT_LIMIT} bytes and is no weights"
+                )
+            )
+        names = sorted(one.rfilename for one in siblings)
         looked_at = [
-            name for name in names if name.lower().endswith((*PUSHED, ".py")) or Path(name).name in HARMLESS_NAMES
+            _escaped(name)
+            for name in names
+            if PurePosixPath(name).suffix in (*PUSHED, ".py") or Path(name).name in HARMLESS_NAMES
         ]
         folder = api.snapshot_download(repo_id, revision=about.sha, token=token, allow_patterns=looked_at)
     return Path(folder), str(about.sha), names
 
 
-def _model_problems(folder: Path) -> Iterator[str]:
-    """What is missing or damaged, and weights that are pickles."""
-    try:
-        check_model_folder(folder)
-    except (FileNotFoundError, ValueError) as error:
-        yield str(error)
-        return
-    except (AttributeError, KeyError, TypeError) as error:
-        yield f"config.json or the index of the weights has a form that no model has ({error!r})"
-        return
-    for file in sorted(folder.glob("**/*.safetensors")):
-        try:
-            with safe_open(file, framework="np") as opened:
-                opened.keys()
-        except SafetensorError as error:
-            yield f"{file.relative_to(folder)} is damaged ({error})"
-    if not list(folder.glob("*.safetensors")):
-        yield "there are no weights in safetensors"
+def _escaped(name: str) -> str:
+    """A pattern that only this name fits."""
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
-def _configured_code(folder: Path, names: list[str]) -> Iterator[str]:
-    """Settings that make a loader fetch code from another place."""
-    for name in names:
-        if not name.endswith(".json") or not (folder / name).is_file():
+def _parsed(kept: Mapping[str, Entry]) -> tuple[dict[str, Any], list[str]]:
+    """What the JSON files hold, and what is wrong with those that are none."""
+    found, problems = {}, []
+    for name, entry in kept.items():
+        if entry.kind.lower() != ".json":
             continue
         try:
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            yield f"{name} is no JSON ({error})"
-            continue
-        if isinstance(found, dict):
-            yield from (f"{name}: {reason}" for reason in _foreign_code(found))
+            found[name] = parsed(read_bytes(entry), name)
+        except UnreadableFile:
+            raise
+        except ValueError as error:
+            problems.append(f"{name} is no JSON ({error})")
+    return found, problems
 
 
-def _foreign_code(config: dict[str, Any]) -> Iterator[str]:
-    auto_map = config.get("auto_map") or {}
-    for auto, value in auto_map.items() if isinstance(auto_map, dict) else [("auto_map", auto_map)]:
-        for reference in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(reference, str) and "--" in reference:
-                yield f"{auto} is code of another repository, {reference}"
-    pipelines = config.get("custom_pipelines") or {}
-    # the files of this package's own are compared like all others
-    if pipelines and not (
-        isinstance(pipelines, dict) and all(map(_is_own_pipeline, *zip(*pipelines.items(), strict=True)))
-    ):
-        yield f"it brings pipelines with code of their own, {pipelines}"
-    for field in ("attn_implementation", "_attn_implementation"):
-        if "/" in str(config.get(field) or ""):
-            yield f"{field} is a kernel to download, {config[field]}"
+def _model_problems(
+    folder: Path,
+    kept: Mapping[str, Entry],
+    contents: Mapping[str, Any],
+    classes: Mapping[str, Collection[str]],
+    *,
+    complete: bool,
+) -> Iterator[str]:
+    """What is missing, and weights that are not what the loader takes, in the folder and in folders within."""
+    homes = sorted({str(PurePosixPath(name).parent) for name in contents if PurePosixPath(name).name == "config.json"})
+    if "config.json" not in contents:
+        yield "there is no config.json at the top, so this is no saved model"
+    for home in homes:
+        inside = "" if home == "." else home
+        problems = list(weights_problems(inside, kept, contents))
+        yield from problems
+        config = contents[PurePosixPath(inside, "config.json").as_posix()]
+        if isinstance(config, dict) and complete and not problems:
+            found = {name: entry for name, entry in kept.items() if str(PurePosixPath(name).parent) == home}
+            where = f"{inside}: " if inside else ""
+            yield from (f"{where}{problem}" for problem in loading_problems(folder / inside, config, found))
+    yield from _missing_code(kept, classes)
 
 
-def _is_own_pipeline(task: str, about: Any) -> bool:
-    """Whether an entry of `custom_pipelines` names a class of this package's files, and no other model class."""
-    own = DropKeyHoiConfig.family_pipelines.get(task)
+def _missing_code(kept: Mapping[str, Entry], classes: Mapping[str, Collection[str]]) -> Iterator[str]:
+    """Files that the code at the top imports and that are not there."""
+    needed = set()
+    for module in classes:
+        source = read_bytes(kept[f"{module}.py"]).decode("utf-8", "replace")
+        if module != "__init__":
+            needed |= set(re.findall(r"^\s*from\s+\.(\w+)\s+import", source, re.MULTILINE))
+    gone = sorted(module for module in needed if f"{module}.py" not in kept)
+    yield from (f"{module}.py is not there, which other code imports" for module in gone)
+
+
+def _is_run(names: list[str]) -> bool:
+    """Whether a `Trainer` wrote into the folder: a state beside the model, or checkpoints."""
+    return any(name == "trainer_state.json" or re.match(r"checkpoint-[0-9]+/", name) for name in names)
+
+
+def _run_problem(names: list[str]) -> str:
+    """One sentence about everything that a training run left."""
+    shown = f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    belongs = "belongs" if len(names) == 1 else "belong"
     return (
-        own is not None
-        and isinstance(about, dict)
-        and about.get("impl") == own["impl"]
-        and about.get("pt") == own["pt"]
+        f"{shown} {belongs} to a training run, so this is a run's folder and not a release: they are pickles and logs "
+        "that only resuming that run reads, and `hf-dropkey push` leaves them at home. If the run is yours, nothing is "
+        "wrong; check what was pushed, or a folder that save_pretrained wrote"
     )
 
 
-def _file_problems(folder: Path, name: str, *, linked: bool) -> Iterator[str]:
+def _file_problems(name: str, entry: Entry | None) -> Iterator[str]:
     """What is wrong with a file that is no Python: its kind, or a content that is of another kind."""
-    path, kind = folder / name, PurePosixPath(name).suffix.lower()
+    kind = PurePosixPath(name).suffix
+    if entry is not None and entry.leaves:
+        yield f"{name} is a link to {entry.leaves}, outside the folder"
+        return
+    if kind in TEMPLATES:
+        yield f"{name} is a template, a program that runs where the model is used to chat; no model of hf_dropkey has one"
+        return
     if kind not in PUSHED and PurePosixPath(name).name not in HARMLESS_NAMES:
         yield f"{name} is of a kind that no model needs and that can run code when it is read; delete it"
         return
-    # the cache of huggingface_hub is made of links
-    if linked and path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-        yield f"{name} is a link to {path.resolve()}, outside the folder"
+    if entry is None:
+        yield f"{name} was not downloaded, so nothing is known about it"
         return
-    with path.open("rb") as opened:
-        start = opened.read(8)
-    if linked and path.stat().st_mode & 0o111:
+    if entry.executable:
         yield f"{name} is marked as executable"
-    # safetensors begin with the length of their header, any eight bytes
-    disguised = next((what for magic, what in MAGIC.items() if start.startswith(magic)), None)
-    if kind != ".safetensors" and disguised:
-        yield f"{name} is {disguised}, whatever its name says"
-    elif kind not in (".safetensors", ".model", *IMAGES):
+    if kind == ".safetensors":
+        if has_holes(entry):
+            raise UnreadableFile(visible(f"{name} says it has {entry.size} bytes, of which the disk holds few: holes"))
         try:
-            path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            yield f"{name} is no text, whatever its name says"
+            header(entry)
+        except ValueError as error:
+            yield f"{name} {error}"
+        return
+    content = read_bytes(entry)
+    disguised = next((what for magic, what in MAGIC.items() if content.startswith(magic)), None)
+    if disguised:
+        yield f"{name} is {disguised}, whatever its name says"
+    elif kind in IMAGES:
+        if not content.startswith(IMAGES[kind]):
+            yield f"{name} is no image, whatever its name says"
+    elif kind != ".model":
+        yield from _disguised_text(name, kind, content)
+
+
+def _disguised_text(name: str, kind: str, content: bytes) -> Iterator[str]:
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        yield f"{name} is no text, whatever its name says"
+        return
+    if kind == ".svg" and SCRIPTED.search(text):
+        yield f"{name} is a drawing with a script, which browsers run"

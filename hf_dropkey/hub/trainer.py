@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 import transformers
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -23,8 +22,14 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
+from ..extras import needed
+from ..patching.apply import warn_if_forgotten
 from .cards import README, RunFacts, is_hub_id, write_card
 from .push import PushResult, api, check_target, files_to_push, prepare_repository, push_folder
+
+
+with needed("train"):
+    import accelerate
 
 
 logger = logging.get_logger(__name__)
@@ -86,6 +91,11 @@ class HubTrainer(Trainer):
 
     hub_model_id: Any
     push_in_progress: Any
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; warns if the model's configuration has DropKey settings that no attention follows."""
+        warn_if_forgotten(self.accelerator.unwrap_model(self.model))
+        return super().train(*args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository and the branch, or raises as `prepare_repository` before any training."""

@@ -1,1 +1,1 @@
-"""What every image task shares: checks, augmentation, sources of data."""
+"""Shared by all image tasks: checks, augmentation, sources of data."""

@@ -14,14 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import datasets
 import numpy as np
-from datasets import Features
 from PIL import Image
 from transformers.utils.logging import tqdm
 
+from ..extras import needed
 from .checks import image_problem, name_some, read_checked_image
 from .sources import CHOICE_SEED
+
+
+with needed("train"):
+    import datasets
+    from datasets import Features
 
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Random changes of training images, in the data loader, each time an image is read.
 
-Every draw is a function of (seed, epoch, row), so
-a resumed run sees the images that the uninterrupted one would have seen, whatever the number of loader processes.
+Every draw is a function of (seed, epoch, row), so a resumed run sees the same images as an uninterrupted one, with any
+number of loader processes.
 """
 
 import math
@@ -21,15 +21,15 @@ CROP_TRIES = 10
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How much a training image may change; the defaults change only its size.
+    """The ranges of the random changes; the defaults change only the size of the image.
 
     Attributes:
-        image_size: Height and width of what comes out, in pixels.
-        crop_scale: Smallest share of the image's area that a random resized crop keeps, (0, 1]; 1 never crops.
+        image_size: Height and width of the result, in pixels.
+        crop_scale: Smallest fraction of the image's area that a random resized crop keeps, (0, 1]; 1 never crops.
         flip_probability: Probability of a left-right mirror image, [0, 1].
         rotation_degrees: Largest rotation to either side, [0, 180].
-        shift_fraction: Largest shift in each direction as a share of the side, [0, 1).
-        color_jitter: Brightness, contrast and saturation are each scaled by 1 - color_jitter to 1 + color_jitter, [0, 1].
+        shift_fraction: Largest shift in each direction as a fraction of the side, [0, 1).
+        color_jitter: Brightness, contrast and saturation are each scaled by 1 ± color_jitter at most, [0, 1].
     """
 
     image_size: tuple[int, int]
@@ -70,10 +70,10 @@ class Augmentation:
         shift = generator.uniform(-self.shift_fraction, self.shift_fraction, size=2) * image.size
         cosine, sine = math.cos(angle), math.sin(angle)
         center = np.array(image.size) / 2
-        # Pillow wants the way back, from a pixel of the result to its place in the source
+        # Pillow takes the inverse map, from a pixel of the result to its place in the source
         turn = np.array([[cosine, -sine], [sine, cosine]])
         start = center - turn @ (center + shift)
-        # one resampling for both, because each one blurs
+        # one resampling for both, because each blurs the image
         matrix = (cosine, -sine, float(start[0]), sine, cosine, float(start[1]))
         return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
@@ -86,7 +86,7 @@ class Augmentation:
 def random_crop_box(
     image_size: tuple[int, int], *, smallest_scale: float, generator: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """A box (left, upper, right, lower) with a random share of the area and a random aspect ratio.
+    """A box (left, upper, right, lower) with a random fraction of the area and a random aspect ratio.
 
     The whole image when `smallest_scale` is 1, or when no drawn box fits, which only very long images make likely.
     """
@@ -110,10 +110,10 @@ class KnowsEpoch(Protocol):
 
 
 class AugmentationEpoch(TrainerCallback):
-    """Tells a training transform which epoch it is, so that every epoch sees new variants of the images."""
+    """Sets the epoch of a training transform, so that every epoch has new variants of the images."""
 
     def __init__(self, transform: KnowsEpoch) -> None:
-        """`transform` is the one that the training rows use."""
+        """Takes the transform of the training rows."""
         self.transform = transform
 
     def on_epoch_begin(

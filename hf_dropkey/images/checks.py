@@ -6,9 +6,14 @@ import struct
 from collections.abc import Iterable
 from typing import Any
 
-import datasets
-from datasets import Dataset, Features, Value
 from PIL import Image, UnidentifiedImageError
+
+from ..extras import needed
+
+
+with needed("train"):
+    import datasets
+    from datasets import Dataset, Features, Value
 
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What a model's attention does, in numbers: its entropy and distance, where it looks, what DropKey drops.
+"""Measures of a model's attention: entropy and distance, maps and rollout, and the fraction that DropKey drops.
 
 Tokens in front of the patches (class, distillation, registers) take part as follows. Entropy counts them, as queries
 and as keys. Distance is between patches only: their weights on each other are scaled to a sum of one per query first.
@@ -21,21 +21,22 @@ from ..patching.sites import transformers_model
 from .recording import LayerAttention, TokenLayout, checked_images, observed, recorder
 
 
-# Swin hides keys by adding -100, which leaves them 1e-44
+# Swin masks keys by adding -100, which leaves them a weight of 1e-44
 VISIBLE = 1e-30
 
 
 @dataclass(frozen=True)
 class LayerDrop:
-    """What one attention is told to drop, and what it dropped.
+    """The configured drop ratio of one attention, and the fraction that it dropped.
 
     Attributes:
         name: Dotted name of the module.
-        ratio: The drop ratio it is given, [0, 1). The patterns "block" and "cross" drop this share of the patches, and so
-            a little less of all tokens.
-        fractions: For each pass, the share of weights between real tokens that were exactly 0; empty if not measured.
+        ratio: The configured drop ratio, [0, 1). The patterns "block" and "cross" drop this fraction of the patches,
+            and so a little less of all tokens.
+        fractions: For each pass, the fraction of weights between real tokens that were exactly 0; empty if not
+            measured.
         scores: Number of weights behind each fraction.
-        reason: Why there is no measurement, None if there is one.
+        reason: Why it was not measured, None if it was.
     """
 
     name: str
@@ -57,11 +58,11 @@ def attention_distance(layer: LayerAttention) -> torch.Tensor:
     """Mean distance from a patch to the patches it attends to, in patches, `[B, H]`.
 
     As Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, figure 7: Euclidean distances on the patch grid,
-    weighted by attention and averaged over the patches that ask. Attention to the tokens in front of the patches is left
-    out, and the rest scaled to one; a patch that attends to no patch at all does not count.
+    weighted by attention and averaged over the queries that are patches. Attention to the tokens in front of the
+    patches is removed, and the rest scaled to one; a patch that attends to no patch at all does not count.
 
     Returns:
-        NaN where no patch asks, or none attends to a patch.
+        NaN where no query is a patch, or none attends to a patch.
     """
     prefix = layer.layout.prefix
     distances = _distances(layer.layout.grid).to(layer.weights.device)
@@ -78,17 +79,17 @@ def _distances(grid: tuple[int, int]) -> torch.Tensor:
     return (places[:, None] - places[None]).square().sum(-1).sqrt()
 
 
-def even_entropy(layout: TokenLayout) -> float:
-    """The entropy of attention that is the same on every key, in nats."""
+def uniform_entropy(layout: TokenLayout) -> float:
+    """The entropy of uniform attention over all keys, in nats."""
     return math.log(layout.prefix + layout.patches)
 
 
-def even_distance(layout: TokenLayout) -> float:
-    """The distance of attention that is the same on every patch, in patches."""
+def uniform_distance(layout: TokenLayout) -> float:
+    """The mean distance of uniform attention over all patches, in patches."""
     return float(_distances(layout.grid).mean())
 
 
-# --- where the model looks --------------------------------------------------------------------------------------------
+# --- maps and rollout -------------------------------------------------------------------------------------------------
 
 
 def attention_map(layer: LayerAttention, source: str = "class") -> torch.Tensor:
@@ -96,10 +97,10 @@ def attention_map(layer: LayerAttention, source: str = "class") -> torch.Tensor:
 
     Args:
         layer: Of `record_attention`.
-        source: Who attends: "class", the class token, or "mean", all patches, on average.
+        source: The query: "class", the class token, or "mean", the mean over all patches.
 
     Raises:
-        ValueError: The layer lacks the source.
+        ValueError: The layer has no such query.
     """
     return _read_map(layer.weights, layer.layout, source, layer.name)
 
@@ -110,10 +111,10 @@ def _read_map(matrix: torch.Tensor, layout: TokenLayout, source: str, name: str)
     if source == "class" and layout.prefix == 0:
         raise ValueError(
             f"{name} has no class token: its {layout.patches} tokens are all patches. Pass source='mean' for the "
-            "attention that all patches pay on average."
+            "mean over the queries of all patches."
         )
     if source == "mean" and matrix.shape[-2] == 1:
-        raise ValueError(f"In {name} the class token alone attends. Pass source='class'.")
+        raise ValueError(f"In {name} the class token is the only query. Pass source='class'.")
     rows = matrix[..., 0, :] if source == "class" else matrix[..., layout.prefix :, :].mean(-2)
     return rows[..., layout.prefix :].unflatten(-1, layout.grid)
 
@@ -122,8 +123,8 @@ def attention_rollout(layers: Sequence[LayerAttention]) -> torch.Tensor:
     """How much of each input token reaches each output token, `[B, T, T]`, every row a distribution.
 
     Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020: the product over layers of the mean over
-    heads, each averaged with the identity for the skip connection. Where a class token joins late or alone asks (VOLO),
-    the tokens that a layer does not update pass through it unchanged.
+    heads, each averaged with the identity for the skip connection. Where a class token joins late or is the only query
+    (VOLO), the tokens that a layer does not update pass through it unchanged.
 
     Args:
         layers: In order of execution, all on one patch grid, such as `AttentionRecord.on_last_grid`.
@@ -157,43 +158,44 @@ def rollout_map(layers: Sequence[LayerAttention], source: str = "class") -> torc
     return _read_map(rollout, layout, source, "The rollout")
 
 
-# --- what DropKey drops -----------------------------------------------------------------------------------------------
+# --- measured drops ---------------------------------------------------------------------------------------------------
 
 
 def drop_schedule(model: nn.Module) -> list[LayerDrop]:
-    """The ratio that each attention with DropKey is given now, in order of execution, without a measurement.
+    """The current drop ratio of each attention with DropKey, in order of execution, without a measurement.
 
     Raises:
         ValueError: The model has no DropKey.
     """
     root = transformers_model(model)
-    given = [LayerDrop(name, float(module.dropkey_ratio)) for name, module in dropkey_modules(root)]
-    if not given:
+    schedule = [LayerDrop(name, float(module.dropkey_ratio)) for name, module in dropkey_modules(root)]
+    if not schedule:
         raise ValueError(f"{type(root).__name__} has no DropKey. Call apply_dropkey(model, ratio=...) first.")
-    return given
+    return schedule
 
 
 def measured_drops(model: nn.Module, inputs: Mapping[str, Any], *, passes: int = 8, seed: int = 0) -> list[LayerDrop]:
-    """`drop_schedule` with the share of weights that each attention really drops in training mode.
+    """`drop_schedule` with the measured fraction of weights that each attention drops in training mode.
 
-    A first pass without DropKey tells which weights are real: padding and keys outside a window have none. Then only the
-    attentions with DropKey are in training mode, so that nothing else is random and no running statistics move. Dropout
-    on attention weights, which zeroes weights too, is off.
+    A first pass without DropKey finds the weights that are real: padding and keys outside a window have none. Then
+    only the attentions with DropKey are in training mode, so that nothing else is random and no running statistics
+    change. Dropout on attention weights, which zeroes weights too, is disabled.
 
     Args:
         model: With DropKey, patched or of this package, in float32 or bfloat16.
         inputs: As in `record_attention`.
-        passes: Number of passes, at least 2, each with other keys.
-        seed: Of the keys dropped.
+        passes: Number of passes, at least 2, each with its own masks.
+        seed: Seed of the masks.
 
     Raises:
-        ValueError: No DropKey, fewer than 2 passes, images that are not finite, or a dtype that rounds small weights to 0.
+        ValueError: No DropKey, fewer than 2 passes, images that are not finite, or a dtype that rounds small weights
+            to 0.
     """
     schedule = drop_schedule(model)
     root: Any = transformers_model(model)
     checked_images(inputs)
     if passes < 2:
-        raise ValueError(f"`passes` must be at least 2, to show how much fractions vary, got {passes}.")
+        raise ValueError(f"`passes` must be at least 2, because fractions vary between passes, got {passes}.")
     if root.dtype == torch.float16:
         raise ValueError("float16 rounds small attention weights to 0, as if they were dropped. Pass model.float().")
     zeros: dict[str, list[float]] = {layer.name: [] for layer in schedule}
@@ -205,7 +207,7 @@ def measured_drops(model: nn.Module, inputs: Mapping[str, Any], *, passes: int =
         blind = [name for name, count in counts.items() if count == 0]
         if blind:
             raise ValueError(
-                f"the attention weights of {', '.join(blind)} are all 0 or NaN; check the model's weights."
+                f"The attention weights of {', '.join(blind)} are all 0 or NaN. Check the model's weights."
             )
         for _ in range(passes):
             with _only_attention_trains(root), recorder(root) as recorded:
@@ -247,15 +249,15 @@ def _only_attention_trains(root: PreTrainedModel) -> Iterator[None]:
 
 
 def accuracy_when_kept(uncertainty: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Accuracy on the most certain images, for every threshold that tells images apart.
+    """Accuracy on the most certain images, for every threshold that separates images.
 
     Args:
         uncertainty: `[B]`, such as `MonteCarloPrediction.mutual_information`.
         right: bool `[B]`, whether each prediction was right.
 
     Returns:
-        The fractions of images kept, (0, 1], ascending, and the accuracy on each. Images of equal uncertainty are kept
-        or rejected together.
+        The fractions of images kept, (0, 1], ascending, and the accuracy on the images of each. Images of equal
+        uncertainty are kept or rejected together.
 
     Raises:
         ValueError: No images, different lengths, or an uncertainty that is NaN.
@@ -266,9 +268,7 @@ def accuracy_when_kept(uncertainty: torch.Tensor, right: torch.Tensor) -> tuple[
             f"{tuple(right.shape)}."
         )
     if uncertainty.isnan().any():
-        raise ValueError(
-            f"{int(uncertainty.isnan().sum())} of {len(uncertainty)} uncertainties are NaN; leave them out."
-        )
+        raise ValueError(f"{int(uncertainty.isnan().sum())} of {len(uncertainty)} uncertainties are NaN. Remove them.")
     ordered, order = uncertainty.sort(stable=True)
     kept = torch.arange(1, len(order) + 1, dtype=torch.float64, device=order.device)
     accuracy = right[order].double().cumsum(0) / kept

@@ -1,28 +1,32 @@
-"""Figures of what attention does, from data that is handed in: nothing here loads a model or computes attention.
+"""Figures of attention, from data in the arguments: nothing here loads a model or computes attention.
 
-Each figure can be read without its caption: titles, axis labels with units, legends, and markers beside colours. The
-colours are those of `plots`.
+Each figure can be read without its caption: it has a title, axis labels with units, a legend, and markers beside
+colours. The colours are those of `plots`.
 """
 
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm
-from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..extras import needed
 from ..intervals import interval
 from ..plots import ATTENTION_MAP, RIGHT_COLOR, WRONG_COLOR
 
 
+with needed("plots"):
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, LogNorm
+    from matplotlib.figure import Figure, SubFigure
+
+
 PLAIN_COLOR, DROPKEY_COLOR, REFERENCE_COLOR = "#0072B2", "#D55E00", "#4D4D4D"
-# how much of a map covers its image, and how much contrast is left to the image, so that colours keep their meaning
+# opacity of a map over its image, and contrast of the image, low enough that colours keep their meaning
 COVER, CONTRAST = 0.7, 0.6
 ORDER = "attention module, in order of execution"
 
@@ -32,40 +36,40 @@ def entropy_and_distance(
     entropies: Mapping[str, Sequence[NDArray[np.floating]]],
     distances: Mapping[str, Sequence[NDArray[np.floating]]],
     *,
-    even_entropies: Sequence[float],
-    even_distances: Sequence[float],
+    uniform_entropies: Sequence[float],
+    uniform_distances: Sequence[float],
     title: str,
 ) -> Figure:
     """Entropy and mean distance of attention, a point for each head, a line through the means of the layers.
 
     Args:
         names: For each layer, a short name.
-        entropies: For at most two conditions, such as "plain attention" and "with DropKey": for each layer the entropies
-            of its heads in nats, `[H]`.
+        entropies: For at most two conditions, such as "plain attention" and "with DropKey": for each layer the
+            entropies of its heads in nats, `[H]`.
         distances: The same in patches of the layer's own grid; NaN where a layer has none.
-        even_entropies: For each layer, the entropy of even attention, in nats.
-        even_distances: For each layer, the distance of even attention, in patches.
-        title: What the reader sees, with where it comes from.
+        uniform_entropies: For each layer, the entropy of uniform attention, in nats.
+        uniform_distances: For each layer, the distance of uniform attention, in patches.
+        title: Model and data.
 
     Raises:
         ValueError: There are no layers, or lists of different lengths.
     """
     lengths = {len(layers) for panel in (entropies, distances) for layers in panel.values()}
-    lengths |= {len(names), len(even_entropies), len(even_distances)}
+    lengths |= {len(names), len(uniform_entropies), len(uniform_distances)}
     if len(lengths) != 1 or lengths == {0} or not 1 <= len(entropies) <= 2 or list(entropies) != list(distances):
         raise ValueError(
-            f"lists of {sorted(lengths)} layers for {list(entropies)} and {list(distances)}; give the same one or two "
+            f"lists of {sorted(lengths)} layers for {list(entropies)} and {list(distances)}; pass the same one or two "
             "conditions in both, with one entry per layer, and at least one layer"
         )
-    # names of many layers stand upright
+    # names of many layers are vertical
     figure = Figure(figsize=(10, 4.2 if len(names) <= 6 else 5.2), layout="constrained")
     panels = figure.subplots(1, 2)
-    for axis, conditions, even, label in (
-        (panels[0], entropies, even_entropies, "entropy of attention over all tokens, nats"),
-        (panels[1], distances, even_distances, "mean distance between patches, in patches"),
+    for axis, conditions, uniform, label in (
+        (panels[0], entropies, uniform_entropies, "entropy of attention over all tokens, nats"),
+        (panels[1], distances, uniform_distances, "mean distance between patches, in patches"),
     ):
-        depth = np.arange(1, 1 + len(even))
-        axis.plot(depth, even, color=REFERENCE_COLOR, ls=":", marker="_", label="even attention, for comparison")
+        depth = np.arange(1, 1 + len(uniform))
+        axis.plot(depth, uniform, color=REFERENCE_COLOR, ls=":", marker="_", label="uniform attention")
         # side by side, so that no condition hides another
         shifts = [0.0] if len(conditions) == 1 else [-0.12, 0.12]
         styles = zip(shifts, (PLAIN_COLOR, DROPKEY_COLOR), "os", strict=False)
@@ -103,16 +107,16 @@ def maps_over_images(
     title: str,
     attends: str,
 ) -> Figure:
-    """Each image as a row: as it is, then under each map, patch by patch.
+    """A row for each image: the image itself, then each map over it, patch by patch.
 
-    All maps share one scale, the factor to even attention, in logarithmic steps: even attention has the middle colour,
-    the largest factor the lightest one, and its inverse and all below the darkest one.
+    All maps have one logarithmic scale, the ratio to uniform attention, which has the middle colour; the largest ratio
+    has the lightest colour, its inverse and all below the darkest.
 
     Args:
         images: B images of any size, as the model saw them.
         maps: For the title of each column, attention on patches `[B, rows, columns]`, above 0 somewhere in each image.
-        title: What the reader sees, with where it comes from.
-        attends: Who attends, for the scale: "class token", for example.
+        title: Model and data.
+        attends: The query, for the label of the scale, such as "class token".
 
     Raises:
         ValueError: No images or maps, different lengths, or maps that are not finite or are 0 everywhere.
@@ -120,10 +124,10 @@ def maps_over_images(
     lengths = {name: len(values) for name, values in maps.items()}
     if not images or not maps or set(lengths.values()) != {len(images)}:
         raise ValueError(
-            f"{len(images)} images and maps of {lengths}; give one map per image and column, and at least one"
+            f"{len(images)} images and maps of {lengths}; pass one map per image and column, and at least one"
         )
     relative = {name: _relative(values, name) for name, values in maps.items()}
-    # where all is nearly even, it should look so
+    # nearly uniform attention should look so
     most = max(2.0, *(float(values.max()) for values in relative.values()))
     scale = LogNorm(1 / most, most)
     figure = Figure(figsize=(1.45 * (1 + len(maps)) + 1.4, 1.5 * len(images) + 0.9), layout="constrained")
@@ -165,11 +169,11 @@ def _paled(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _relative(values: NDArray[np.floating], name: str) -> NDArray[np.floating]:
-    """Maps in multiples of their mean."""
+    """Maps as multiples of their mean."""
     means = values.mean(axis=(1, 2), keepdims=True)
     if not np.isfinite(values).all() or (means <= 0).any():
         raise ValueError(
-            f"the maps {name!r} hold values that are not finite, or an image without attention; leave them out"
+            f"the maps {name!r} hold values that are not finite, or an image without attention; remove them"
         )
     relative: NDArray[np.floating] = values / means
     return relative
@@ -182,28 +186,28 @@ def drop_fractions(
     *,
     title: str,
 ) -> Figure:
-    """The drop ratio each attention is given, and the fraction of its weights that really were dropped.
+    """The configured drop ratio of each attention, and the measured fraction of its weights that were dropped.
 
     Args:
         names: L short names of attentions, in order of execution.
         ratios: L drop ratios, [0, 1).
         fractions: L sequences of measured fractions, one for each pass; empty where nothing was measured.
-        title: What the reader sees, with where it comes from.
+        title: Model and data.
 
     Raises:
         ValueError: No attention, different lengths, or a fraction that is NaN.
     """
     if not names or not len(names) == len(ratios) == len(fractions):
         raise ValueError(
-            f"{len(names)} names, {len(ratios)} ratios and {len(fractions)} lists of fractions; give one of each per "
+            f"{len(names)} names, {len(ratios)} ratios and {len(fractions)} lists of fractions; pass one of each per "
             "attention, and at least one"
         )
     if np.isnan([*ratios, *(value for values in fractions for value in values)]).any():
-        raise ValueError("a ratio or a measured fraction is NaN; leave that attention out")
+        raise ValueError("a ratio or a measured fraction is NaN; remove that attention")
     depth = np.arange(1, 1 + len(names))
     figure = Figure(figsize=(max(7.0, 0.55 * len(names) + 2.5), 6.0), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    upper.plot(depth, ratios, color=PLAIN_COLOR, marker="_", ms=16, mew=2.5, ls=":", label="given by the schedule")
+    upper.plot(depth, ratios, color=PLAIN_COLOR, marker="_", ms=16, mew=2.5, ls=":", label="configured")
     lower.axhline(0, color=PLAIN_COLOR, ls=":")
     measured = [place for place in range(len(names)) if len(fractions[place])]
     if measured:
@@ -218,7 +222,7 @@ def drop_fractions(
     if missing:
         upper.plot(depth[missing], np.asarray(ratios)[missing], "x", color=REFERENCE_COLOR, label="not measured")
     upper.set(ylabel="fraction of attention weights\ndropped in training")
-    lower.set(ylabel="measured minus given", xlabel=ORDER)
+    lower.set(ylabel="measured minus configured", xlabel=ORDER)
     for axis in (upper, lower):
         _name_layers(axis, names)
     upper.legend(fontsize=9)
@@ -238,9 +242,9 @@ def uncertain_images(
     columns: int = 8,
     most: int = 24,
 ) -> Figure:
-    """Images from the most uncertain to the most certain, and what rejecting the most uncertain ones does to accuracy.
+    """Images from the most uncertain to the most certain, and accuracy when the most uncertain ones are rejected.
 
-    Where there are more than `most` images, the half of them that is most uncertain and the half that is most certain.
+    Of more than `most` images, shows the `most // 2` most uncertain and the `most // 2` most certain ones.
 
     Args:
         images: B images of any size.
@@ -248,8 +252,8 @@ def uncertain_images(
         confidence: Mean probability of the predicted class, `[B]`.
         predicted: B class names.
         truth: B class names, or None where they are not known.
-        kept: Fractions of images kept and the accuracy on them (`attention_analysis.accuracy_when_kept`) for a panel.
-        title: What the reader sees, with where it comes from.
+        kept: Fractions of images kept and the accuracy on them (`analysis.accuracy_when_kept`), for a panel below.
+        title: Model and data.
         columns: Images side by side.
         most: Images shown, at least 2.
 
@@ -260,13 +264,13 @@ def uncertain_images(
     lengths = [len(uncertainty), len(confidence), len(predicted), *([] if truth is None else [len(truth)])]
     if count == 0 or set(lengths) != {count}:
         raise ValueError(
-            f"{count} images, and {lengths} uncertainties, confidences, predictions and true classes; give one of each per "
-            "image, and at least one image"
+            f"{count} images, and {lengths} uncertainties, confidences, predictions and true classes; pass one of each "
+            "per image, and at least one image"
         )
     if most < 2:
         raise ValueError(f"`most` must be at least 2, one image for each end, got {most}")
     if np.isnan(uncertainty).any() or np.isnan(confidence).any():
-        raise ValueError("an uncertainty or a confidence is NaN; leave that image out")
+        raise ValueError("an uncertainty or a confidence is NaN; remove that image")
     order = np.argsort(-np.asarray(uncertainty), kind="stable")
     shown = order if count <= most else np.concatenate((order[: most // 2], order[-(most // 2) :]))
     columns = min(columns, len(shown))
@@ -301,14 +305,14 @@ def uncertain_images(
 
 
 def _shortened(name: str, most: int) -> str:
-    """A name that does not run into the next image's."""
+    """A name short enough not to overlap that of the next image."""
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _accuracy_panel(axis: Axes, fractions: NDArray[np.floating], accuracies: NDArray[np.floating]) -> None:
-    """Accuracy against the fraction kept, between no use of the uncertainty and the best possible one."""
+    """Accuracy against the fraction kept, with the curves of random and of perfect rejection."""
     if len(fractions) == 0 or len(fractions) != len(accuracies):
-        raise ValueError(f"{len(fractions)} fractions kept and {len(accuracies)} accuracies; give one per fraction")
+        raise ValueError(f"{len(fractions)} fractions kept and {len(accuracies)} accuracies; pass one per fraction")
     overall = float(accuracies[-1])
     grid = np.linspace(fractions[0], 1, 200)
     axis.plot(fractions, accuracies, color=PLAIN_COLOR, marker="o", ms=2.5, label="most uncertain rejected first")

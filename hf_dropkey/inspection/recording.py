@@ -1,7 +1,7 @@
 """The attention weights of a model, recorded while it runs.
 
-The weights are those of the model's own attention on `eager`; backend, modes and random generators are put back. An
-attention that cannot be read is listed with the reason, never left out.
+The weights are those of the model's own attention on `eager`; backend, modes and random generators are restored. An
+attention that cannot be read is listed with the reason.
 """
 
 import math
@@ -20,7 +20,7 @@ from ..patching.sites import AttentionSite, UnreachedAttention, find_attention, 
 
 
 class UnreadableAttentionError(ValueError):
-    """A model has no attention over the tokens of an image that can be read; says why for each."""
+    """A model has no readable attention over the tokens of an image; the message gives the reason for each."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class LayerAttention:
 
     Attributes:
         name: Dotted name of the module.
-        weights: `[B, H, N, M]`, each row a distribution over keys. N is M, or 1 where only the class token asks.
-        layout: What the M keys are.
+        weights: `[B, H, N, M]`, each row a distribution over keys. N = M, or 1 in class attention.
+        layout: The tokens that the M keys belong to.
     """
 
     name: str
@@ -57,7 +57,7 @@ class LayerAttention:
 
     @property
     def is_square(self) -> bool:
-        """Whether every token asks, as in self-attention; else the class token alone does."""
+        """Whether every token is a query, as in self-attention; else only the class token is (class attention)."""
         return self.weights.shape[2] == self.weights.shape[3]
 
 
@@ -67,7 +67,7 @@ class AttentionRecord:
 
     Attributes:
         layers: In order of execution.
-        skipped: The attentions that are not among them, each with the reason.
+        skipped: The attentions that were not recorded, each with the reason.
     """
 
     layers: tuple[LayerAttention, ...]
@@ -88,11 +88,11 @@ def record_attention(
         model: Any Transformers image model, with DropKey or without.
         inputs: Keyword arguments of one batch with `pixel_values` `[B, C, height, width]`, on the model's device.
         dropkey: Drop keys, as in training; else plain attention.
-        seed: Of the keys dropped.
+        seed: Seed of the masks.
 
     Raises:
         UnreadableAttentionError: No attention can be read.
-        ValueError: The images or the weights are not finite, or there is no DropKey to drop keys.
+        ValueError: The images or the weights are not finite, or `dropkey` is set and the model has no DropKey.
     """
     root = transformers_model(model)
     images, size = checked_images(inputs)
@@ -121,8 +121,8 @@ def record_attention(
     if not layers:
         seen = "; ".join(f"{attention.name}: {attention.reason}" for attention in skipped) or "no attention at all"
         raise UnreadableAttentionError(
-            f"{type(root).__name__} has no attention over the tokens of an image to read. Seen: {seen}. `measured_drops` "
-            "and `monte_carlo_predict` do not need one."
+            f"{type(root).__name__} has no readable attention over the tokens of an image. Found: {seen}. "
+            "`measured_drops` and `monte_carlo_predict` do not need one."
         )
     return AttentionRecord(tuple(layers), tuple(skipped))
 
@@ -133,19 +133,19 @@ def checked_images(inputs: Mapping[str, Any]) -> tuple[int, tuple[int, int]]:
     if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4 or len(pixels) == 0:
         shape = tuple(pixels.shape) if isinstance(pixels, torch.Tensor) else pixels
         raise ValueError(
-            f"`pixel_values` must be images [batch, channels, height, width], at least one, got {shape}. Make it with the "
-            "model's image processor."
+            f"`pixel_values` must be at least one image, [batch, channels, height, width], got {shape}. Make it with "
+            "the model's image processor."
         )
     if not pixels.isfinite().all():
         bad = [number for number, image in enumerate(pixels) if not image.isfinite().all()]
-        raise ValueError(f"`pixel_values` of the images {bad} are not finite. Repair or leave out these images.")
+        raise ValueError(f"`pixel_values` of the images {bad} are not finite. Repair or remove these images.")
     return len(pixels), (pixels.shape[-2], pixels.shape[-1])
 
 
 def _layout_or_reason(
     site: AttentionSite, weights: torch.Tensor, images: int, size: tuple[int, int]
 ) -> TokenLayout | str:
-    """What the keys of a site are, or why they are not the tokens of an image."""
+    """The tokens that the keys of a site belong to, or why they are not the tokens of an image."""
     batch, _, queries, keys = weights.shape
     if batch != images:
         return f"attends within {batch / images:g} windows of {keys} positions each, not over the image"
@@ -158,7 +158,7 @@ def _layout_or_reason(
 
 
 def _layout(site: AttentionSite, keys: int, size: tuple[int, int]) -> TokenLayout | None:
-    """The patches among `keys` tokens: by the configuration's patch size, else a coarser or finer grid without others."""
+    """The patches among `keys` tokens: by the configured patch size, else a pyramid's grid without other tokens."""
     config: Any = getattr(site.module, "config", site.owner.config)
     grid = None
     if callable(getattr(config, "grid_of", None)):
@@ -174,7 +174,7 @@ def _layout(site: AttentionSite, keys: int, size: tuple[int, int]) -> TokenLayou
         if 0 <= prefix <= most:
             return TokenLayout(grid, prefix)
     if site.side == "decoder":
-        # object queries, which may be a square number too
+        # the number of object queries may be a square as well
         return None
     # a pyramid's stages: square cells of a whole number of pixels
     rows = math.isqrt(keys * size[0] // size[1])
@@ -185,7 +185,7 @@ def _layout(site: AttentionSite, keys: int, size: tuple[int, int]) -> TokenLayou
 
 @contextmanager
 def observed(root: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Eval mode on `eager`, seeded and without gradients; everything is put back."""
+    """Eval mode on `eager`, seeded and without gradients; restores all of it."""
     sites, _ = find_attention(root)
     configs = {id(config): config for site in sites for config in _configs(site)}.values()
     backends = [(config, getattr(config, BACKEND_FIELD)) for config in configs]
@@ -231,7 +231,7 @@ def recorder(root: PreTrainedModel) -> Iterator[dict[str, list[torch.Tensor]]]:
     for site in find_attention(root)[0]:
         module: Any = site.module
         if site.native and hasattr(module, "attend"):
-            # not all of them hand their weights on
+            # not all of them return their weights
             module.attend = partial(watched, site.name, module.attend)
             wrapped.append(module)
         else:

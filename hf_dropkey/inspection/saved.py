@@ -1,4 +1,4 @@
-"""Where DropKey acts in a saved model, found without reading its weights: `inspect_folder`."""
+"""Where DropKey acts in a saved model, without reading its weights: `inspect_folder`."""
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ def inspect_folder(folder: Path) -> str:
     """The settings in a saved configuration, and each attention of the model with its ratio and backend.
 
     Raises:
-        FileNotFoundError: There is no configuration.
-        ValueError: The class it was saved as is not known.
+        FileNotFoundError: The folder has no configuration.
+        ValueError: The class of the saved model is not known.
     """
     model = empty_model(folder)
     config = model.config
@@ -36,7 +36,7 @@ def inspect_folder(folder: Path) -> str:
 
 
 def attention_report(model: PreTrainedModel) -> DropKeyReport:
-    """Every attention of a model with the ratio that its configuration gives it."""
+    """Every attention of a model with the ratio that its configuration implies."""
     sites, unreached = find_attention(model)
     if not any(site.native for site in sites):
         return apply_dropkey(model, verbose=False)
@@ -64,11 +64,11 @@ def empty_model(folder: Path) -> PreTrainedModel:
     """A model of the class that a folder was saved as, without weights; runs no code of the folder.
 
     Raises:
-        FileNotFoundError: There is no configuration.
+        FileNotFoundError: The folder has no configuration.
         ValueError: Neither this package nor Transformers has the class.
     """
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a saved model")
+        raise FileNotFoundError(f"{folder} has no config.json; pass the folder of a saved model")
     config = AutoConfig.from_pretrained(folder)
     cls: Any = saved_class(config, folder)
     with torch.device("meta"):

@@ -1,7 +1,6 @@
-"""Cards of the experiments' models: which cell and seed, and what the rows of all its seeds say about it.
+"""Model cards of the experiments: the cell and seed of the weights, and the results of all seeds of the cell.
 
-Every number of the results is made from rows of the test images, so that whoever has them can make it again. May import
-`cards`, `evidence`, `experiments` and `results`.
+Every number in the results comes from rows of the test images, so that it can be computed again from them.
 """
 
 import hashlib
@@ -11,18 +10,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..hub.cards import METRIC_NAMES, RunFacts
+from ..hub.cards import RunFacts
+from ..hub.metric_names import METRICS
 from ..intervals import difference, interval
-from .evidence import OCCLUDED, REGULARISERS, comparison, images_of, judged, markdown, named_ratios, seeds_of
+from .evidence import OCCLUDED, REGULARISERS, comparison, images_of, named_ratios, seeds_of
 from .grids import Cell, Grid, command_of
+from .judgement import judged
 from .rows import CELL_COLUMNS, Row, choose, warnings
+from .tables import markdown
 
 
-# what a card tells of a model, in this order; the first occlusion is none
+# the metrics of a card, in this order; the first "occlusion" is that of no patch
 MEASURED = ("accuracy", "nll", "ece", *list(OCCLUDED.values())[1:])
 BASELINE, DROPKEY_NAME = "none", "DropKey"
-WORDS = {"accuracy": "accuracy", "nll": "NLL"}
-# of what the run was told, what the card's table shows
+# the settings of the run that a card shows
 SHOWN = (
     "train_val_split",
     "max_train_samples",
@@ -44,8 +45,8 @@ class CardEntry:
         grid: The grid's file, relative to the project's folder.
         cell: Fields of its `Cell` without ratio and seed; the ratio is the one in the rows of the test images.
         seed: Of the weights.
-        license: Of the weights, an identifier of the Hub, if one can be given.
-        limits: What a reader has to know about the data.
+        license: Of the weights, an identifier of the Hub, if there is one.
+        limits: Limits of the data.
     """
 
     name: str
@@ -67,18 +68,18 @@ class CardEntry:
         for found in json.loads(file.read_text(encoding="utf-8")):
             wrong = sorted((set(found) - allowed) | ({"name", "grid", "cell", "seed"} - set(found)))
             if wrong:
-                raise ValueError(f"{file}: a card's {', '.join(wrong)} is missing or unknown in {found}")
+                raise ValueError(f"{file} has a card whose fields {', '.join(wrong)} are missing or unknown: {found}")
             entries.append(cls(**{**found, "limits": tuple(found.get("limits", ()))}))
         names = [entry.name for entry in entries]
         if len(set(names)) < len(names):
-            raise ValueError(f"{file} lists a card twice: {names}; give each another name")
+            raise ValueError(f"{file} lists a card twice: {names}; choose another name for one of them")
         return entries
 
     def chosen(self, grid: Grid, rows: Sequence[Row]) -> Cell:
         """The cell, with the ratio that the rows of the test images have.
 
         Raises:
-            ValueError: No row, or rows of several ratios, are of it.
+            ValueError: The cell has no test row, or test rows of several ratios.
         """
         ratios = {row["ratio"] for row in choose(tested(grid, rows), **self._columns(grid))}
         if len(ratios) != 1:
@@ -89,7 +90,7 @@ class CardEntry:
         return Cell(**self.cell, ratio=float(ratios.pop()), seed=self.seed)
 
     def _columns(self, grid: Grid) -> dict[str, str]:
-        # any ratio that the regulariser allows, to have a whole cell
+        # any ratio that the regulariser allows, because a cell needs one
         known = Cell(**self.cell, ratio=0.5, seed=self.seed).columns(grid)
         return {name: known[name] for name in CELL_COLUMNS if name != "ratio"}
 
@@ -100,7 +101,7 @@ def tested(grid: Grid, rows: Sequence[Row]) -> list[Row]:
 
 
 def values_of(grid: Grid, rows: Sequence[Row], cell: Cell) -> dict[str, float]:
-    """What was measured on the weights of one cell and seed, by metric.
+    """The measured values of the weights of one cell and seed, by metric.
 
     Raises:
         ValueError: A metric has no row.
@@ -109,12 +110,12 @@ def values_of(grid: Grid, rows: Sequence[Row], cell: Cell) -> dict[str, float]:
     found = {row["metric"]: float(row["value"]) for row in choose(tested(grid, rows), **wanted)}
     missing = [metric for metric in MEASURED if metric not in found]
     if missing:
-        raise ValueError(f"no test row of {', '.join(missing)} for {cell.name}; run its grid with --test first")
+        raise ValueError(f"{cell.name} has no test row of {', '.join(missing)}; run its grid with --test first")
     return {metric: found[metric] for metric in MEASURED}
 
 
 def compared(grid: Grid, rows: Sequence[Row], cell: Cell) -> dict[str, dict[str, str]]:
-    """By name, the columns of the cells that the card compares: the other regularisers as chosen, and the card's own."""
+    """By name, the columns of the cells that a card compares: the other regularisers, then the card's own cell."""
     whole = cell.columns(grid)
     shared = {name: whole[name] for name in ("experiment", "model", "train_images")}
     cells = {name: {**wanted, **shared} for name, wanted in REGULARISERS.items()}
@@ -123,7 +124,7 @@ def compared(grid: Grid, rows: Sequence[Row], cell: Cell) -> dict[str, dict[str,
 
 
 def results_text(grid: Grid, rows: Sequence[Row], cell: Cell) -> str:
-    """The results of a card: this seed, all seeds, the comparison, what it says, and where the rows come from."""
+    """The results of a card: this seed, all seeds, the comparison in a table and in words, the origin of the rows."""
     own = tested(grid, rows)
     values = values_of(grid, rows, cell)
     cells = compared(grid, rows, cell)
@@ -132,7 +133,7 @@ def results_text(grid: Grid, rows: Sequence[Row], cell: Cell) -> str:
     seeds = {metric: seeds_of(own, metric, **ours) for metric in MEASURED}
     number = len(seeds["accuracy"])
     lines = [
-        [METRIC_NAMES[metric], f"{values[metric]:.3f}", str(interval(list(seeds[metric].values())))]
+        [METRICS[metric].full, f"{values[metric]:.3f}", str(interval(list(seeds[metric].values())))]
         for metric in MEASURED
     ]
     commits = ", ".join(f"`{commit}`" for commit in sorted({row["git_sha"] for row in used}))
@@ -151,21 +152,20 @@ def results_text(grid: Grid, rows: Sequence[Row], cell: Cell) -> str:
 
 
 def verdict(rows: Sequence[Row], cells: Mapping[str, Mapping[str, str]]) -> str:
-    """What the rows say about DropKey, the last cell, against each of the others; plainly if it is nowhere better."""
+    """In words: DropKey, the last cell, against each of the others, and whether it is nowhere better."""
     *others, (name, ours) = cells.items()
     parts, pairs, is_better = [], set(), False
     for other, base in others:
         said = []
-        for metric, word in WORDS.items():
-            found = difference(seeds_of(rows, metric, **ours), seeds_of(rows, metric, **base))
-            shown_difference, _, judgement = judged(found, metric).partition(", ")
+        for metric in ("accuracy", "nll"):
+            found = judged(difference(seeds_of(rows, metric, **ours), seeds_of(rows, metric, **base)), metric)
             pairs.add(found.n)
-            is_better |= judgement == "better"
+            is_better |= found.word == "better"
             if found.n > 1:
-                judgement = f"{judgement} than" if judgement else "not distinguishable from"
+                judgement = f"{found.word} than" if found.word else "not distinguishable from"
             else:
-                judgement = "measured once, too little to tell it from"
-            said.append(f"{judgement} {other} in {word} ({shown_difference})")
+                judgement = "measured once, so not distinguishable from"
+            said.append(f"{judgement} {other} in {METRICS[metric].word} ({found.numbers})")
         parts.append(", and ".join(said))
     number = " or ".join(map(str, sorted(pairs)))
     plainly = "" if is_better else f" No advantage of {name} is shown."
@@ -176,15 +176,15 @@ def verdict(rows: Sequence[Row], cells: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def facts_of_card(
-    entry: CardEntry, grid: Grid, rows: Sequence[Row], *, told: Mapping[str, Any], weights: Path
+    entry: CardEntry, grid: Grid, rows: Sequence[Row], *, configured: Mapping[str, Any], weights: Path
 ) -> RunFacts:
-    """What the card tells beside the files of the trained folder.
+    """The facts of a card that the files of the trained folder do not hold.
 
     Args:
         entry: The card.
         grid: Its grid.
         rows: Of the results file.
-        told: What the run was told, by name.
+        configured: The settings of the run, by name.
         weights: The file of the weights.
     """
     cell = entry.chosen(grid, rows)
@@ -193,7 +193,7 @@ def facts_of_card(
         for row in choose(tested(grid, rows), **cell.columns(grid), metric="accuracy")
     }
     device, threads, torch_version, transformers_version = origin
-    settings = {name: told[name] for name in SHOWN if told[name] != "None"}
+    settings = {name: configured[name] for name in SHOWN if configured[name] != "None"}
     settings |= {
         "sha256 of `model.safetensors`": f"`{hashlib.sha256(weights.read_bytes()).hexdigest()}`",
         "which the command gives with": f"device {device}, threads {threads}, torch {torch_version}; elsewhere the last "

@@ -1,25 +1,23 @@
-"""What the rows of the experiments answer: tables in Markdown and series for figures, nothing typed by hand.
+"""The evidence, from the rows of the experiments: tables in Markdown, sentences and figures.
 
-Each question compares cells that differ in one thing, seed by seed.
+Each table compares cells that differ in one setting, seed by seed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from matplotlib.figure import Figure
-
+from ..extras import needed
+from ..hub.metric_names import METRICS
 from ..intervals import Interval, difference, interval
 from .figures import Curve, curves, differences
-from .robustness import OCCLUDED_SHARES
+from .judgement import Judgement, judged
+from .robustness import OCCLUDED_FRACTIONS
 from .rows import CELL_COLUMNS, Row, by_cell, choose, warnings
+from .tables import markdown
 
 
-# the metrics of a table: column title, and whether a larger value is better (None: neither)
-METRICS = {
-    "accuracy": ("accuracy", True),
-    "nll": ("NLL, nats", False),
-    "ece": ("ECE", False),
-    "accuracy_gap": ("accuracy, training minus these images", None),
-}
+with needed("plots"):
+    from matplotlib.figure import Figure
+
 PLAIN = {"schedule": "none", "pattern": "none", "alignment": "none", "train_images": "all"}
 DROPKEY = {**PLAIN, "regulariser": "dropkey", "schedule": "decreasing", "pattern": "score"}
 REGULARISERS = {
@@ -27,7 +25,7 @@ REGULARISERS = {
     "attention dropout": {**PLAIN, "regulariser": "attention dropout"},
     "DropKey": DROPKEY,
 }
-OCCLUDED = {0.0: "accuracy"} | {share: f"accuracy_at_occlusion_{share:g}" for share in OCCLUDED_SHARES}
+OCCLUDED = {0.0: "accuracy"} | {fraction: f"accuracy_at_occlusion_{fraction:g}" for fraction in OCCLUDED_FRACTIONS}
 Seeds = Mapping[str, float]
 
 
@@ -37,7 +35,7 @@ def tasks(rows: Sequence[Row]) -> list[str]:
 
 
 def grid_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows that the grids wrote; the file holds those of single runs too."""
+    """The rows of the grids; the file holds those of single runs too."""
     return choose(rows, split=("validation", "test"))
 
 
@@ -45,16 +43,16 @@ def seeds_of(rows: Sequence[Row], metric: str, **wanted: str) -> Seeds:
     """The values of one cell by seed; empty if it was not measured.
 
     Raises:
-        ValueError: The wanted columns hold of several cells.
+        ValueError: The wanted columns match several cells.
     """
     found = by_cell(choose(rows, **wanted), CELL_COLUMNS, metric)
     if len(found) > 1:
-        raise ValueError(f"{wanted} names {len(found)} cells: {sorted(found)}; name one")
+        raise ValueError(f"{wanted} matches {len(found)} cells: {sorted(found)}; choose one of them")
     return next(iter(found.values()), {})
 
 
 def ratio_of(rows: Sequence[Row], **wanted: str) -> str:
-    """The ratio of the one cell that these columns name."""
+    """The ratio of the one cell that these columns identify; empty if there is none, or several."""
     ratios = {row["ratio"] for row in choose(rows, **wanted)}
     return ratios.pop() if len(ratios) == 1 else ""
 
@@ -69,51 +67,30 @@ def comparison(
 
     Args:
         rows: Of one task and split.
-        cells: By name, the columns that tell a cell; cells that were not measured are left out.
+        cells: By name, the columns that identify a cell; cells that were not measured are skipped.
         baseline: The name of the cell to compare with.
         metrics: Names of `METRICS`.
     """
-    head = ["", "seeds", *(METRICS[metric][0] for metric in metrics)]
-    head += [f"{METRICS[metric][0]}: difference to {baseline}" for metric in metrics if METRICS[metric][1] is not None]
+    compared = [metric for metric in metrics if METRICS[metric].larger_is_better is not None]
+    head = ["", "seeds", *(METRICS[metric].label for metric in metrics)]
+    head += [f"{METRICS[metric].label}: difference to {baseline}" for metric in compared]
+    base = {metric: seeds_of(rows, metric, **cells[baseline]) for metric in compared}
     lines = []
     for name, wanted in cells.items():
         values = {metric: seeds_of(rows, metric, **wanted) for metric in metrics}
         if not values[metrics[0]]:
             continue
-        cell = [
-            name,
-            str(len(values[metrics[0]])),
-            *(str(interval(list(values[one].values()))) if values[one] else "" for one in metrics),
-        ]
-        for metric in metrics:
-            if METRICS[metric][1] is None:
-                continue
-            base = seeds_of(rows, metric, **cells[baseline])
-            cell.append(
-                "" if name == baseline or not values[metric] else judged(difference(values[metric], base), metric)
-            )
-        lines.append(cell)
+        line = [name, str(len(values[metrics[0]]))]
+        line += [str(interval(list(found.values()))) if found else "" for found in values.values()]
+        for metric in compared:
+            is_shown = name != baseline and values[metric]
+            line.append(str(judged(difference(values[metric], base[metric]), metric)) if is_shown else "")
+        lines.append(line)
     return markdown(head, lines)
 
 
-def judged(found: Interval, metric: str) -> str:
-    """A difference with its interval, and in words whether it is more than its interval."""
-    # no "-0.000"
-    mean = round(found.mean, 3) + 0.0
-    text = f"{mean:+.3f} ± {found.half:.3f}" if found.n > 1 else f"{mean:+.3f} (one seed)"
-    if found.n > 1 and (found.low > 0 or found.high < 0):
-        better = (found.mean > 0) == METRICS[metric][1]
-        return f"{text}, {'better' if better else 'worse'}"
-    return text
-
-
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
-
-
 def named_ratios(rows: Sequence[Row], cells: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
-    """The same cells with the chosen ratio in their names."""
+    """The same cells, with the chosen ratio in their names."""
     named = {}
     for name, wanted in cells.items():
         ratio = ratio_of(rows, **wanted)
@@ -137,11 +114,11 @@ def by_ratio(rows: Sequence[Row], task: str, metric: str) -> str:
     lines += [
         [name, *(str(found[ratio]) if ratio in found else "" for ratio in ratios)] for name, found in curve.items()
     ]
-    return markdown([METRICS[metric][0], *(f"ratio {ratio:g}" for ratio in ratios)], lines)
+    return markdown([METRICS[metric].label, *(f"ratio {ratio:g}" for ratio in ratios)], lines)
 
 
 def at_equal_ratios(rows: Sequence[Row], task: str, column: str) -> str:
-    """Held-out images: the values of a column (schedule or pattern) at each ratio that all of them were trained with."""
+    """Held-out images: the values of a column (schedule or pattern), at each ratio that all were trained with."""
     held_out = choose(rows, split="validation", task=task)
     found = choose(held_out, regulariser="dropkey", alignment="none", train_images="all")
     first = DROPKEY[column]
@@ -177,7 +154,7 @@ def by_occlusion(rows: Sequence[Row], task: str) -> str:
         for name, wanted in cells.items()
         if seeds_of(tested, "accuracy", **wanted)
     ]
-    return markdown(["accuracy", *(f"{share:.0%} of patches hidden" for share in OCCLUDED)], lines)
+    return markdown(["accuracy", *(f"{fraction:.0%} of patches hidden" for fraction in OCCLUDED)], lines)
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -201,18 +178,17 @@ def none_level(held_out: Sequence[Row], metric: str) -> Interval:
 def ratio_figure(rows: Sequence[Row], metric: str) -> Figure:
     """A metric of held-out images against the ratio, a panel for each task."""
     held_out = {task: choose(rows, split="validation", task=task) for task in tasks(rows)}
-    word = METRICS[metric][0]
     return curves(
         {task: ratio_curves(found, metric) for task, found in held_out.items()},
         levels={task: {"none": none_level(found, metric)} for task, found in held_out.items()},
         xlabel="drop ratio (DropKey: of the first layer)",
-        ylabel=f"{word}, held-out images",
-        title=f"{word[0].upper()}{word[1:]} of small vision transformers by regulariser and ratio; bands: 95 % intervals",
+        ylabel=f"{METRICS[metric].label}, held-out images",
+        title=f"{METRICS[metric].title} of small vision transformers by regulariser and ratio; bands: 95 % intervals",
     )
 
 
 def occlusion_figure(rows: Sequence[Row]) -> Figure:
-    """Test accuracy against the share of hidden patches, a panel for each task."""
+    """Test accuracy against the fraction of hidden patches, a panel for each task."""
     panels: dict[str, dict[str, Curve]] = {}
     for task in tasks(rows):
         tested = choose(rows, split="test", task=task)
@@ -220,8 +196,8 @@ def occlusion_figure(rows: Sequence[Row]) -> Figure:
         if cells:
             panels[task] = {
                 name: {
-                    100 * share: interval(list(seeds_of(tested, metric, **wanted).values()))
-                    for share, metric in OCCLUDED.items()
+                    100 * fraction: interval(list(seeds_of(tested, metric, **wanted).values()))
+                    for fraction, metric in OCCLUDED.items()
                 }
                 for name, wanted in cells.items()
             }
@@ -229,7 +205,7 @@ def occlusion_figure(rows: Sequence[Row]) -> Figure:
         panels,
         xlabel="patches hidden, %",
         ylabel="accuracy, test images",
-        title="Accuracy when patches of the image are hidden, each regulariser at its chosen ratio; bands: 95 % intervals",
+        title="Accuracy with patches of the image hidden, each regulariser at its chosen ratio; bands: 95 % intervals",
     )
 
 
@@ -256,11 +232,10 @@ def difference_figure(rows: Sequence[Row], metric: str, ratio: str) -> Figure:
             values = seeds_of(held_out, metric, **{**wanted, "ratio": ratio})
             if values:
                 panels[task][name] = difference(values, base)
-    word = METRICS[metric][0]
     return differences(
         panels,
-        xlabel=f"{word}: minus no regulariser",
-        title=f"Held-out images at ratio {ratio}, mean over seeds and 95 % interval; filled: the interval leaves out 0",
+        xlabel=f"{METRICS[metric].label}: minus no regulariser",
+        title=f"Held-out images at ratio {ratio}, mean over seeds and 95 % interval; filled: the interval excludes 0",
     )
 
 
@@ -270,7 +245,7 @@ def size_figure(rows: Sequence[Row], metric: str) -> Figure:
     for task in tasks(rows):
         tested = choose(rows, split="test", task=task)
         sizes = sorted({row["train_images"] for row in tested}, key=lambda size: (size == "all", size))
-        # names are the same in all panels, whose small sizes differ a little
+        # one name in all panels, whose small sizes differ
         names = {size: "all images" if size == "all" else "few images" for size in sizes}
         for name in ("DropKey", "attention dropout"):
             for size in sizes:
@@ -280,84 +255,85 @@ def size_figure(rows: Sequence[Row], metric: str) -> Figure:
                 panels.setdefault(f"{task}{few}", {})[f"{name}, {names[size]}"] = difference(values, base)
     return differences(
         panels,
-        xlabel=f"{METRICS[metric][0]}: minus no regulariser",
-        title="Test images, few and all training images, mean over seeds and 95 % interval; filled: it leaves out 0",
+        xlabel=f"{METRICS[metric].label}: minus no regulariser",
+        title="Test images, few and all training images, mean over seeds and 95 % interval; filled: it excludes 0",
     )
 
 
 # --- documents -------------------------------------------------------------------------------------------------------
 
-BEGIN, END = "<!-- evidence begin -->", "<!-- evidence end -->"
-
 
 def images_of(rows: Sequence[Row], task: str) -> str:
-    """How many images were tested."""
+    """The number of test images, in words."""
     counts = sorted({row["images"] for row in choose(rows, split="test", task=task)})
     return f"{' or '.join(counts)} test images"
 
 
+def against_none(rows: Sequence[Row], name: str, task: str, train_images: str = "all") -> dict[str, Judgement]:
+    """Test images: a regulariser, by its name in `REGULARISERS`, minus none, by metric."""
+    tested = choose(rows, split="test", task=task, train_images=train_images)
+    found = {}
+    for metric in ("accuracy", "nll"):
+        ours, base = (
+            seeds_of(tested, metric, **{**REGULARISERS[one], "train_images": train_images}) for one in (name, "none")
+        )
+        found[metric] = judged(difference(ours, base), metric)
+    return found
+
+
 def verdict(rows: Sequence[Row], task: str, *, train_images: str = "all") -> str:
-    """In words: DropKey and attention dropout against neither, on the test images."""
-    tested = choose(rows, split="test", task=task)
+    """A sentence for each regulariser: its differences to no regulariser on the test images."""
     words = []
     for name in ("DropKey", "attention dropout"):
-        parts = []
-        for metric in ("accuracy", "nll"):
-            base = seeds_of(tested, metric, **{**REGULARISERS["none"], "train_images": train_images})
-            found = difference(seeds_of(tested, metric, **{**REGULARISERS[name], "train_images": train_images}), base)
-            parts.append(f"{METRICS[metric][0].split(',')[0]} {judged(found, metric)}")
-        words.append(f"{name}: {'; '.join(parts)}")
+        found = against_none(rows, name, task, train_images)
+        words.append(f"{name}: {'; '.join(f'{METRICS[metric].word} {one}' for metric, one in found.items())}")
     return ". ".join(words) + "."
 
 
+def tested_places(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """By name, each task and number of training images that was tested."""
+    return {
+        task if images == "all" else f"{task} with {images} training images": (task, images)
+        for task in tasks(rows)
+        for images in sorted({row["train_images"] for row in choose(rows, split="test", task=task)}, reverse=True)
+    }
+
+
 def summary(rows: Sequence[Row]) -> str:
-    """The README's part: a line for each task and regulariser on the test images, all and few training images."""
-    head = ["test images", "", "seeds", "accuracy", "NLL, nats", "ECE", "accuracy minus none", "NLL minus none"]
+    """A line for each task and regulariser on the test images, with all and with few training images."""
+    head = ["test images", "", "seeds", *(METRICS[metric].label for metric in ("accuracy", "nll", "ece"))]
+    head += ["accuracy minus none", "NLL minus none"]
     lines: list[list[str]] = []
+    for place, (task, images) in tested_places(rows).items():
+        tested = choose(rows, split="test", task=task)
+        cells = {name: {**wanted, "train_images": images} for name, wanted in REGULARISERS.items()}
+        for name, (shown, wanted) in zip(cells, named_ratios(tested, cells).items(), strict=True):
+            values = [seeds_of(tested, metric, **wanted) for metric in ("accuracy", "nll", "ece")]
+            line = [place if name == "none" else "", shown, str(len(values[0]))]
+            line += [str(interval(list(found.values()))) for found in values]
+            found = against_none(rows, name, task, images) if name != "none" else {}
+            lines.append([*line, *(str(found.get(metric, "")) for metric in ("accuracy", "nll"))])
+    return markdown(head, lines)
+
+
+def in_words(rows: Sequence[Row]) -> str:
+    """The part of the README: where DropKey differs from no regulariser by more than the interval, and where not."""
     sure: list[str] = []
     unsure: list[str] = []
-    for task in tasks(rows):
-        tested = choose(rows, split="test", task=task)
-        for images in sorted({row["train_images"] for row in tested}, reverse=True):
-            place = task if images == "all" else f"{task} with {images} training images"
-            cells = {name: {**wanted, "train_images": images} for name, wanted in REGULARISERS.items()}
-            for number, (name, wanted) in enumerate(named_ratios(tested, cells).items()):
-                values = {metric: seeds_of(tested, metric, **wanted) for metric in ("accuracy", "nll", "ece")}
-                line = ["" if number else place, name, str(len(values["nll"]))]
-                line += [str(interval(list(found.values()))) for found in values.values()]
-                for metric in ("accuracy", "nll"):
-                    base = seeds_of(tested, metric, **cells["none"])
-                    line.append(judged(difference(values[metric], base), metric) if number else "")
-                lines.append(line)
-            # the last line is DropKey's
-            judgements = {"accuracy": lines[-1][6].partition(", ")[2], "NLL": lines[-1][7].partition(", ")[2]}
-            told = ", ".join(f"{metric} {word}" for metric, word in judgements.items() if word)
-            (sure if told else unsure).append(f"{place} ({told})" if told else place)
-    return f"{markdown(head, lines)}\n\n{_in_words(sure, unsure)}"
-
-
-def _in_words(sure: Sequence[str], unsure: Sequence[str]) -> str:
-    """Where DropKey differs from no regulariser by more than the interval, and where it does not."""
+    for place, (task, images) in tested_places(rows).items():
+        found = against_none(rows, "DropKey", task, images)
+        shown = ", ".join(
+            f"{one.word} {METRICS[metric].word} {one.numbers}" for metric, one in found.items() if one.word
+        )
+        (sure if shown else unsure).append(f"{place} ({shown})" if shown else place)
     text = f"DropKey differs from no regulariser by more than the interval on {'; '.join(sure) or 'none of these'}."
     return f"{text} It does not on {'; '.join(unsure)}." if unsure and sure else text
 
 
-def with_summary(document: str, rows: Sequence[Row]) -> str:
-    """A document with its part between the two markers made anew.
-
-    Raises:
-        ValueError: It has not one of each marker.
-    """
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise ValueError(f"the document needs one line {BEGIN} and one line {END}, between which the table goes")
-    before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n{summary(rows)}\n{END}{rest.split(END)[1]}"
-
-
 def report(rows: Sequence[Row]) -> str:
-    """All tables, with what has to be known about the rows."""
+    """All tables, with notes on the rows."""
     found = grid_rows(rows)
-    parts = []
+    parts = ["## In one table", summary(found), in_words(found)] if tested_places(found) else []
     for task in tasks(rows):
         parts.append(f"## {task}")
         if choose(found, split="test", task=task):
@@ -370,7 +346,7 @@ def report(rows: Sequence[Row]) -> str:
             parts += ["### Alignments: test images", by_alignment(found, task)]
             parts += ["### Hidden patches: test images", by_occlusion(found, task)]
         for metric in ("accuracy", "nll", "ece"):
-            parts += [f"### {METRICS[metric][0]} by ratio: held-out images", by_ratio(found, task, metric)]
+            parts += [f"### {METRICS[metric].label} by ratio: held-out images", by_ratio(found, task, metric)]
         for column in ("schedule", "pattern"):
             if len({row[column] for row in choose(found, task=task, regulariser="dropkey")}) > 1:
                 parts += [f"### By {column}: held-out images", at_equal_ratios(found, task, column)]

@@ -1,7 +1,6 @@
 """Figures of results: curves with bands over seeds, and differences with intervals.
 
-Everything is handed in as intervals, so that a figure shows what `results.interval` computed. Colours and marks as in
-`plots`.
+The arguments are intervals, computed by `intervals.interval`. Colours are those of `plots`.
 """
 
 import textwrap
@@ -9,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from ..extras import needed
 from ..intervals import Interval, interval
-from ..plots import BOX_COLORS
+from ..plots import LINE_COLORS, LINE_STYLES, MARKERS
+
+
+with needed("plots"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 Curve = Mapping[float, Interval]
-# yellow is too light for a line on white
-LINE_COLORS = tuple(color for color in BOX_COLORS if color != "#F0E442")
-LINE_STYLES = ("-", "--", "-.", ":")
-MARKERS = "os^Dvp"
 ONE_SEED = "one seed, no interval"
 
 
@@ -32,18 +31,19 @@ def curves(
     title: str,
     levels: Mapping[str, Mapping[str, Interval]] | None = None,
 ) -> Figure:
-    """Lines with a band for the 95 % interval over seeds, a panel for each task; a name has one look in all panels.
+    """Lines with a band for the 95 % interval over seeds, a panel for each task; a name has one style in all panels.
 
-    A curve of a single seed is drawn without a band, and the legend says so; one of mixed numbers has none where it is one.
+    A curve of a single seed has no band, and its legend says so; with mixed numbers of seeds the band has no height
+    there.
 
     Args:
         panels: For each panel, for each name, the intervals by place on the x axis.
-        xlabel, ylabel: What the axes show, with units.
-        title: What the reader sees, with where it comes from.
-        levels: For each panel, by name, what does not depend on x: a horizontal line with its band.
+        xlabel, ylabel: Quantities with units.
+        title: Metric and data.
+        levels: For each panel, by name, an interval that does not depend on x: a horizontal line with its band.
 
     Raises:
-        ValueError: There is no panel, or one has neither curve nor level.
+        ValueError: No panels, or a panel without curves and levels.
     """
     levels = levels or {}
     empty = [name for name in panels if not panels[name] and not levels.get(name)]
@@ -61,7 +61,7 @@ def curves(
             places = sorted(curve)
             found = [curve[x] for x in places]
             axis.plot(places, [one.mean for one in found], label=_label(name, found), ms=5, **look)
-            # where there is one seed, the band has no height
+            # with one seed the band has no height
             if any(one.n > 1 for one in found):
                 axis.fill_between(
                     places,
@@ -80,16 +80,16 @@ def curves(
 def differences(panels: Mapping[str, Mapping[str, Interval]], *, xlabel: str, title: str) -> Figure:
     """Differences to a baseline as points with their 95 % intervals, one line each, and a line at no difference.
 
-    What is shown filled differs from 0 by more than its interval; the others are hollow. One seed has no interval, and the
-    name says what its missing bar means.
+    A filled point differs from 0 by more than its interval; the others are hollow. One seed has no interval, which its
+    name says.
 
     Args:
         panels: For each panel, the differences by name; the names of the first panel, in its order, come first.
-        xlabel: What is subtracted from what, with the unit.
-        title: What the reader sees, with where it comes from.
+        xlabel: The difference, with its unit.
+        title: Metric and data.
 
     Raises:
-        ValueError: There is nothing to draw.
+        ValueError: No differences.
     """
     names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     if not names:
@@ -124,17 +124,17 @@ def training_curves(
 
     Args:
         runs: For each name, the `log_history` of each run's `trainer_state.json`.
-        metric: What was logged, such as "loss" or "eval_accuracy".
-        title: What the reader sees, with where it comes from.
+        metric: The logged quantity, such as "loss" or "eval_accuracy".
+        title: Metric and data.
 
     Raises:
-        ValueError: A run has no such value, or runs of one name logged at different steps.
+        ValueError: A run has not logged the metric, or runs of one name logged it at different steps.
     """
     panel: dict[str, Curve] = {}
     for name, histories in runs.items():
         logged = [{int(entry["step"]): entry[metric] for entry in run if metric in entry} for run in histories]
         if not logged or not all(logged):
-            raise ValueError(f"a run of {name!r} logged no {metric!r}; log it in training, or draw another value")
+            raise ValueError(f"a run of {name!r} logged no {metric!r}; log it in training, or draw another metric")
         if any(run.keys() != logged[0].keys() for run in logged):
             raise ValueError(f"the runs of {name!r} logged {metric!r} at different steps; draw runs of one recipe")
         panel[name] = {step: interval([run[step] for run in logged]) for step in logged[0]}
@@ -143,7 +143,7 @@ def training_curves(
 
 
 def _look(number: int) -> dict[str, str]:
-    """Colour, line and mark of a name: told apart in grey too."""
+    """Colour, line and marker of a name; they differ in grey too."""
     return {
         "color": LINE_COLORS[number % len(LINE_COLORS)],
         "ls": LINE_STYLES[number % len(LINE_STYLES)],
@@ -173,5 +173,5 @@ def _finish(figure: Figure, title: str) -> None:
 
 
 def _write_title(figure: Figure, title: str) -> None:
-    """The title, in as many lines as the figure's width asks for."""
+    """The title, in lines that fit the figure's width."""
     figure.suptitle(textwrap.fill(title, int(13 * figure.get_figwidth())), fontsize=10)

@@ -1,9 +1,9 @@
-"""Experiments as data: a grid of cells, each the training of one model, and what is measured on its weights.
+"""Experiments as data: a grid of cells, each the training of one model, and the metrics of its weights.
 
-A grid names a recipe of `scripts/train_image_classification.py` and lists cells (model x regulariser x ratio x schedule x
-pattern x alignment x number of images x seed). Each is trained by the same code as that script's, on the training
-rows but for a held-out part, and measured on that part. The ratio of each kind of cell is chosen there, and the test
-images are looked at once, after that.
+A grid names a recipe of `scripts/train_image_classification.py` and lists cells (model x regulariser x ratio x
+schedule x pattern x alignment x number of images x seed). Each is trained by the code of that script, on the training
+rows without a held-out part, and measured on that part. The ratio of each kind of cell is chosen there; the test
+images are used once, after that.
 """
 
 import itertools
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
 
 from ..classification.arguments import DataArguments
@@ -24,6 +23,7 @@ from ..classification.data import ImageData, load_image_data
 from ..classification.job import ClassificationJob
 from ..classification.model import image_size, set_classes
 from ..classification.transform import ImageTransform, collate_images
+from ..extras import needed
 from ..hub.cards import shown_command
 from ..inference import monte_carlo_predict
 from ..models.dropkey import PATTERNS, SCHEDULES
@@ -33,17 +33,21 @@ from .rows import CELL_COLUMNS, Row, by_cell, choose
 from .timing import commit
 
 
+with needed("train"):
+    from datasets import Dataset
+
+
 NONE = "none"
 REGULARISERS = (NONE, "attention dropout", "dropkey")
 MONTE_CARLO, FINE_TUNE = "monte-carlo", "fine-tune"
 ALIGNMENTS = (NONE, MONTE_CARLO, FINE_TUNE)
 ALL_IMAGES = "all"
-# share of the steps, the last ones, that the fine-tune trains without DropKey
-FINE_TUNE_SHARE = 0.1
+# fraction of the steps, the last ones, that the fine-tune trains without DropKey
+FINE_TUNE_FRACTION = 0.1
 MASKS = 20
-# in a cell's folder: what it was told when it began, and what it took when it was whole
+# in a cell's folder: its settings at the start, and beside them its facts at the end
 BEGUN, DONE = "begun.json", "experiment.json"
-# what every cell has a row of, and of these a smaller value is better
+# metrics of every cell, and those of which a smaller value is better
 SELECTABLE = ("accuracy", "nll", "ece")
 LOWER_IS_BETTER = ("nll", "ece")
 UNITS = {"nll": "nats", "train_nll": "nats", "train_seconds": "s", "parameters": "count"}
@@ -51,7 +55,7 @@ UNITS = {"nll": "nats", "train_nll": "nats", "train_seconds": "s", "parameters":
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One training, or with a Monte-Carlo alignment another way to use the weights of one.
+    """One training run, or another evaluation of its weights (Monte-Carlo inference).
 
     Attributes:
         model: Name of a model of the grid.
@@ -61,7 +65,7 @@ class Cell:
         pattern: Of DropKey; "none" for the others.
         alignment: One of `ALIGNMENTS`.
         train_images: Number of training images, or "all".
-        seed: Of the weights, the order of images, and what is dropped.
+        seed: Of the weights, the order of images, and the masks.
     """
 
     model: str
@@ -74,15 +78,15 @@ class Cell:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value that no cell can have."""
+        """Raises ValueError for a value outside its range."""
         for name, kinds in (("ratio", (int, float)), ("seed", int)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kinds) or value < 0:
-                raise ValueError(f"unknown cell: {name} {value!r}; give a number from 0 on, without quotes")
-        # 0 and 0.0 are one cell, of one name
+                raise ValueError(f"unknown cell: {name} {value!r}; pass a number from 0 on, without quotes")
+        # 0 and 0.0 are one cell
         object.__setattr__(self, "ratio", float(self.ratio))
         if float(f"{self.ratio:g}") != self.ratio:
-            raise ValueError(f"unknown cell: ratio {self.ratio!r}; rows hold six digits of it, give no more")
+            raise ValueError(f"unknown cell: ratio {self.ratio!r}; rows hold six digits, so pass at most six")
         dropkey = self.regulariser == "dropkey"
         allowed: dict[str, Sequence[Any]] = {
             "regulariser": REGULARISERS,
@@ -103,7 +107,7 @@ class Cell:
             )
         images = self.train_images
         if images != ALL_IMAGES and not (isinstance(images, int) and not isinstance(images, bool) and images > 0):
-            raise ValueError(f"unknown cell: train_images {images!r}; give a number from 1 on, or {ALL_IMAGES!r}")
+            raise ValueError(f"unknown cell: train_images {images!r}; pass a number from 1 on, or {ALL_IMAGES!r}")
 
     @property
     def trained(self) -> "Cell":
@@ -112,29 +116,29 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """A name for a folder, the same for all cells that share weights."""
+        """The name of the folder, one for all cells that share weights."""
         words = [str(value) for name, value in asdict(self.trained).items() if name != "seed" and value != NONE]
         return "_".join([*words, f"seed{self.seed}"]).replace(" ", "-")
 
     def kind(self) -> tuple[str, ...]:
-        """What the ratio is chosen for: the cell without ratio and seed."""
+        """The cell without ratio and seed: a ratio is chosen for each kind."""
         return tuple(str(value) for name, value in asdict(self).items() if name not in ("ratio", "seed"))
 
     def arguments(self) -> list[str]:
-        """What `scripts/train_image_classification.py` has to be told beside recipe, model and folder."""
+        """The arguments of `scripts/train_image_classification.py` beside those of recipe, model and folder."""
         given: dict[str, Any] = {"seed": self.seed, "dropkey_ratio": 0.0}
         if self.regulariser == "dropkey":
             given |= {"dropkey_ratio": self.ratio, "dropkey_schedule": self.schedule, "dropkey_pattern": self.pattern}
         elif self.regulariser == "attention dropout":
             given["attention_probs_dropout_prob"] = self.ratio
         if self.alignment == FINE_TUNE:
-            given["dropkey_alignment"] = FINE_TUNE_SHARE
+            given["dropkey_alignment"] = FINE_TUNE_FRACTION
         if self.train_images != ALL_IMAGES:
             given["max_train_samples"] = self.train_images
         return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
     def columns(self, grid: "Grid") -> dict[str, str]:
-        """What identifies the cell in a results file."""
+        """The columns that identify the cell in a results file."""
         values = {**asdict(self), "ratio": f"{self.ratio:g}", "experiment": grid.name, "task": grid.task}
         return {name: str(values[name]) for name in (*CELL_COLUMNS, "seed")}
 
@@ -145,13 +149,13 @@ class Grid:
 
     Attributes:
         name: The experiment's name in the results: that of the grid's file.
-        task: What the data is called.
+        task: Name of the data.
         recipe: The recipe that all cells start from, a path relative to the project's folder.
         models: For each model, the arguments that make it.
         cells: The cells, each once.
         select_by: The metric of the held-out images by which ratios are chosen.
         occlusion_patch: Side in pixels of the patches that occlusion hides.
-        about: For readers: the command, the machine, the time, what to expect.
+        about: For readers: command, machine, time and expected result.
     """
 
     name: str
@@ -167,11 +171,12 @@ class Grid:
     def load(cls, file: Path) -> "Grid":
         """Reads a grid: a JSON object with the attributes' names.
 
-        `cells` is a list of objects, each a product: every field has a list of values, or one. What DropKey cells leave
-        out is `schedule` "decreasing" and `pattern` "score"; `model` stands for all models. `seeds` is for all cells.
+        `cells` is a list of objects, each a product: every field has a list of values, or one. Defaults of DropKey
+        cells are `schedule` "decreasing" and `pattern` "score"; without `model` it is all models. `seeds` holds for
+        all cells.
 
         Raises:
-            ValueError: A field is missing or unknown, a cell is unknown, or no cell is listed.
+            ValueError: A field is missing or unknown, a cell is unknown, or there are no cells.
         """
         found = json.loads(file.read_text(encoding="utf-8"))
         wanted = {entry.name for entry in fields(cls)} - {"name"} | {"seeds"}
@@ -183,7 +188,7 @@ class Grid:
                 f"has {', '.join(sorted(wanted))}"
             )
         if not isinstance(found["seeds"], list):
-            raise ValueError(f"the grid {file} has the seeds {found['seeds']!r}; give a list, such as [0, 1, 2]")
+            raise ValueError(f"the grid {file} has the seeds {found['seeds']!r}; pass a list, such as [0, 1, 2]")
         if found["select_by"] not in SELECTABLE:
             raise ValueError(
                 f"the grid {file} selects by {found['select_by']!r}; every cell has {', '.join(SELECTABLE)}"
@@ -225,7 +230,7 @@ class Grid:
                     yield Cell(**given, seed=seed)
 
     def groups(self, cells: Sequence[Cell]) -> list[list[Cell]]:
-        """Cells that share weights, in the order of their seeds, so that an interrupted grid has whole comparisons."""
+        """Cells grouped by weights, in the order of seeds, so that an interrupted grid has whole comparisons."""
         found: dict[Cell, list[Cell]] = {}
         for cell in sorted(cells, key=lambda cell: cell.seed):
             found.setdefault(cell.trained, []).append(cell)
@@ -240,10 +245,10 @@ def missing_cells(grid: Grid, rows: Sequence[Row], split: str) -> list[Cell]:
 
 
 def chosen_cells(grid: Grid, rows: Sequence[Row]) -> list[Cell]:
-    """For each kind of cell those, of all seeds, with the ratio that is best on the held-out images.
+    """For each kind of cell, the cells of all seeds with the ratio that is best on the held-out images.
 
     Raises:
-        ValueError: The grid is not finished, or the test images were looked at with another ratio before.
+        ValueError: The grid is not finished, or the test images were used with another ratio before.
     """
     missing = missing_cells(grid, rows, "validation")
     if missing:
@@ -259,19 +264,19 @@ def chosen_cells(grid: Grid, rows: Sequence[Row]) -> list[Cell]:
         means.setdefault(cell.kind(), {})[cell.ratio] = sign * sum(values.values()) / len(values)
     best = {kind: min(ratios, key=lambda ratio: ratios[ratio]) for kind, ratios in means.items()}
     chosen = [cell for cell in grid.cells if cell.ratio == best[cell.kind()]]
-    looked = {
-        tuple(row[name] for name in CELL_COLUMNS) for row in choose(rows, experiment=grid.name, split="test")
-    } - {tuple(cell.columns(grid)[name] for name in CELL_COLUMNS) for cell in chosen}
-    if looked:
+    used = {tuple(row[name] for name in CELL_COLUMNS) for row in choose(rows, experiment=grid.name, split="test")} - {
+        tuple(cell.columns(grid)[name] for name in CELL_COLUMNS) for cell in chosen
+    }
+    if used:
         raise ValueError(
-            f"the test images were looked at with cells that are not chosen now: {min(looked)}; a second choice "
-            "after a look at the test is none. Give the changed grid another name"
+            f"the test images were used with cells that are not chosen now: {min(used)}; the ratio must not be chosen "
+            "again after the test. Save the changed grid under another name"
         )
     return chosen
 
 
 def job_of(grid: Grid, cell: Cell, folder: Path, *, root: Path, data: Mapping[str, str]) -> ClassificationJob:
-    """The checked job that trains a cell into a folder; `data` are arguments of the data in place of the recipe's."""
+    """The checked job that trains a cell into a folder; `data` are arguments that replace those of the recipe."""
     job = ClassificationJob.parse([str(root / grid.recipe), *words_of(grid, cell, folder, data=data)])
     job.check()
     sides = image_size(job.config)
@@ -290,33 +295,34 @@ def command_of(grid: Grid, cell: Cell, folder: Path) -> str:
 
 
 def words_of(grid: Grid, cell: Cell, folder: Path, *, data: Mapping[str, str]) -> list[str]:
-    """What `scripts/train_image_classification.py` is told after the recipe."""
+    """The arguments of `scripts/train_image_classification.py` after the recipe."""
     given = {**grid.models[cell.model], **data, "hold_out_validation": "True"}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     return [*words, *cell.arguments(), "--output_dir", str(folder)]
 
 
 def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The trained model of a job and what its training took, from its folder if it is there already.
+    """The trained model of a job and the facts of its training, read from its folder if it is finished.
 
-    A run that was stopped goes on from its last whole checkpoint, if its recipe saves any, and else begins anew.
+    An interrupted run continues from its last whole checkpoint, if its recipe saves any, and else starts again.
 
     Raises:
-        ValueError: The folder holds weights, or the start of a run, that were trained otherwise.
+        ValueError: The folder holds a run with other settings, finished or not.
     """
     data = cached_data(**asdict(job.data))
     set_classes(job.config, job.model, data.label_names)
-    told = job.settings()
+    settings = job.settings()
     facts: dict[str, Any] = {}
     for facts_file in (folder / DONE, folder / BEGUN):
         if not facts_file.is_file():
             continue
         facts = json.loads(facts_file.read_text(encoding="utf-8"))
-        # what an older release did not write down is not known to differ
-        changed = sorted(name for name in told.keys() & facts["told"].keys() if facts["told"][name] != told[name])
+        # a setting that an older release did not record is not known to differ
+        recorded = facts["told"]
+        changed = sorted(name for name in settings.keys() & recorded.keys() if recorded[name] != settings[name])
         if changed:
             raise ValueError(
-                f"{folder} holds a run of another recipe (other {', '.join(changed)}); delete it, or choose another "
+                f"{folder} holds a run with other settings ({', '.join(changed)}); delete it, or choose another "
                 "--output_dir"
             )
         if facts_file.name == DONE:
@@ -325,7 +331,7 @@ def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, d
     if sort_by_wholeness(folder)[0]:
         if not facts:
             raise ValueError(
-                f"{folder} holds the start of a run whose recipe is not known; delete it, or choose another --output_dir"
+                f"{folder} holds the start of a run whose settings are not known; delete it, or choose another --output_dir"
             )
         checkpoint = prepare_output_folder(folder, resume="true", overwrite=False)
         before = facts["git_sha"]
@@ -333,7 +339,7 @@ def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, d
     elif folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"told": told, "git_sha": trained_at}
+    facts = {"told": settings, "git_sha": trained_at}
     write_facts(folder / BEGUN, facts)
     set_seed(job.training.seed)
     trainer = job.trainer(job.make_model(data), data)
@@ -342,17 +348,17 @@ def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, d
     trainer.save_state()
     trained: Any = trainer.model
     facts |= {"epochs": round(float(trainer.state.epoch or 0), 3), "parameters": trained.num_parameters()}
-    # a run that went on knows the time of its last part only
+    # a resumed run knows the time of its last part only
     if checkpoint is None:
         facts["train_seconds"] = result.metrics["train_runtime"]
-    # written last: it says that the folder is whole
+    # written last: it marks the folder as finished
     write_facts(folder / DONE, facts)
     (folder / BEGUN).unlink()
     return trained, facts
 
 
 def write_facts(file: Path, facts: Mapping[str, Any]) -> None:
-    """Writes a JSON file that is whole or not there, whenever this process is ended."""
+    """Writes a JSON file atomically, so that it is whole whenever this process ends."""
     draft = file.with_suffix(".part")
     draft.write_text(json.dumps(facts) + "\n", encoding="utf-8")
     draft.replace(file)
@@ -360,33 +366,33 @@ def write_facts(file: Path, facts: Mapping[str, Any]) -> None:
 
 @cache
 def cached_data(**arguments: Any) -> ImageData:
-    """The data of some arguments, read once in a process."""
+    """The training data for some arguments, read once in a process."""
     return load_image_data(DataArguments(**arguments), training=True)
 
 
 @cache
 def cached_test_data(**arguments: Any) -> ImageData:
-    """The same for the evaluation split, which training never sees."""
+    """The same for the evaluation split, which training does not use."""
     return load_image_data(DataArguments(**arguments), training=False)
 
 
 def data_to_test(data: DataArguments) -> ImageData:
-    """The images to look at once.
+    """The test images.
 
     Raises:
-        ValueError: The data has no split for it, so that its place would be taken by images that ratios are chosen on.
+        ValueError: The data has no split for them, so that ratios would be tested on the images they were chosen on.
     """
     found = cached_test_data(**asdict(replace(data, hold_out_validation=False, max_train_samples=None)))
     if found.evaluation_split.endswith(f" of {data.train_split_name}"):
         raise ValueError(
-            f"the data has no split for the test, only {data.train_split_name!r}, whose held-out part chooses the ratios; "
-            "give one with --validation_file"
+            f"the data has no split for the test, only {data.train_split_name!r}, on whose held-out part ratios are chosen; "
+            "pass one with --validation_file"
         )
     return found
 
 
 def tensors(rows: Dataset, job: ClassificationJob, data: ImageData) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images of some rows as the model takes them, `[B, channels, H, W]`, and their labels `[B]`."""
+    """All images of some rows as inputs of the model, `[B, channels, H, W]`, and their labels `[B]`."""
     transform = ImageTransform(job.processor, label_ids=data.label_ids, num_channels=job.config.num_channels)
     batch = collate_images(rows.with_transform(transform).__getitems__(list(range(len(rows)))))
     return batch["pixel_values"], batch["labels"]
@@ -395,18 +401,18 @@ def tensors(rows: Dataset, job: ClassificationJob, data: ImageData) -> tuple[tor
 def measure(
     grid: Grid, cells: Sequence[Cell], folder: Path, *, split: str, root: Path, data: Mapping[str, str]
 ) -> list[dict[str, str]]:
-    """Trains the weights that some cells share, unless they are there, and measures each cell on a split.
+    """Trains the weights that some cells share, unless they exist, and measures each cell on a split.
 
     Args:
         grid: The grid.
         cells: Cells of the same weights.
         folder: The folder of these weights.
-        split: "validation" for the held-out part of the training rows, "test" for the split for evaluation.
+        split: "validation", the held-out part of the training rows, or "test", the evaluation split.
         root: The project's folder.
-        data: Arguments of the data in place of the recipe's.
+        data: Arguments of the data that replace those of the recipe.
 
     Returns:
-        Rows without their origin but for `git_sha`, the commit that trained the weights.
+        Rows without their origin, except `git_sha`, the commit that trained the weights.
     """
     job = job_of(grid, cells[0].trained, folder, root=root, data=data)
     trained, facts = train_cell(job, folder)
@@ -430,10 +436,10 @@ def measure(
             metrics |= {f"train_{name}": train[name] for name in ("accuracy", "nll")}
             metrics["accuracy_gap"] = train["accuracy"] - metrics["accuracy"]
             occluded = occlusion_accuracy(model, pixel_values, labels, patch=grid.occlusion_patch)
-            metrics |= {f"accuracy_at_occlusion_{share:g}": value for share, value in occluded.items()}
+            metrics |= {f"accuracy_at_occlusion_{fraction:g}": value for fraction, value in occluded.items()}
             metrics |= {name: facts[name] for name in ("train_seconds", "parameters") if name in facts}
         shared = {"epochs": f"{facts['epochs']:g}", "split": split, "images": str(len(labels))}
-        # folders of older releases do not tell
+        # not recorded by older releases
         shared["git_sha"] = facts.get("git_sha", "unknown")
         rows += [
             {
@@ -451,11 +457,11 @@ def measure(
 def monte_carlo_metrics(
     model: PreTrainedModel, pixel_values: torch.Tensor, labels: torch.Tensor, *, seed: int
 ) -> dict[str, float]:
-    """`classification_metrics` of the mean prediction over `MASKS` random masks, other ones for each thousand images."""
+    """`classification_metrics` of the mean prediction over `MASKS` masks, with a seed for each thousand images."""
     predictions = [
         monte_carlo_predict(model, {"pixel_values": part}, samples=MASKS, seed=seed + number)
         for number, part in enumerate(pixel_values.split(1000))
     ]
     probabilities = torch.cat([prediction.probabilities for prediction in predictions])
-    # log-probabilities are logits; a probability that has vanished in float32 must not become infinite
+    # log-probabilities are logits; one that underflows in float32 must stay finite
     return metrics_of(probabilities.clamp_min(torch.finfo(torch.float32).tiny).log(), labels)

@@ -1,7 +1,6 @@
-"""Rows of experiments, and what they say: reading and checking them, intervals over seeds, differences, origins.
+"""Rows of experiments: reading, checking and selecting them, and warnings about mixed origins.
 
-A row is one number of one run with all that identifies it: the file is the only source of tables, figures and cards. May
-import NumPy and SciPy; no model.
+A row is one number of one run with all that identifies it: the file is the only source of tables, figures and cards.
 """
 
 import csv
@@ -13,7 +12,7 @@ from typing import Any
 
 Row = Mapping[str, str]
 Key = tuple[str, ...]
-# what was trained: two rows that agree in these and in the seed are of the same weights, but for a Monte-Carlo alignment
+# rows that agree in these and in the seed are of the same weights, except those with a Monte-Carlo alignment
 CELL_COLUMNS = (
     "experiment",
     "task",
@@ -25,7 +24,7 @@ CELL_COLUMNS = (
     "alignment",
     "train_images",
 )
-# what was measured, on how many images, and where the row comes from
+# the measurement, and the origin of the row
 VALUE_COLUMNS = ("seed", "epochs", "split", "images", "metric", "value", "unit")
 ORIGIN_COLUMNS = ("command", "git_sha", "transformers", "torch", "device", "threads")
 COLUMNS = (*CELL_COLUMNS, *VALUE_COLUMNS, *ORIGIN_COLUMNS)
@@ -35,11 +34,11 @@ def read_rows(file: Path) -> list[dict[str, str]]:
     """The rows of a results file, checked.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A column is missing, a field of a row is empty, or a value is no number; with the line.
+        FileNotFoundError: The file does not exist.
+        ValueError: A column is missing, a field is empty, or a value is not a number; the message has the line.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"there are no results in {file}; scripts/run_experiments.py writes them")
+        raise FileNotFoundError(f"the file of results {file} does not exist; scripts/run_experiments.py writes it")
     with file.open(encoding="utf-8", newline="") as lines:
         reader = csv.DictReader(lines)
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
@@ -55,7 +54,7 @@ def read_rows(file: Path) -> list[dict[str, str]]:
             )
         if not _is_finite(row["value"]):
             raise ValueError(
-                f"line {line} of {file} has the value {row['value']!r}, no finite number; mend it, or delete the row"
+                f"line {line} of {file} has the value {row['value']!r}, not a finite number; correct it, or delete the row"
             )
     return rows
 
@@ -71,11 +70,11 @@ def choose(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     """The rows whose columns have the wanted values; a list, tuple or set allows each of its values.
 
     Raises:
-        ValueError: A name is no column.
+        ValueError: A name is not that of a column.
     """
     unknown = sorted(set(wanted) - set(COLUMNS))
     if unknown:
-        raise ValueError(f"{unknown} are no columns; a results file has {', '.join(COLUMNS)}")
+        raise ValueError(f"there are no columns {unknown}; a results file has {', '.join(COLUMNS)}")
     allowed = {
         name: {str(one) for one in value} if isinstance(value, list | tuple | set) else {str(value)}
         for name, value in wanted.items()
@@ -84,11 +83,11 @@ def choose(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 
 def by_cell(rows: Iterable[Row], columns: Sequence[str], metric: str) -> dict[Key, dict[str, float]]:
-    """The values of a metric: for each cell, told by some columns, a value for each seed.
+    """The values of a metric: for each cell, identified by some columns, a value for each seed.
 
     Raises:
-        ValueError: A cell has two values for one seed, so that the columns do not tell the cells apart, or a run was
-            recorded twice.
+        ValueError: A cell has two values for one seed: the columns do not distinguish the cells, or a run was recorded
+            twice.
     """
     found: dict[Key, dict[str, float]] = {}
     for row in rows:
@@ -98,16 +97,16 @@ def by_cell(rows: Iterable[Row], columns: Sequence[str], metric: str) -> dict[Ke
         if row["seed"] in cell:
             named = ", ".join(f"{name} {row[name]}" for name in columns)
             raise ValueError(
-                f"two values of {metric} for seed {row['seed']} of the cell with {named}; tell the cells apart by more "
-                "columns, or delete one of the rows"
+                f"two values of {metric} for seed {row['seed']} of the cell with {named}; distinguish the cells by "
+                "more columns, or delete one of the rows"
             )
         cell[row["seed"]] = float(row["value"])
     return found
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
-    """What a reader of a comparison of these rows has to know: several commits, changed trees, devices or versions."""
-    told = []
+    """Notes for readers of a comparison of these rows: several commits, devices or versions, uncommitted code."""
+    notes = []
     for name, meaning in (
         ("git_sha", "rows of different commits may not be comparable"),
         ("device", "bits differ between devices"),
@@ -116,7 +115,7 @@ def warnings(rows: Sequence[Row]) -> list[str]:
     ):
         values = sorted({row[name] for row in rows})
         if len(values) > 1:
-            told.append(f"mixed {name}: {', '.join(values)}; {meaning}")
+            notes.append(f"mixed {name}: {', '.join(values)}; {meaning}")
     if any("-changed" in row["git_sha"] for row in rows):
-        told.append("some rows were measured on code that no commit holds")
-    return told
+        notes.append("some rows were measured on code that no commit holds")
+    return notes

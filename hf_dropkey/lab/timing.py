@@ -1,7 +1,6 @@
-"""Measuring variants of one job against each other: interleaved times, peak memory, tidy rows in a CSV file.
+"""Comparing variants of one job: interleaved times, peak memory, tidy rows in a CSV file.
 
-Machines drift, so what counts is the ratio of two variants in the same round, and its median over rounds. May import
-torch and Transformers; no model.
+Machines drift, so variants are compared by their ratio in the same round, and its median over rounds.
 """
 
 import csv
@@ -43,14 +42,14 @@ def spread(values: Sequence[float]) -> Spread:
 def interleaved_times(
     jobs: Mapping[str, Job], rounds: int, *, device: torch.device, repeats: int = 1, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """The time of each job in each round, in milliseconds; every round runs all jobs, each time from another one on.
+    """The time of each job in each round, in milliseconds; every round runs all jobs, starting with another one.
 
     Args:
-        jobs: What to run, by name.
-        rounds: How often.
-        device: Where the jobs run: waited for before a clock is read.
-        repeats: Runs of a job between two readings of the clock; the time is that of one run.
-        warmup: Rounds not counted, first.
+        jobs: The jobs, by name.
+        rounds: Number of rounds.
+        device: The device of the jobs, which is synchronised before the clock is read.
+        repeats: Runs of a job between two readings of the clock; the result is the time of one run.
+        warmup: Rounds before the first one that counts.
     """
     names = list(jobs)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -73,13 +72,13 @@ def ratios(times: Sequence[float], baseline: Sequence[float]) -> list[float]:
 
 
 def wait_for(device: torch.device) -> None:
-    """Waits until the device has done all it was asked to."""
+    """Waits until the device has finished all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def peak_memory(job: Job, device: torch.device) -> int:
-    """The bytes that torch allocates during `job` above what it held before, at their highest.
+    """The peak of the bytes that torch allocates during `job`, above those allocated before.
 
     Raises:
         ValueError: The device is neither a CPU nor CUDA.
@@ -108,11 +107,11 @@ def peak_memory(job: Job, device: torch.device) -> int:
 def commit() -> str:
     """The commit of this code, with "-changed" where files differ from it; "unknown" outside a repository.
 
-    Asked once in a process, which goes on with the code that it loaded.
+    Determined once in a process, which keeps running the code that it loaded.
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    # what earlier rows did to the file they went to changes no code
+    # appended rows change no code
     places = ["--", ":(top)", ":(top,exclude)model_cards"]
     changed = subprocess.run(
         [*git, "status", "--porcelain", "-uno", *places], capture_output=True, text=True, check=False
@@ -122,7 +121,7 @@ def commit() -> str:
 
 
 def origin(device: torch.device, command: str) -> dict[str, str | int]:
-    """Where a row comes from: command, commit, versions, device, threads."""
+    """The origin of a row: command, commit, versions, device, threads."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "command": command,
@@ -135,7 +134,7 @@ def origin(device: torch.device, command: str) -> dict[str, str | int]:
 
 
 def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Appends rows to a CSV file in one write, so that several processes can and a killed one leaves no half row.
+    """Appends rows to a CSV file in one write, so that concurrent or killed processes leave no partial row.
 
     A new file gets a header.
 
@@ -149,7 +148,7 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     if file.exists() and file.stat().st_size:
         check_columns(file, columns)
-        # somebody's editor may have left the last line open
+        # an editor may have removed the last newline
         with file.open("rb") as old_bytes:
             old_bytes.seek(-1, os.SEEK_END)
             text.write("" if old_bytes.read() == b"\n" else "\n")
@@ -162,7 +161,7 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_columns(file: Path, columns: Sequence[str]) -> None:
-    """Raises ValueError for a CSV file with other columns than rows to append would have."""
+    """Raises ValueError for a CSV file with other columns than those of the rows to append."""
     with file.open(encoding="utf-8", newline="") as old:
         header = next(csv.reader(old), [])
     if header != list(columns):

@@ -1,6 +1,7 @@
 """The models, and what they share: all that travels with a checkpoint."""
 
 from .configuration_dropkey_ceit import DropKeyCeitConfig
+from .configuration_dropkey_features import DropKeyFeaturesConfig
 from .configuration_dropkey_hoi import DropKeyHoiConfig
 from .configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
 from .configuration_dropkey_vit import DropKeyViTConfig
@@ -10,6 +11,7 @@ from .modeling_dropkey_ceit import (
     DropKeyCeitModel,
     DropKeyCeitPreTrainedModel,
 )
+from .modeling_dropkey_features import DropKeyFeaturesForImageClassification
 from .modeling_dropkey_hoi import (
     DropKeyHoiForObjectDetection,
     DropKeyHoiModel,
@@ -39,6 +41,8 @@ __all__ = [
     "DropKeyCeitForImageClassification",
     "DropKeyCeitModel",
     "DropKeyCeitPreTrainedModel",
+    "DropKeyFeaturesConfig",
+    "DropKeyFeaturesForImageClassification",
     "DropKeyHoiConfig",
     "DropKeyHoiForObjectDetection",
     "DropKeyHoiModel",

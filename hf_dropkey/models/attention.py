@@ -1,15 +1,23 @@
-"""DropKey on each attention backend, in Transformers' calling convention.
+"""DropKey on each attention backend, in Transformers' calling convention; and one function over all of them.
 
 A backend is a function (module, query, key, value, attention_mask, ...) of `[B, H, N, D]` tensors that returns the
 output `[B, N, H, D]` and, on `eager`, the weights `[B, H, N, M]`. All settings are plain attributes of the attention
 module (`dropkey_ratio`, `dropkey_pattern`, `dropkey_window`), so the functions are stateless: a package copy and a
 checkpoint's copy of this file can share a process.
 
+Rules that hold on every backend: the same seed drops the same scores; a row never loses all its real keys; a query that
+may see no key gets 0, and gives no gradient.
+
+The pattern "token" has two ways. Leaving the dropped keys out of keys and values ("gathering", `keep_tokens`) costs less
+than no drop, and the backend needs no mask for it: so it is done by `dropkey_attention_forward` for `sdpa`, the fused
+kernel, `flash_attention_*` and whatever else is registered, and by `flex_attention` for itself, because it takes padding
+out of a `BlockMask`. `eager` alone masks, because its weights are shown, with a place for every key.
+
 This file travels with checkpoints: it imports torch, transformers and its neighbours only.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,60 +26,25 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .counter_hash import RowDraws, draw_seed, drop_bias_of_rows, row_draws, row_keys
-from .dropkey import (
-    DropKeySite,
-    drop_bias,
-    dropped_scores,
+from .attention_mask import (
+    additive,
+    additive_mask,
+    blind_rows,
+    is_drop_alone,
     keep_tokens,
-    padding_of,
-    protect_bias_rows,
-    protect_rows,
+    protected_drops,
     real_keys,
-    rows_can_empty,
+    settings_of,
 )
+from .counter_hash import draw_seed
+from .cpu_attention import can_redraw, redrawn_mask_attention
+from .dropkey import PATTERNS, DropKeySite, check_choice, check_ratio, ratio_of
 from .flex_attention import flex_dropkey_forward
-from .triton_attention import triton_dropkey_attention, unit_columns
+from .patterns import padding_of
+from .triton_attention import triton_dropkey_attention
 
 
-# what `dropped_scores` is told beside the seed and the shape: ratio, pattern, window, grid
-Settings = tuple[float, str, int, tuple[int, int] | None]
-
-
-def dropkey_is_active(module: DropKeySite) -> bool:
-    """Whether this attention module drops keys now: in training, with a ratio above 0.
-
-    An attribute `dropkey_mode` of "always" or "never" overrules training, for Monte-Carlo inference and for
-    comparisons.
-    """
-    mode = getattr(module, "dropkey_mode", "training")
-    return module.dropkey_ratio > 0 and (mode == "always" or (mode == "training" and module.training))
-
-
-def settings_of(module: DropKeySite, grid: tuple[int, int] | None) -> Settings:
-    """The DropKey settings of an attention module, as they are now."""
-    return module.dropkey_ratio, module.dropkey_pattern, module.dropkey_window, grid
-
-
-def drop_mask(
-    seed: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    settings: Settings,
-) -> torch.Tensor:
-    """The scores dropped for `seed`, True = dropped, with the rule that a row keeps a real key.
-
-    Returns:
-        bool, broadcastable to `[B, H, N, M]`.
-    """
-    ratio, pattern, window, grid = settings
-    real = real_keys(attention_mask)
-    shape = (*query.shape[:3], key.shape[2])
-    dropped = dropped_scores(seed, shape, ratio, pattern=pattern, window=window, grid=grid, real=real)
-    if real is None and not rows_can_empty(pattern, shape[3], ratio):
-        return dropped
-    return protect_rows(dropped, real)
+# --- the backends -----------------------------------------------------------------------------------------------------
 
 
 def eager_dropkey_forward(
@@ -86,194 +59,28 @@ def eager_dropkey_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """DropKey with explicit attention weights; softmax in float32 at least. See `dropkey_attention_forward`."""
     seed, settings = draw_seed(query.device), settings_of(module, grid)
-    if _only_drops(attention_mask, settings) and query.device.type == "cpu":
+    blind = None
+    if is_drop_alone(attention_mask, settings) and query.device.type == "cpu":
         # added by the matrix product itself, which spares three passes over the scores and one backward
-        bias = _additive_drop(seed, query, key, None, settings).flatten(0, 1)
+        bias = additive_mask(seed, query, key, None, settings).flatten(0, 1)
         products = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).mT, alpha=scaling)
         scores = products.unflatten(0, query.shape[:2])
     else:
         scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-        if attention_mask is not None and attention_mask.is_floating_point():
-            scores = scores + attention_mask
-        elif attention_mask is not None:
-            scores = scores.masked_fill(~real_keys(attention_mask), torch.finfo(scores.dtype).min)
-        scores = scores.masked_fill(drop_mask(seed, query, key, attention_mask, settings), float("-inf"))
+        gone = protected_drops(seed, query, key, attention_mask, settings)
+        if attention_mask is not None:
+            real = real_keys(attention_mask)
+            blind = blind_rows(real)
+            # a row of -inf throughout would be NaN: it is computed over hidden keys, and not used
+            gone = (gone | ~real) & ~blind
+            if attention_mask.is_floating_point():
+                scores = scores + attention_mask.masked_fill(blind, 0.0)
+        scores = scores.masked_fill(gone, float("-inf"))
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    if blind is not None:
+        weights = weights.masked_fill(blind, 0.0)
     weights = nn.functional.dropout(weights, p=dropout, training=dropout > 0)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-def _only_drops(attention_mask: torch.Tensor | None, settings: Settings) -> bool:
-    """Whether the scores need nothing but independent drops."""
-    return attention_mask is None and settings[1] in ("score", "key")
-
-
-def _additive_drop(
-    seed: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    settings: Settings,
-) -> torch.Tensor:
-    """What to add to the scores so that dropped and padded keys leave the softmax, in the dtype of `query`."""
-    ratio, pattern, _, _ = settings
-    if _only_drops(attention_mask, settings):
-        bias = drop_bias(seed, (*query.shape[:3], key.shape[2]), ratio, pattern)
-        return protect_bias_rows(bias, pattern, ratio).to(query.dtype)
-    gone = drop_mask(seed, query, key, attention_mask, settings)
-    if attention_mask is not None and attention_mask.is_floating_point():
-        return attention_mask.to(query.dtype).masked_fill(gone, float("-inf"))
-    if attention_mask is not None:
-        gone = gone | ~real_keys(attention_mask)
-    zero, infinity = (torch.tensor(number, dtype=query.dtype, device=query.device) for number in (0, float("-inf")))
-    return torch.where(gone, infinity, zero)
-
-
-# of a batch: which images, all heads, which queries
-Part = tuple[slice, slice, slice]
-WHOLE = (slice(None), slice(None), slice(None))
-# the masks of all images at once would cost more time for fresh memory than for drawing
-PART_BYTES = 2**25
-
-
-def _parts(query: torch.Tensor, key: torch.Tensor) -> list[Part]:
-    """A batch cut so that the float32 scores of a part take at most `PART_BYTES`, or belong to one query of a few images.
-
-    PyTorch's backward pass on a CPU gives each thread whole heads, so a part holds a head for every thread; where that
-    is too much, its queries are cut.
-    """
-    images, heads, queries = query.shape[:3]
-    row_bytes = 4 * heads * key.shape[2]
-    needed = -(-torch.get_num_threads() // heads)
-    together = min(images, max(needed, PART_BYTES // (row_bytes * queries)))
-    cuts = -(-queries // max(1, PART_BYTES // (row_bytes * together)))
-    rows = -(-queries // cuts)
-    return [
-        (slice(image, image + together), slice(None), slice(row, row + rows))
-        for image in range(0, images, together)
-        for row in range(0, queries, rows)
-    ]
-
-
-def _row_draws(
-    seed: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    settings: Settings,
-) -> RowDraws | None:
-    """What `_additive_drops` makes masks of part by part, where it can; a few words for each row of scores."""
-    ratio, pattern, _, _ = settings
-    if torch.compiler.is_compiling() or pattern != "score" or not _only_drops(attention_mask, settings):
-        return None
-    return row_draws(*row_keys(seed, *query.shape[:3]), key.shape[2], ratio)
-
-
-def _additive_drops(
-    seed: torch.Tensor,
-    draws: RowDraws | None,
-    parts: list[Part],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    settings: Settings,
-) -> Iterator[tuple[Part, torch.Tensor]]:
-    """`_additive_drop`, from `draws` part by part; each part is written over the one before it."""
-    if draws is None:
-        yield parts[0], _additive_drop(seed, query, key, attention_mask, settings)
-        return
-    ratio, pattern, _, _ = settings
-    rows = math.prod(draws.k1[parts[0]].shape)
-    scratch = torch.empty(rows, key.shape[2], dtype=torch.int32, device=query.device)
-    for part in parts:
-        drawn = RowDraws(*(tensor[part] for tensor in draws))
-        bias = drop_bias_of_rows(drawn, key.shape[2], ratio, scratch)
-        yield part, protect_bias_rows(bias, pattern, ratio).to(query.dtype)
-
-
-def _joined(pieces: list[tuple[Part, torch.Tensor]], whole: torch.Tensor) -> torch.Tensor:
-    """The pieces of a batch in one tensor: the only one, or all of them written into `whole`."""
-    if len(pieces) == 1:
-        return pieces[0][1]
-    for part, piece in pieces:
-        whole[part] = piece
-    return whole
-
-
-class RedrawnMaskAttention(torch.autograd.Function):
-    """PyTorch's fused CPU attention with a mask that is drawn again in the backward pass, not kept.
-
-    Kept, the masks of all layers would cost as much memory as the weights that fused attention saves. What is kept is the
-    seed, and of the pattern "score" the few words of each row (`RowDraws`), whose making is a good part of the time.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        seed: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        settings: Settings,
-        scaling: float,
-    ) -> torch.Tensor:
-        """Returns the output `[B, H, N, D]`."""
-        draws = _row_draws(seed, query, key, attention_mask, settings)
-        # the number of threads may change until the backward pass
-        parts = [WHOLE] if draws is None else _parts(query, key)
-        outputs, log_sums = [], []
-        for part, mask in _additive_drops(seed, draws, parts, query, key, attention_mask, settings):
-            output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[part], key[part[0]], value[part[0]], 0.0, False, attn_mask=mask, scale=scaling
-            )
-            outputs.append((part, output))
-            log_sums.append((part, log_sum))
-        joined = _joined(outputs, torch.empty_like(query))
-        log_sum = _joined(log_sums, log_sum.new_empty(query.shape[:3]))
-        ctx.save_for_backward(query, key, value, seed, attention_mask, joined, log_sum, *(draws or (None, None, None)))
-        ctx.settings, ctx.scaling, ctx.parts = settings, scaling, parts
-        return joined
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Returns the gradients of query, key and value."""
-        query, key, value, seed, attention_mask, output, log_sum, k1, k2, thresholds = ctx.saved_tensors
-        draws = None if k1 is None else RowDraws(k1, k2, thresholds)
-        drops = _additive_drops(seed, draws, ctx.parts, query, key, attention_mask, ctx.settings)
-        query_pieces: list[tuple[Part, torch.Tensor]] = []
-        sums: list[torch.Tensor] = []
-        for part, mask in drops:
-            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                upstream[0][part],
-                query[part],
-                key[part[0]],
-                value[part[0]],
-                output[part],
-                log_sum[part],
-                0.0,
-                False,
-                attn_mask=mask,
-                scale=ctx.scaling,
-            )
-            query_pieces.append((part, found[0]))
-            if len(ctx.parts) == 1:
-                sums = list(found[1:])
-                break
-            # keys and values get a share from each part of the queries
-            wide = torch.promote_types(key.dtype, torch.float32)
-            sums = sums or [torch.zeros_like(tensor, dtype=wide) for tensor in (key, value)]
-            for total, share in zip(sums, found[1:], strict=True):
-                total[part[0]] += share
-        joined = _joined(query_pieces, torch.empty_like(query))
-        return joined, *(total.to(key.dtype) for total in sums), None, None, None, None
-
-
-def _can_redraw(query: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float) -> bool:
-    """Whether `RedrawnMaskAttention` computes this case: CPU, one width and dtype, no dropout, no gradient for the mask."""
-    plain_mask = attention_mask is None or not attention_mask.requires_grad
-    alike = query.shape[-1] == value.shape[-1] and query.dtype == value.dtype
-    return query.device.type == "cpu" and alike and dropout == 0 and plain_mask
 
 
 def sdpa_dropkey_forward(
@@ -288,16 +95,32 @@ def sdpa_dropkey_forward(
 ) -> tuple[torch.Tensor, None]:
     """DropKey through `scaled_dot_product_attention`. See `dropkey_attention_forward`."""
     seed, settings = draw_seed(query.device), settings_of(module, grid)
-    if _can_redraw(query, value, attention_mask, dropout):
-        # the operator below PyTorch's own checks reads the last dimension as if it were dense
-        query, key, value = (unit_columns(tensor) for tensor in (query, key, value))
-        output = RedrawnMaskAttention.apply(query, key, value, seed, attention_mask, settings, scaling)
+    if can_redraw(query, key, value, attention_mask, dropout):
+        output = redrawn_mask_attention(query, key, value, seed, attention_mask, settings, scaling)
     else:
-        mask = _additive_drop(seed, query, key, attention_mask, settings)
-        output = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
-        )
+        mask = additive_mask(seed, query, key, attention_mask, settings)
+        output = _masked_sdpa(query, key, value, mask, attention_mask, scaling, dropout)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _masked_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """PyTorch's attention under the additive or bool `mask` that was made from `attention_mask`, `[B, H, N, Dv]`."""
+    blind = None if attention_mask is None else blind_rows(real_keys(attention_mask))
+    if mask is not None and blind is not None:
+        # not every kernel of PyTorch gives 0 where all keys are hidden
+        mask = mask | blind if mask.dtype == torch.bool else mask.masked_fill(blind, 0.0)
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
+    return output if blind is None else output.masked_fill(blind, 0.0)
 
 
 def triton_dropkey_forward(
@@ -318,14 +141,14 @@ def triton_dropkey_forward(
         )
     padding = None
     if attention_mask is not None:
-        padding = padding_of(real_keys(attention_mask), f"attn_implementation {TRITON_NAME!r}")
+        padding = padding_of(real_keys(attention_mask), f"attn_implementation {TRITON_NAME!r}", attention_mask)
         padding = padding.expand(query.shape[0], -1)
     output = triton_dropkey_attention(
         query,
         key,
         value,
         draw_seed(query.device),
-        module.dropkey_ratio,
+        ratio_of(module),
         scaling=scaling,
         pattern=module.dropkey_pattern,
         padding=padding,
@@ -342,6 +165,44 @@ def _cleared_padding(
         # in self-attention it is a query too: nobody looks at its output, but its gradient would reach the real keys
         query = query.masked_fill(hidden & ~query.isfinite(), 0.0)
     return query, key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+
+
+def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Query, key and value in the dtype that autocast gives PyTorch's fused attention, which ours is not known to."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    # autocast leaves float64 alone
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def gathers_tokens(implementation: str) -> bool:
+    """Whether `dropkey_attention_forward` gathers the keys of the pattern "token" for this backend (see above)."""
+    return implementation in ALL_ATTENTION_FUNCTIONS.keys() - {"flex_attention"}
+
+
+def _plain_over_kept_tokens(
+    module: DropKeySite,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    implementation: str,
+    scaling: float,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The pattern "token" by gathering: the plain function of the backend, over the keys that are left."""
+    left = keep_tokens(key, value, attention_mask, module.dropkey_ratio)
+    mask = left.attention_mask
+    if implementation in ("sdpa", TRITON_NAME) and mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None]
+    plain = ALL_ATTENTION_FUNCTIONS[implementation]
+    output, weights = plain(
+        module, query, left.key, left.value, mask, scaling=scaling, dropout=dropout, is_causal=False
+    )
+    return output if left.blind is None else output.masked_fill(left.blind, 0.0), weights
 
 
 TRITON_NAME = "dropkey_triton"
@@ -412,16 +273,15 @@ def dropkey_attention_forward(
             "batches out, or set the ratio to 0 for them."
         )
     implementation = implementation or "eager"
+    if implementation != "eager":
+        query, key, value = _as_autocast(query, key, value)
     # the fused kernel never reads what padding holds
     if isinstance(attention_mask, torch.Tensor) and implementation != TRITON_NAME:
         query, key, value = _cleared_padding(query, key, value, attention_mask)
-    # flex_attention takes padding out of a BlockMask by itself
-    if module.dropkey_pattern == "token" and implementation in ALL_ATTENTION_FUNCTIONS.keys() - {"flex_attention"}:
-        key, value, attention_mask = keep_tokens(key, value, attention_mask, module.dropkey_ratio)
-        if implementation in ("sdpa", TRITON_NAME) and attention_mask is not None and attention_mask.ndim == 2:
-            attention_mask = attention_mask[:, None, None]
-        plain = ALL_ATTENTION_FUNCTIONS[implementation]
-        return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=False)
+    if module.dropkey_pattern == "token" and gathers_tokens(implementation):
+        return _plain_over_kept_tokens(
+            module, query, key, value, attention_mask, implementation=implementation, scaling=scaling, dropout=dropout
+        )
     backend = DROPKEY_BACKENDS.get(implementation)
     if backend is None:
         raise ValueError(
@@ -431,3 +291,107 @@ def dropkey_attention_forward(
             "pattern 'token', or with the ratio 0. Inference works on every backend."
         )
     return backend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, grid=grid)
+
+
+# --- for any module ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Site:
+    """The settings of one call, as an attention module has them."""
+
+    dropkey_ratio: float
+    dropkey_pattern: str
+    dropkey_window: int
+    training: bool = True
+    # as Transformers' attention functions read it
+    is_causal: bool = False
+
+
+def dropkey_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ratio: float,
+    *,
+    pattern: str = "score",
+    window: int = 3,
+    grid: tuple[int, int] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    backend: str | None = None,
+    training: bool = True,
+) -> torch.Tensor:
+    """Attention with DropKey for any `nn.Module`, where it would call PyTorch's `scaled_dot_product_attention`.
+
+    Args:
+        query: `[B, H, N, D]`, any float dtype that the backend takes.
+        key: `[B, H, M, D]`.
+        value: `[B, H, M, Dv]`.
+        ratio: Drop ratio in [0, 1).
+        pattern: What is dropped together: "score" (the paper), "key", "token", "block" or "cross"; see
+            `dropped_scores`.
+        window: Side of a block, or length of each arm of a cross, in patches.
+        grid: Patch rows and columns behind the keys, for "block" and "cross"; keys in front of them are no patches.
+            Default the largest square that fits, which suits a class token.
+        attention_mask: None; bool (True = attend) or additive float, broadcastable to `[B, H, N, M]`; padding `[B, M]` of
+            bool or integers; or additive float `[N, M]`. Additive values at or below -1e4 hide a key.
+        scaling: Factor on the scores, default `D ** -0.5`.
+        backend: "eager", "sdpa", "flex_attention" or "dropkey_triton"; default the one of `default_backend`. All drop
+            the same scores for the same state of torch's generator.
+        training: Whether to drop anything; pass the module's `self.training`.
+
+    Returns:
+        `[B, H, N, Dv]` in the dtype of the query (under autocast, of autocast). A query that may see no key gets 0.
+        Where nothing is dropped, PyTorch's own attention, on every backend.
+
+    Example:
+
+        def forward(self, x):
+            query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            return self.proj(dropkey_attention(query, key, value, 0.1, training=self.training).transpose(1, 2).flatten(2))
+
+    Raises:
+        TypeError: `ratio` is not a number.
+        ValueError: A ratio outside [0, 1), an unknown pattern or backend, tensors whose shapes do not belong together, a
+            mask of another form, or what the backend cannot do.
+    """
+    check_ratio(ratio, "ratio")
+    check_choice(pattern, PATTERNS, "pattern")
+    if backend is not None:
+        check_choice(backend, tuple(DROPKEY_BACKENDS), "backend")
+    shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
+    q, k, v = shapes
+    if any(len(shape) != 4 for shape in shapes) or not (q[:2] == k[:2] == v[:2] and k[2] == v[2] and q[3] == k[3]):
+        raise ValueError(
+            f"Expected query [B, H, N, D], key [B, H, M, D] and value [B, H, M, Dv], got {q}, {k} and {v}. Repeat keys "
+            "and values if several query heads share them."
+        )
+    if not training or ratio == 0:
+        return _plain_attention(query, key, value, attention_mask, scaling)
+    output, _ = dropkey_attention_forward(
+        _Site(ratio, pattern, window),
+        query,
+        key,
+        value,
+        attention_mask,
+        implementation=backend or default_backend(query.device.type, query.dtype),
+        scaling=q[3] ** -0.5 if scaling is None else scaling,
+        grid=grid,
+    )
+    return output.transpose(1, 2)
+
+
+def _plain_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """PyTorch's attention, with a mask of any form that `real_keys` takes."""
+    mask = attention_mask
+    if attention_mask is not None:
+        floats = attention_mask.is_floating_point()
+        mask = additive(attention_mask).to(query.dtype) if floats else real_keys(attention_mask)
+    return _masked_sdpa(query, key, value, mask, attention_mask, scaling)

@@ -7,18 +7,37 @@ import copy
 import operator
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import as_validated_field
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_in_module, get_relative_import_files, init_hf_modules
 
 from .dropkey import PATTERNS, SCHEDULES, check_choice, check_ratio, layer_ratios
 
 
 REMOTE_PACKAGE = "transformers_modules"
+
+
+def shadowing_fields(cls: type, names: Iterable[str]) -> list[str]:
+    """Which of `names`, as fields of a config.json, would take the place of a method or a class attribute of `cls`.
+
+    Transformers puts every field that a configuration class does not declare on the instance, where it hides what the
+    class has under that name: `_auto_class`, `attribute_map`, `to_dict`. Such a checkpoint decides what its reader saves.
+    """
+    declared = {field.name for field in fields(cls)} | {"auto_map", "model_type"}  # type: ignore[arg-type]  # a dataclass
+
+    def hidden(name: str) -> bool:
+        found = getattr(cls, name, None)
+        # read past the descriptor, as Transformers has properties of the class itself
+        own = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), found)
+        return hasattr(cls, name) and not (isinstance(own, property) and own.fset is not None)
+
+    return sorted(name for name in set(names) - declared if hidden(name))
 
 
 @as_validated_field
@@ -110,16 +129,27 @@ class DropKeyConfigMixin(RemotePickleMixin):
     family_auto_map: ClassVar[dict[str, str]] = {}
     # task -> what Transformers' `custom_pipelines` says of it, for every pipeline of the family
     family_pipelines: ClassVar[dict[str, dict[str, Any]]] = {}
-    # the same, or what a loaded checkpoint says
+    # of checkpoints of the plain model, which have the same weights
+    plain_model_types: ClassVar[tuple[str, ...]] = ()
+    # the same as `family_auto_map`, or what a loaded checkpoint says
     auto_map: ClassVar[dict[str, str]]
     custom_pipelines: ClassVar[dict[str, dict[str, Any]]]
 
     def __post_init__(self, **kwargs: Any) -> None:
+        shadowing = shadowing_fields(type(self), kwargs)
+        if shadowing:
+            raise ValueError(
+                f"config.json has {', '.join(shadowing)} as fields, which are methods or class attributes of "
+                f"{type(self).__name__}: it could plant code in what is saved from it. Do not use this checkpoint, or "
+                "delete them"
+            )
         # a plain checkpoint's "model_type" would shadow the class attribute that Transformers looks conversions up by
         kwargs.pop("model_type", None)
-        kwargs.setdefault("auto_map", dict(self.family_auto_map))
-        if self.family_pipelines:
-            kwargs.setdefault("custom_pipelines", copy.deepcopy(self.family_pipelines))
+        # the loader says where it read from; a name in the file would send `from_config` elsewhere for its code
+        kwargs.pop("_name_or_path", None)
+        kwargs.setdefault("auto_map", dict(type(self).family_auto_map))
+        if type(self).family_pipelines:
+            kwargs.setdefault("custom_pipelines", copy.deepcopy(type(self).family_pipelines))
         super().__post_init__(**kwargs)  # type: ignore[misc]  # the configuration class this is mixed into has it
 
     def validate_dropkey(self) -> None:
@@ -137,6 +167,25 @@ class DropKeyConfigMixin(RemotePickleMixin):
                 "dropkey_with_attention_dropout=True if you mean both."
             )
 
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in Transformers, from a checkpoint of this family or of the plain model that it extends.
+
+        Raises:
+            ValueError: The checkpoint is of another architecture, most of whose weights would be left out.
+        """
+        found, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]  # as in `__post_init__`
+        own: str = cls.model_type  # type: ignore[attr-defined]  # as above
+        kind = found.get("model_type", own)
+        if kind not in (own, *cls.plain_model_types):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has model_type {kind!r} and {cls.__name__} reads {', '.join((own, *cls.plain_model_types))}. Load "
+                "it with its own class, or an Auto class, and call hf_dropkey.apply_dropkey(model, ratio=...)."
+            )
+        return {**found, "model_type": own} if found else found, rest
+
     def modeling_file(self) -> Path:
         """The source file of the family's models, which leads to every file that a checkpoint needs."""
         raise NotImplementedError
@@ -145,28 +194,61 @@ class DropKeyConfigMixin(RemotePickleMixin):
         """Saves the configuration with the code of the whole family and an `auto_map` that names every class of it.
 
         Models save their configuration through this, so any saved folder loads with `trust_remote_code=True` through
-        each Auto class, and runs in each pipeline of the family, without this package. Entries that a user's own
-        registered class has just added are kept.
+        each Auto class, and runs in each pipeline of the family, without this package. Entries of a user's own class are kept if that class is loaded and registered
+        (`register_for_auto_class`), pipelines if theirs is; what else a loaded config.json names is not handed on.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        modeling_file = self.modeling_file()
+        modeling_file = type(self).modeling_file(self)
         for file in {str(modeling_file), *get_relative_import_files(modeling_file)}:
             # a loaded checkpoint may be saved onto the very files it was loaded from
             if not (folder / Path(file).name).exists() or not os.path.samefile(file, folder / Path(file).name):
                 shutil.copyfile(file, folder / Path(file).name)
-        before = self.auto_map
-        own = {
-            auto: name
-            for auto, name in before.items()
-            if "--" not in name and (folder / f"{name.split('.')[0]}.py").is_file()
-        }
-        self.auto_map = {**self.family_auto_map, **own}  # type: ignore[misc]  # an instance attribute, but no field
-        if self.family_pipelines:
-            # a checkpoint loaded from the hub names its pipelines with the repository in front
-            known = {**getattr(self, "custom_pipelines", {}), **copy.deepcopy(self.family_pipelines)}
-            self.custom_pipelines = known  # type: ignore[misc]  # as above
+        before: Any = self.auto_map
+        entries = before if isinstance(before, dict) else {}
+        own = {auto: name for auto, name in entries.items() if _is_registered(auto, name, folder)}
+        pipelines = vars(self).get("custom_pipelines")
+        self.auto_map = {**type(self).family_auto_map, **own}  # type: ignore[misc]  # an instance attribute, but no field
+        own_pipelines = copy.deepcopy(type(self).family_pipelines)
+        if pipelines is not None or own_pipelines:
+            # `pipeline` puts classes in place of names
+            self.custom_pipelines = {**_loaded_pipelines(pipelines, folder), **own_pipelines}  # type: ignore[misc]
         try:
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]  # as above
         finally:
             self.auto_map = before  # type: ignore[misc]  # as above
+            if pipelines is not None:
+                self.custom_pipelines = pipelines
+
+
+def _parts(reference: Any, folder: Path) -> tuple[str, str]:
+    """Module and class of "module.Class" whose file lies in `folder`; two names that nothing has if it is none."""
+    module, _, name = reference.partition(".") if isinstance(reference, str) else ("", "", "")
+    fine = module.isidentifier() and name.isidentifier() and (folder / f"{module}.py").is_file()
+    return (module, name) if fine else ("no module", "no class")
+
+
+def _loaded_pipelines(pipelines: Any, folder: Path) -> dict[str, Any]:
+    """Those of a configuration's own pipelines whose class this process has loaded and whose file lies in `folder`."""
+
+    def loaded(task: Any) -> bool:
+        reference = task.get("impl") if isinstance(task, dict) else None
+        module, name = _parts(reference, folder)
+        return any(
+            path.rpartition(".")[2] == module and hasattr(found, name) for path, found in list(sys.modules.items())
+        )
+
+    return {name: task for name, task in pipelines.items() if loaded(task)} if isinstance(pipelines, dict) else {}
+
+
+def _is_registered(auto: str, reference: Any, folder: Path) -> bool:
+    """Whether "module.Class" is a class of this process that was registered for an Auto class, with its file in `folder`."""
+    module, name = _parts(reference, folder)
+    waiting: list[type] = [PreTrainedConfig, PreTrainedModel]
+    while waiting:
+        cls = waiting.pop()
+        waiting += cls.__subclasses__()
+        registered = vars(cls).get("_auto_class") == auto and cls.__name__ == name
+        if registered and cls.__module__.rpartition(".")[2] == module:
+            return True
+    return False

@@ -4,6 +4,7 @@
 from .compatibility import check_transformers as check_transformers  # first: the next imports fail on old releases
 # isort: on
 
+import inspect
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -122,7 +123,7 @@ class DropKeyCeitConfig(DropKeyConfigMixin, PublishedSizesMixin, PreTrainedConfi
         # also read by the loader of checkpoint code, which so fetches the models with a configuration
         from .modeling_dropkey_ceit import DropKeyCeitModel
 
-        return DropKeyCeitModel.source_file()
+        return Path(inspect.getfile(DropKeyCeitModel))
 
 
 __all__ = ["DropKeyCeitConfig"]

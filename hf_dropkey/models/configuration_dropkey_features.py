@@ -69,5 +69,7 @@ class DropKeyFeaturesConfig(PreTrainedConfig):
         own: Any = self.features_config
         found = getattr(own, "hidden_size", None) or next(iter(reversed(getattr(own, "hidden_sizes", [None]))))
         if not isinstance(found, int):
-            raise ValueError(f"{type(own).__name__} has neither `hidden_size` nor `hidden_sizes`; choose another model.")
+            raise ValueError(
+                f"{type(own).__name__} has neither `hidden_size` nor `hidden_sizes`; choose another model."
+            )
         return found

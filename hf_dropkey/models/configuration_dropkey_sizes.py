@@ -5,7 +5,7 @@ This file travels with checkpoints: it imports the standard library and its neig
 
 from typing import Any, ClassVar
 
-from .dropkey import check_window
+from .patterns import check_window
 
 
 # all three families turn squares of 16 x 16 pixels into one token

@@ -4,6 +4,7 @@
 from .compatibility import check_transformers as check_transformers  # first: the next imports fail on old releases
 # isort: on
 
+import inspect
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,7 +147,7 @@ class DropKeyT2TViTConfig(DropKeyConfigMixin, PublishedSizesMixin, PreTrainedCon
         # also read by the loader of checkpoint code, which so fetches the models with a configuration
         from .modeling_dropkey_t2t_vit import DropKeyT2TViTModel
 
-        return DropKeyT2TViTModel.source_file()
+        return Path(inspect.getfile(DropKeyT2TViTModel))
 
 
 __all__ = ["DropKeyT2TViTConfig"]

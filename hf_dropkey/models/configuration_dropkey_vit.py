@@ -4,6 +4,7 @@
 from .compatibility import check_transformers as check_transformers  # first: the next imports fail on old releases
 # isort: on
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
@@ -12,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
 from .configuration_dropkey import DropKeyConfigMixin
-from .dropkey import check_window
+from .patterns import check_window
 
 
 @strict
@@ -40,6 +41,8 @@ class DropKeyViTConfig(DropKeyConfigMixin, ViTConfig):
         "AutoModelForMaskedImageModeling": "modeling_dropkey_vit.DropKeyViTForMaskedImageModeling",
     }
 
+    plain_model_types: ClassVar[tuple[str, ...]] = ("vit",)
+
     @property
     def patch_grid(self) -> tuple[int, int]:
         """Patch rows and columns of an image of the configured size."""
@@ -61,7 +64,7 @@ class DropKeyViTConfig(DropKeyConfigMixin, ViTConfig):
         # also read by the loader of checkpoint code, which so fetches the models with a configuration
         from .modeling_dropkey_vit import DropKeyViTModel
 
-        return DropKeyViTModel.source_file()
+        return Path(inspect.getfile(DropKeyViTModel))
 
 
 def _pair(size: int | Iterable[int]) -> tuple[int, int]:

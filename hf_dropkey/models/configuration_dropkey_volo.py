@@ -4,6 +4,7 @@
 from .compatibility import check_transformers as check_transformers  # first: the next imports fail on old releases
 # isort: on
 
+import inspect
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -172,7 +173,7 @@ class DropKeyVoloConfig(DropKeyConfigMixin, PublishedSizesMixin, PreTrainedConfi
         # also read by the loader of checkpoint code, which so fetches the models with a configuration
         from .modeling_dropkey_volo import DropKeyVoloModel
 
-        return DropKeyVoloModel.source_file()
+        return Path(inspect.getfile(DropKeyVoloModel))
 
 
 __all__ = ["DropKeyVoloConfig"]

@@ -11,7 +11,11 @@ Shapes are `B` images, `H` heads, `N` queries, `M` keys. All integers are 32-bit
     expected drop fraction exactly r (to 2^-40).
 
 Nothing depends on N, M, the dtype, or how a batch is cut into heads, so every backend drops the same scores for a seed.
-`score_is_dropped` states points 1 to 3 in plain Python integers; tests hold every backend to it.
+The package's `reference.py` states points 1 to 3 again in plain Python integers; tests hold every backend to it.
+
+Results come as bool (True = dropped) or as a float bias to add to scores (-inf = dropped, else 0). On a CPU in eager mode
+both are made by `drop_bias_of_rows`, which works in place on large blocks; elsewhere by `_dropped_blocks`, plain tensor
+operations that a compiler fuses.
 
 This file travels with checkpoints: it imports torch and the standard library only.
 """
@@ -35,7 +39,7 @@ MIX_1, MIX_2, GOLDEN = _signed(0x7FEB352D), _signed(0x846CA68B), _signed(0x9E377
 STEP_1, STEP_2 = _signed(0x85EBCA6B), _signed(0xC2B2AE35)
 # of float32's -inf
 INFINITY_BITS = _signed(0xFF800000)
-# words of a mask that are drawn at a time on a CPU: fewer are kinder to the cache, more to the cost of a call
+# words of a mask that are drawn at a time on a CPU: smaller chunks fit the cache, larger ones amortise call overhead
 CHUNK_WORDS = 2**20
 
 
@@ -55,10 +59,20 @@ class _Numbers(NamedTuple):
 
 
 def _numbers(device: torch.device) -> _Numbers:
-    """The numbers as integers, or in eager mode on a CPU as tensors, with which a small operation takes half the time."""
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    """The numbers as integers, or in eager mode on a CPU as 0-d tensors, which halve the overhead of small operations."""
+    if draws_in_place(device):
         return _Numbers(*torch.tensor(_Numbers(), dtype=torch.int32, device=device).unbind())
     return _Numbers()
+
+
+def under_transform() -> bool:
+    """Whether a transform of `torch.func` (grad, vmap, ...) is running, for which in-place code has no rule."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def draws_in_place(device: torch.device) -> bool:
+    """Whether masks are drawn by the in-place code: in eager mode on a CPU."""
+    return device.type == "cpu" and not torch.compiler.is_compiling() and not under_transform()
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:
@@ -103,6 +117,20 @@ def row_words(k1: torch.Tensor, k2: torch.Tensor, count: int) -> torch.Tensor:
     return _mix(k1 ^ (torch.arange(count, dtype=torch.int32, device=k1.device) * numbers.golden), numbers, k2)
 
 
+class RatioTensor(NamedTuple):
+    """A drop ratio as data, so that compiled code takes one graph for all ratios; see `DropKeyRatioMixin`."""
+
+    # int32 [4] on the CPU: the three of `byte_thresholds`, and the bound of `shape_bound`
+    thresholds: torch.Tensor
+    # a row of more visible keys than this never loses them all (`rows_can_empty`): a power of two, so that nearly all
+    # ratios share it
+    longest_at_risk: int
+
+
+# a drop ratio in [0, 1) as a function of this package takes it
+Ratio = float | RatioTensor
+
+
 def byte_thresholds(ratio: float) -> tuple[int, int, int]:
     """How a ratio becomes thresholds for the signed comparison of a byte moved to the top of a word.
 
@@ -116,25 +144,36 @@ def byte_thresholds(ratio: float) -> tuple[int, int, int]:
     return lower, upper, fraction
 
 
-def dropped_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> torch.Tensor:
+def threshold_tensor(ratio: Ratio, device: torch.device) -> torch.Tensor:
+    """`byte_thresholds` as int32 `[3]` on `device`."""
+    if isinstance(ratio, RatioTensor):
+        return ratio.thresholds[:3].to(device)
+    return torch.tensor(byte_thresholds(ratio), dtype=torch.int32, device=device)
+
+
+def dropped_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: Ratio) -> torch.Tensor:
     """Independent decisions of rate `ratio` for the first `keys` keys of each row, bool `[B, H, N, M]`."""
-    if k1.device.type == "cpu":
+    if k1.device.type == "cpu" and not under_transform():
         # there, floats are faster to make than bools
         return drop_bias_by_byte(k1, k2, keys, ratio) != 0
     return torch.cat(_dropped_blocks(k1, k2, keys, ratio), -1)
 
 
-def drop_bias_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> torch.Tensor:
+def drop_bias_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: Ratio) -> torch.Tensor:
     """`dropped_by_byte` as float32 to add to scores: -inf where dropped, else 0, `[B, H, N, M]`."""
-    if k1.device.type == "cpu" and not torch.compiler.is_compiling():
-        return drop_bias_of_rows(row_draws(k1, k2, keys, ratio), keys, ratio)
+    if draws_in_place(k1.device) and not isinstance(ratio, RatioTensor):
+        return drop_bias_of_rows(row_state(k1, k2, keys, ratio), keys, ratio)
     # joined after the choice of floats: compiled for a CPU, joined bools take thirty times as long
     return torch.cat([torch.where(part, float("-inf"), 0.0) for part in _dropped_blocks(k1, k2, keys, ratio)], -1)
 
 
-def _dropped_blocks(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> list[torch.Tensor]:
+def _dropped_blocks(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: Ratio) -> list[torch.Tensor]:
     """The decisions of each block of 64 keys, bool `[B, H, N, 64]` (the last one may be narrower)."""
-    lower, upper, fraction = byte_thresholds(ratio)
+    lower: Any
+    # numbers where they are known: a kernel takes them as arguments, a tensor would be copied to the device
+    lower, upper, fraction = (
+        threshold_tensor(ratio, k1.device).unbind() if isinstance(ratio, RatioTensor) else byte_thresholds(ratio)
+    )
     threshold = torch.where(_dither(k1, k2, keys, _numbers(k1.device)) < fraction, upper, lower).to(torch.int32)
     words = row_words(k1, k2, _word_count(keys))
     parts = []
@@ -161,7 +200,7 @@ def _lanes(block: int, keys: int) -> tuple[slice, int]:
     return slice(64 * group, 64 * group + min(64, keys - 64 * block)), byte
 
 
-class RowDraws(NamedTuple):
+class RowState(NamedTuple):
     """What the decisions of each row are made from on a CPU: a few words, each int32 `[B, H, N, 1 or more]`."""
 
     # k1 with its upper half folded into the lower
@@ -171,7 +210,7 @@ class RowDraws(NamedTuple):
     thresholds: torch.Tensor
 
 
-def row_draws(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> RowDraws:
+def row_state(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> RowState:
     """What `drop_bias_of_rows` takes, for tensors on a CPU."""
     numbers = _numbers(k1.device)
     above = _dither(k1, k2, keys, numbers) < byte_thresholds(ratio)[2]
@@ -180,23 +219,23 @@ def row_draws(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> Ro
     # tells whether b7 < u. One int32 holds the thresholds of four blocks, the lowest byte first, as CPUs in use do.
     thresholds = above.view(torch.uint8) + math.floor(256 * ratio) % 128
     thresholds = torch.nn.functional.pad(thresholds, (0, -thresholds.shape[-1] % 4)).view(torch.int32).sub_(1)
-    return RowDraws(_fold(k1, numbers), k2, thresholds)
+    return RowState(_fold(k1, numbers), k2, thresholds)
 
 
-def drop_bias_of_rows(draws: RowDraws, keys: int, ratio: float, scratch: torch.Tensor | None = None) -> torch.Tensor:
-    """`drop_bias_by_byte` from what `row_draws` returned for the same `keys` and `ratio`, in eager mode on a CPU.
+def drop_bias_of_rows(state: RowState, keys: int, ratio: float, scratch: torch.Tensor | None = None) -> torch.Tensor:
+    """`drop_bias_by_byte` from what `row_state` returned for the same `keys` and `ratio`, in eager mode on a CPU.
 
     Passes over memory and calls are the cost there. So `CHUNK_WORDS` words are treated at a time, in place, the four
     bytes of a word are compared at once, and all bytes become floats by one clamp.
 
     Args:
-        draws: Of all rows, or of a part of them.
+        state: Of all rows, or of a part of them.
         keys: `M`.
         ratio: Drop ratio in [0, 1).
         scratch: Where to write the result: int32, `[at least B * H * N, M]`. Default: fresh memory.
     """
-    shape = draws.k1.shape[:-1]
-    k1, k2, thresholds = (tensor.reshape(-1, tensor.shape[-1]) for tensor in draws)
+    shape = state.k1.shape[:-1]
+    k1, k2, thresholds = (tensor.reshape(-1, tensor.shape[-1]) for tensor in state)
     numbers, empty = _numbers(k1.device), partial(torch.empty, dtype=torch.int32, device=k1.device)
     found = empty(len(k1), keys) if scratch is None else scratch[: len(k1)]
     # the first fold of `_mix` distributes over the xor of row and column
@@ -205,16 +244,13 @@ def drop_bias_of_rows(draws: RowDraws, keys: int, ratio: float, scratch: torch.T
     step = max(1, CHUNK_WORDS // len(columns))
     # groups of 256 keys are treated together where there are many, and one by one where calls are few
     groups = keys // 256 if keys >= 2048 else 0
+    # two buffers serve all chunks: the words, and what is made from them
     words, results = empty(2, min(step, len(k1)), len(columns))
     for row in range(0, len(k1), step):
         rows = slice(row, row + step)
         word, dropped, part = words[: len(k1) - row], results[: len(k1) - row], found[rows]
-        torch.bitwise_xor(k1[rows], columns, out=word)
-        word *= numbers.mix_1
-        word ^= torch.bitwise_right_shift(word, numbers.fifteen, out=dropped).bitwise_and_(numbers.low_17)
-        word ^= k2[rows]
-        word *= numbers.mix_2
-        word ^= torch.bitwise_right_shift(word, numbers.sixteen, out=dropped).bitwise_and_(numbers.low_16)
+        _hash_chunk(word, dropped, k1[rows], k2[rows], columns, numbers)
+        # the top bit of each byte is set, so that the subtraction below borrows within it alone; see `row_state`
         torch.bitwise_or(word, numbers.top_bits, out=dropped)
         if groups:
             whole = dropped[:, : 64 * groups].unflatten(1, (groups, 64))
@@ -222,9 +258,11 @@ def drop_bias_of_rows(draws: RowDraws, keys: int, ratio: float, scratch: torch.T
         for group in range(groups, thresholds.shape[1]):
             lanes = dropped[:, 64 * group : 64 * group + 64]
             torch.sub(thresholds[rows, group : group + 1], lanes, out=lanes)
-        # a threshold from 128 on drops all bytes of the lower half
+        # the byte's own top bit decides where the threshold does not: one from 128 on drops all bytes of the lower half
         _ = dropped.bitwise_and_(word) if ratio < 0.5 else dropped.bitwise_or_(word)
+        # now each byte is 128 (dropped) or 0
         dropped &= numbers.top_bits
+        # a multiplication moves the byte of each block of 64 keys to the sign of an integer of its own
         if groups:
             blocks = part[:, : 256 * groups].unflatten(1, (groups, 4, 64))
             for byte in range(4):
@@ -232,35 +270,24 @@ def drop_bias_of_rows(draws: RowDraws, keys: int, ratio: float, scratch: torch.T
         for block in range(4 * groups, -(-keys // 64)):
             lanes, byte = _lanes(block, keys)
             torch.mul(dropped[:, lanes], 1 << 24 - 8 * byte, out=part[:, 64 * block : 64 * block + 64])
-        # a dropped key now is an integer far below the one with the bits of -inf, a kept one is not negative
+        # a dropped key is an integer far below the one with the bits of -inf, and becomes it; a kept one, which holds
+        # the bytes below its own, is not negative and becomes 0
         part.clamp_(INFINITY_BITS, 0)
     return found.view(torch.float32).view(*shape, keys)
 
 
-def _mix_integer(x: int, key: int = 0) -> int:
-    x = ((x ^ x >> 16) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ x >> 15 ^ key) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ x >> 16
-
-
-def score_is_dropped(seed: tuple[int, int], image: int, head: int, query: int, key: int, ratio: float) -> bool:
-    """The definition of the pattern "score", in plain integers: is this one score dropped? ("key" takes query 0.)
-
-    Args:
-        seed: Two 32-bit words, signed or not.
-        image, head, query, key: Indices from 0.
-        ratio: Drop ratio in [0, 1).
-    """
-    word = 0xFFFFFFFF
-    golden, step_1, step_2 = GOLDEN & word, STEP_1 & word, STEP_2 & word
-    k1, k2 = (part & word for part in seed)
-    for index in (image, head, query):
-        k1 = _mix_integer(k1 ^ (index * golden + step_1) & word)
-        k2 = _mix_integer(k2 ^ (index * golden + step_2) & word ^ k1)
-    group, byte, lane = key // 256, key % 256 // 64, key % 64
-    bits = _mix_integer(k1 ^ ((64 * group + lane) * golden) & word, k2) >> 8 * byte & 255
-    dither = _mix_integer((k1 * 3) & word ^ k2 ^ (key // 64 * golden) & word)
-    base = math.floor(256 * ratio)
-    fraction = math.floor((256 * ratio - base) * 2**32)
-    # the signed comparison of the tensor code orders bytes and dithers with their top bit flipped
-    return (bits ^ 128) < base + ((dither ^ 1 << 31) < fraction)
+def _hash_chunk(
+    word: torch.Tensor,
+    spare: torch.Tensor,
+    k1: torch.Tensor,
+    k2: torch.Tensor,
+    columns: torch.Tensor,
+    numbers: _Numbers,
+) -> None:
+    """`_mix` of some rows, without its first fold, written to `word`; `spare` is overwritten."""
+    torch.bitwise_xor(k1, columns, out=word)
+    word *= numbers.mix_1
+    word ^= torch.bitwise_right_shift(word, numbers.fifteen, out=spare).bitwise_and_(numbers.low_17)
+    word ^= k2
+    word *= numbers.mix_2
+    word ^= torch.bitwise_right_shift(word, numbers.sixteen, out=spare).bitwise_and_(numbers.low_16)

@@ -1,26 +1,44 @@
-"""The mathematics of DropKey: which attention scores are dropped, the ratio of each layer, and the reference attention.
+"""The mathematics of DropKey: which attention scores are dropped, the ratio of each layer, and the operation itself.
 
 DropKey (Li et al., "DropKey for Vision Transformer", CVPR 2023, arXiv 2208.02646) removes random scores from the
-softmax of self-attention, in training only. Shapes here are `B` images, `H` heads, `N` queries, `M` keys, `D` head width.
+softmax of self-attention, in training only. In the paper's listing, with one independent draw for each score:
 
-The decision for one score is a pure function of (seed, image, head, query, key), in `counter_hash`, so every backend drops the
-same scores for a seed.
+    scores = (query * D**-0.5) @ key.transpose(-2, -1)
+    if training:
+        scores = scores + bernoulli(full_like(scores, ratio)) * -1e12
+    weights = scores.softmax(dim=-1)
+
+`drop_keys` is that operation on given scores, and `DropKey` the module around it; `attention.py` has it inside fused
+attention. Unlike the listing, a row never loses all its real keys, and half precision does not overflow.
+
+Shapes here are `B` images, `H` heads, `N` queries, `M` keys, `D` head width. Words for masks, in all files:
+
+    dropped         bool, True = DropKey drops this score
+    real            bool, True = the attention mask lets this query see this key
+    drop bias       float to add to scores: -inf where dropped, else 0
+    additive mask   float to add to scores: the attention mask and the drop bias in one
+
+The decision for one score is a pure function of (seed, image, head, query, key), in `patterns` and `counter_hash`, so
+every backend drops the same scores for a seed.
 
 This file travels with checkpoints: it imports torch and its neighbours only.
 """
 
-import math
-from typing import Protocol, overload
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from .counter_hash import draw_seed, drop_bias_by_byte, dropped_by_byte, row_keys, row_words
+from .counter_hash import Ratio, RatioTensor, byte_thresholds, draw_seed
+from .patterns import PATTERNS as PATTERNS
+from .patterns import check_choice as check_choice
+from .patterns import dropped_scores as dropped_scores
+from .patterns import protect_rows, rows_can_empty, shape_bound
 
 
-PATTERNS = ("score", "key", "token", "block", "cross")
 SCHEDULES = ("decreasing", "constant", "increasing")
-
-# additive mask values at or below this are padding, anything above is a bias (half precision's minimum is -65504)
+# scores and additive mask values at or below this are padding, anything above is a bias (half precision's minimum is
+# -65504)
 PADDING_THRESHOLD = -1e4
 
 
@@ -34,6 +52,32 @@ class DropKeySite(Protocol):
     dropkey_pattern: str
     # side of a block or arm of a cross, in patches
     dropkey_window: int
+
+
+def dropkey_is_active(module: DropKeySite) -> bool:
+    """Whether this attention module drops keys now: in training, with a ratio above 0.
+
+    An attribute `dropkey_mode` of "always" or "never" overrules training, for Monte-Carlo inference and for
+    comparisons.
+    """
+    mode = getattr(module, "dropkey_mode", "training")
+    return _has_ratio(module) and (mode == "always" or (mode == "training" and module.training))
+
+
+def _has_ratio(module: DropKeySite) -> bool:
+    # a compiler that reads the ratio itself takes it for a constant; see `DropKeyRatioMixin`
+    if torch.compiler.is_compiling() and hasattr(module, "dropkey_ratio_tensor"):
+        return module.dropkey_ratio_tensor is not None
+    return module.dropkey_ratio > 0
+
+
+def ratio_of(module: DropKeySite) -> Ratio:
+    """The ratio of a module that drops keys, as data where compiled code reads it (`DropKeyRatioMixin`)."""
+    if torch.compiler.is_compiling() and module.dropkey_pattern != "token":
+        found: RatioTensor | None = getattr(module, "dropkey_ratio_tensor", None)
+        if found is not None:
+            return found
+    return module.dropkey_ratio
 
 
 # --- the ratio of each layer ------------------------------------------------------------------------------------------
@@ -52,12 +96,6 @@ def check_ratio(ratio: float, name: str = "dropkey_ratio") -> None:
         raise ValueError(
             f"`{name}` must lie in [0, 1), got {ratio!r}. 0 turns DropKey off; the paper uses 0.05 to 0.3."
         )
-
-
-def check_choice(value: str, allowed: tuple[str, ...], name: str) -> None:
-    """Raises ValueError, listing `allowed`, unless `value` is one of them."""
-    if value not in allowed:
-        raise ValueError(f"Unknown `{name}` {value!r}. Known values: {', '.join(map(repr, allowed))}.")
 
 
 def layer_ratios(depth: int, ratio: float, final_ratio: float = 0.0, schedule: str = "decreasing") -> list[float]:
@@ -96,349 +134,158 @@ def layer_ratios(depth: int, ratio: float, final_ratio: float = 0.0, schedule: s
     return ramp if schedule == "decreasing" else ramp[::-1]
 
 
-# --- which scores are dropped -----------------------------------------------------------------------------------------
+# --- a ratio as data ---------------------------------------------------------------------------------------------------
 
 
-def _offsets(pattern: str, window: int) -> list[tuple[int, int]]:
-    """The (row, column) offsets from a centre that a block or a cross covers."""
-    if pattern == "block":
-        return [(row, column) for row in range(window) for column in range(window)]
-    arm = range(-window, window + 1)
-    return [(0, column) for column in arm] + [(row, 0) for row in arm if row]
+class DropKeyRatioMixin:
+    """For attention modules: keeps `dropkey_ratio` as data too, so that compiled code takes one graph for all ratios.
 
+    A compiler takes a number that it finds on a module for a constant, and a model whose ratio changes with the layer or
+    the step would be compiled again for each. The ratio stays a plain float for everybody else. Goes before `nn.Module`
+    in the bases. The pattern "token" decides on shapes by the ratio, and is compiled for each.
 
-def shape_centres(
-    ratio: float, pattern: str, window: int, keys: int, grid: tuple[int, int] | None
-) -> tuple[list[tuple[int, int]], int, tuple[int, int, int, int], tuple[int, int]]:
-    """Where centres of blocks or crosses lie and how often: a patch is dropped if one of its possible centres is drawn.
-
-    Every patch is covered by exactly as many possible centres as the shape has cells, because centres may lie outside
-    the grid. With c cells and centres drawn at the rate 1 - (1 - ratio)^(1/c), a patch is then dropped with
-    probability `ratio` exactly, overlaps and borders included. (DropBlock's own correction ignores overlaps.)
-
-    Returns:
-        The offsets (row, column) from a centre to the patches it covers; the signed 32-bit bound below which the word
-        of a centre is drawn; the grid of centres as (rows above the patches, columns left of them, height, width),
-        numbered row by row; and the patch grid.
-
-    Raises:
-        ValueError: The window or the grid does not fit.
+    Attributes:
+        dropkey_ratio_tensor: What compiled code reads in place of the ratio; None for the ratio 0.
     """
-    rows, columns = patch_grid(keys, grid)
-    check_window(window, (rows, columns))
-    offsets = _offsets(pattern, window)
-    rate = 1 - (1 - ratio) ** (1 / len(offsets))
-    (above, left), (up, back) = ([edge(offset[axis] for offset in offsets) for axis in (0, 1)] for edge in (max, min))
-    bounds = (above, left, rows + above - up, columns + left - back)
-    return offsets, math.floor(rate * 2**32) - 2**31, bounds, (rows, columns)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "dropkey_ratio":
+            check_ratio(value)
+        super().__setattr__(name, value)
+        own = vars(self)
+        if name in SITE_SETTINGS and own.keys() >= SITE_SETTINGS:
+            own["dropkey_ratio_tensor"] = ratio_tensor(*(own[setting] for setting in sorted(SITE_SETTINGS)))
 
 
-def _dropped_by_shape(
-    k1: torch.Tensor,
-    k2: torch.Tensor,
+SITE_SETTINGS = {"dropkey_pattern", "dropkey_ratio", "dropkey_window"}
+
+
+def ratio_tensor(pattern: str, ratio: float, window: int) -> RatioTensor | None:
+    """A ratio as data for the functions of this package that take a `Ratio`, or None for 0."""
+    if ratio == 0:
+        return None
+    bound = shape_bound(ratio, pattern, window) if pattern in ("block", "cross") else 0
+    # not on the default device, which is "meta" while a checkpoint is read
+    thresholds = torch.tensor([*byte_thresholds(ratio), bound], dtype=torch.int32, device="cpu")
+    longest = 1
+    while rows_can_empty("score", longest, ratio) or longest < LONGEST_AT_RISK:
+        longest *= 2
+    return RatioTensor(thresholds, longest)
+
+
+# ratios up to 0.58 share this power of two
+LONGEST_AT_RISK = 128
+
+
+# --- the operation ----------------------------------------------------------------------------------------------------
+
+
+def drop_keys(
+    scores: torch.Tensor,
     ratio: float,
-    pattern: str,
-    window: int,
-    keys: int,
-    grid: tuple[int, int] | None,
-) -> torch.Tensor:
-    """Keys covered by random shapes (`shape_centres`), bool `[B, H, N, M]`; non-patch tokens never are."""
-    offsets, bound, (above, left, height, width), (rows, columns) = shape_centres(ratio, pattern, window, keys, grid)
-    centres = (row_words(k1, k2, height * width) < bound).unflatten(-1, (height, width))
-    dropped = torch.zeros((), dtype=torch.bool, device=k1.device)
-    for dy, dx in offsets:
-        dropped = dropped | centres[..., above - dy : above - dy + rows, left - dx : left - dx + columns]
-    return torch.nn.functional.pad(dropped.flatten(-2), (keys - rows * columns, 0))
-
-
-def patch_grid(keys: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """The patch grid (rows, columns) behind `keys` tokens, of which any surplus are leading non-patch tokens.
-
-    Without `grid`, the patches are taken as the largest square that fits, which suits a class token.
-
-    Raises:
-        ValueError: The grid has more patches than there are keys.
-    """
-    if grid is None:
-        side = math.isqrt(keys)
-        return side, side
-    if grid[0] * grid[1] > keys:
-        raise ValueError(f"A grid of {grid[0]} x {grid[1]} patches does not fit into {keys} keys.")
-    return grid
-
-
-def check_window(window: int, grid: tuple[int, int]) -> None:
-    """Raises ValueError unless a block side or cross arm of `window` patches fits the grid (rows, columns)."""
-    if not 1 <= window <= min(grid):
-        raise ValueError(
-            f"`dropkey_window` must lie between 1 and {min(grid)}, the shorter side of the {grid[0]} x {grid[1]} patch "
-            f"grid, got {window!r}."
-        )
-
-
-def dropped_scores(
-    seed: torch.Tensor,
-    shape: tuple[int, int, int, int],
-    ratio: float,
+    training: bool = True,
     *,
     pattern: str = "score",
     window: int = 3,
     grid: tuple[int, int] | None = None,
-    real: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Which scores DropKey drops, True = dropped, before the rule that a row keeps a key (`protect_rows`).
+    """DropKey on attention scores, between the attention mask and the softmax.
 
     Args:
-        seed: int32 `[2]` (`draw_seed`), on the device of the result.
-        shape: `(B, H, N, M)`.
+        scores: `[B, H, N, M]`, or `[B, N, M]` of a single head, of any float dtype, on any device. What is at or below
+            -1e4 counts as hidden by an attention mask, so add that first.
         ratio: Drop ratio in [0, 1).
-        pattern: "score": every score on its own (the paper). "key": the same keys for all queries of a head.
-            "token": the same keys for all queries and heads of an image, exactly round(ratio * M) of them. "block" and
-            "cross": for each row of scores, the patches under square or cross-shaped windows (paper section 4, DropKey-Block and
-            DropKey-Cross), never a non-patch token; `ratio` is the fraction of patches.
-        window: Side of a block, or length of each of the four arms of a cross, in patches.
-        grid: Patch rows and columns; keys in front of the `rows * columns` patches are non-patch tokens.
-        real: bool, broadcastable to `[B, H, N, M]`, False for padding; only "token" needs it, to count real keys alone.
+        training: Whether to drop anything; pass the module's `self.training`.
+        pattern: What is dropped together: "score" (the paper), "key", "token", "block" or "cross"; see
+            `dropped_scores`.
+        window: Side of a block, or length of each arm of a cross, in patches.
+        grid: Patch rows and columns behind the keys, for "block" and "cross"; default the largest square that fits.
 
     Returns:
-        bool `[B, H, N, M]`; "key" returns `[B, H, 1, M]` and "token" `[B, 1, 1, M]`.
+        Scores of the same shape and dtype: -inf where dropped, else unchanged. `scores` itself where nothing is dropped.
+        Nothing is rescaled, since the softmax normalises over what is left. A row that would lose every key that is not
+        hidden loses none.
 
     Raises:
-        ValueError: Unknown pattern, or a window or grid that does not fit.
+        TypeError: `ratio` is not a number, or the scores are not floats.
+        ValueError: A ratio outside [0, 1), another number of dimensions, an unknown pattern, or a window or grid that
+            does not fit.
     """
-    check_choice(pattern, PATTERNS, "dropkey_pattern")
-    images, heads, queries, keys = shape
-    if pattern == "token":
-        order, kept = token_order(seed, images, keys, ratio, real)
-        return torch.ones_like(kept).scatter(-1, order, ~kept)[:, None, None, :]
-    k1, k2 = row_keys(seed, images, heads, 1 if pattern == "key" else queries)
-    if pattern in ("score", "key"):
-        return dropped_by_byte(k1, k2, keys, ratio)
-    return _dropped_by_shape(k1, k2, ratio, pattern, window, keys, grid)
+    check_ratio(ratio, "ratio")
+    check_choice(pattern, PATTERNS, "pattern")
+    _check_scores(scores)
+    return _drop_keys(scores, ratio, pattern, window, grid) if training and ratio > 0 else scores
 
 
-def drop_bias(seed: torch.Tensor, shape: tuple[int, int, int, int], ratio: float, pattern: str) -> torch.Tensor:
-    """`dropped_scores` of the patterns "score" and "key" as float32 to add to scores: -inf where dropped, else 0.
-
-    Returns:
-        `[B, H, N, M]`, or `[B, H, 1, M]` for "key".
-    """
-    images, heads, queries, keys = shape
-    k1, k2 = row_keys(seed, images, heads, 1 if pattern == "key" else queries)
-    return drop_bias_by_byte(k1, k2, keys, ratio)
-
-
-def kept_tokens(keys: int, ratio: float) -> int:
-    """How many of `keys` keys the pattern "token" keeps: all but round(ratio * keys), and at least one."""
-    return max(1, keys - round(ratio * keys))
-
-
-def token_order(
-    seed: torch.Tensor, images: int, keys: int, ratio: float, real: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pattern "token" as a random order of the keys of each image: kept ones, then dropped ones, then padding.
-
-    Args:
-        seed: int32 `[2]`.
-        images: `B`.
-        keys: `M`.
-        ratio: Drop ratio in [0, 1).
-        real: bool, broadcastable to `[B, H, N, M]`, the same for all queries, False for padding. An image with R real keys keeps
-            `kept_tokens(R, ratio)` of them.
-
-    Returns:
-        Key indices int64 `[B, M]`, and bool `[B, M]`: is the key at this place of the order kept? The first
-        `kept_tokens(M, ratio)` places hold all kept keys of every image.
-
-    Raises:
-        ValueError: The mask hides different keys from different queries or heads.
-    """
-    word = row_words(*row_keys(seed, images, 1, 1), keys)[:, 0, 0].long()
-    place = torch.arange(keys, device=word.device)
-    if real is None:
-        return word.argsort(dim=-1, stable=True), (place < kept_tokens(keys, ratio)).expand(images, keys)
-    real = padding_of(real, "pattern 'token'")
-    real = real.expand(images, keys)
-    count = real.sum(-1, keepdim=True)
-    count = (count - (ratio * count.double()).round().long()).clamp(min=1)
-    return (word + (~real).long() * 2**32).argsort(dim=-1, stable=True), place < count
-
-
-def padding_of(real: torch.Tensor, asker: str) -> torch.Tensor:
-    """What `real_keys` returns as bool `[B|1, M]`, for an `asker` that can only leave a key out for all queries.
-
-    Raises:
-        ValueError: The mask hides different keys from different queries or heads.
-    """
-    same = (real == real[:, :1, :1]).all()
-    message = (
-        f"The {asker} leaves a key out for all queries and heads of an image: expected padding, got a mask of shape "
-        f"{tuple(real.shape)} that differs by query or head. Use the pattern 'score' with attn_implementation 'sdpa'."
-    )
-    if torch.compiler.is_compiling() or same.is_cuda:
-        # without a wait for the device, or a break of the graph
-        torch._assert_async(same, message)
-    elif not same:
-        raise ValueError(message)
-    return real[:, 0, 0]
-
-
-def keep_tokens(
-    key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, ratio: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Draws a seed and returns the keys and values that the pattern "token" keeps, and what is left of the mask.
-
-    Nothing of the dropped keys remains, so attention over what is left is plain attention, on any backend.
-
-    Args:
-        key: `[B, H, M, D]`.
-        value: `[B, H, M, Dv]`.
-        attention_mask: As `real_keys`, the same for all queries.
-        ratio: Drop ratio in [0, 1).
-
-    Returns:
-        `[B, H, K, D]` and `[B, H, K, Dv]` with K = `kept_tokens(M, ratio)`, and None, or the mask of the kept keys in
-        the form it came in.
-
-    Raises:
-        ValueError: The mask hides different keys from different queries or heads.
-    """
-    images, keys = key.shape[0], key.shape[2]
-    order, kept = token_order(draw_seed(key.device), images, keys, ratio, real_keys(attention_mask))
-    count = kept_tokens(keys, ratio)
-    # in the order of the sequence, which is kinder to memory; places past an image's own count are masked
-    order, place = order[:, :count].sort(-1)
-    kept = kept[:, :count].gather(-1, place)
-    if attention_mask is not None and attention_mask.is_floating_point():
-        chosen = attention_mask.expand(images, -1, -1, -1).take_along_dim(order[:, None, None], -1)
-        attention_mask = chosen.masked_fill(~kept[:, None, None], float("-inf"))
-    elif attention_mask is not None:
-        attention_mask = kept if attention_mask.ndim == 2 else kept[:, None, None]
-    rows = (order + keys * torch.arange(images, device=order.device)[:, None]).flatten()
-
-    def chosen_rows(tensor: torch.Tensor) -> torch.Tensor:
-        # one row of memory holds all heads of a token, as models lay them out
-        table = tensor.transpose(1, 2).reshape(images * keys, -1)
-        return table.index_select(0, rows).view(images, count, tensor.shape[1], -1).transpose(1, 2)
-
-    return chosen_rows(key), chosen_rows(value), attention_mask
-
-
-# --- rules that hold on every backend ---------------------------------------------------------------------------------
-
-
-@overload
-def real_keys(attention_mask: None) -> None: ...
-
-
-@overload
-def real_keys(attention_mask: torch.Tensor) -> torch.Tensor: ...
-
-
-@overload
-def real_keys(attention_mask: torch.Tensor | None) -> torch.Tensor | None: ...
-
-
-def real_keys(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Which keys a mask leaves visible, as bool that broadcasts to `[B, H, N, M]`, or None if all are.
-
-    Takes every form that Transformers hands to an attention function: None, bool (True = attend) or additive float in
-    four dimensions, a padding mask `[B, M]` of bool or integers (non-zero = attend), or an additive float `[N, M]`.
-    Additive values at or below -1e4 are padding; larger ones are biases.
-
-    Raises:
-        ValueError: The mask has another number of dimensions.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim not in (2, 4):
-        raise ValueError(
-            f"An attention mask must have 2 or 4 dimensions, got shape {tuple(attention_mask.shape)}. "
-            "Pass [B, M] for padding or [B, H, N, M]."
+def _check_scores(scores: torch.Tensor) -> None:
+    if not scores.is_floating_point():
+        raise TypeError(
+            f"Attention scores must be floats, got {scores.dtype}. Drop keys before any rounding to integers."
         )
-    if attention_mask.is_floating_point():
-        real = attention_mask > PADDING_THRESHOLD
-        return real[None, None] if real.ndim == 2 else real
-    real = attention_mask.bool()
-    return real[:, None, None, :] if real.ndim == 2 else real
+    if scores.ndim not in (3, 4):
+        raise ValueError(
+            f"Attention scores must be [B, H, N, M] or [B, N, M], got shape {tuple(scores.shape)}. Give each head its own "
+            "place in the second dimension."
+        )
 
 
-def rows_can_empty(pattern: str, keys: int, ratio: float) -> bool:
-    """Whether a row of `keys` visible keys could lose them all, for any seed that will ever be drawn.
-
-    Independent drops empty a row with probability ratio ** keys. Below 2 ** -100 no run will meet one.
-    """
-    return pattern not in ("score", "key") or ratio**keys > 2.0**-100
-
-
-def protect_rows(dropped: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
-    """The rule that a row never loses all its real keys: a row that would, drops none.
-
-    Undoing the drop of the whole row changes the distribution least: no other rule that avoids empty rows is nearer to
-    independent draws in total variation. Keeping the query's own key instead would be another regulariser.
-
-    Args:
-        dropped: bool, broadcastable to `[B, H, N, M]`, True = dropped.
-        real: bool, broadcastable to the same, False = padding (`real_keys`).
-    """
-    gone = dropped if real is None else dropped | ~real
-    return dropped & ~gone.all(-1, keepdim=True)
-
-
-def protect_bias_rows(bias: torch.Tensor, pattern: str, ratio: float) -> torch.Tensor:
-    """`protect_rows` for what `drop_bias` returned, which is written over, where no key is padding."""
-    if rows_can_empty(pattern, bias.shape[-1], ratio):
-        bias.masked_fill_(bias.amax(-1, keepdim=True) < 0, 0.0)
-    return bias
-
-
-# --- the reference ----------------------------------------------------------------------------------------------------
-
-
-def reference_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    dropped: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    scaling: float | None = None,
+def _drop_keys(
+    scores: torch.Tensor, ratio: Ratio, pattern: str, window: int, grid: tuple[int, int] | None
 ) -> torch.Tensor:
-    """Attention with DropKey, row by row as in the paper: the oracle that every backend is tested against.
+    """`drop_keys` while it drops."""
+    if 0 in scores.shape:
+        return scores
+    by_head = scores if scores.ndim == 4 else scores[:, None]
+    images, heads, queries, keys = by_head.shape
+    real = by_head.detach() > PADDING_THRESHOLD
+    # "token" counts the keys of an image: those that any of its queries sees
+    counted = real.any(2, keepdim=True).any(1, keepdim=True) if pattern == "token" else real
+    dropped = dropped_scores(
+        draw_seed(scores.device),
+        (images, heads, queries, keys),
+        ratio,
+        pattern=pattern,
+        window=window,
+        grid=grid,
+        real=counted,
+    )
+    return by_head.masked_fill(protect_rows(dropped, real), float("-inf")).view(scores.shape)
 
-    A dropped or padded key is left out of the sum, so nothing is masked, rescaled or approximated. Any dtype, any
-    device, differentiable; slow by design.
+
+class DropKey(DropKeyRatioMixin, nn.Module):
+    """`drop_keys` as a module, in the place where an attention would have its dropout, but before the softmax.
+
+    Its settings are the attributes `dropkey_ratio`, `dropkey_pattern` and `dropkey_window`, which may be changed at any
+    time, so the callbacks and context managers of this package find it in any model.
 
     Args:
-        query: `[B, H, N, D]`.
-        key: `[B, H, M, D]`.
-        value: `[B, H, M, Dv]`.
-        dropped: bool, broadcastable to `[B, H, N, M]`; `protect_rows` is applied here.
-        attention_mask: As `real_keys`; additive values above -1e4 are added to the scores.
-        scaling: Factor on the scores, default `D ** -0.5`.
+        ratio: Drop ratio in [0, 1).
+        pattern: What is dropped together: "score" (the paper), "key", "token", "block" or "cross".
+        window: Side of a block, or length of each arm of a cross, in patches.
 
-    Returns:
-        `[B, H, N, Dv]`. A row without a single real key is zero.
+    Example:
+
+        self.dropkey = DropKey(0.1)
+        ...
+        weights = self.dropkey(query @ key.mT * scale).softmax(-1)
+
+    Raises:
+        TypeError, ValueError: An argument is outside the range above.
     """
-    shape = (*query.shape[:3], key.shape[2])
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    real = real_keys(attention_mask)
-    kept = torch.ones(shape, dtype=torch.bool, device=query.device) if real is None else real.expand(shape)
-    if dropped is not None:
-        kept = kept & ~protect_rows(dropped.expand(shape), real)
-    bias = attention_mask if attention_mask is not None and attention_mask.is_floating_point() else None
-    images = []
-    for image in range(shape[0]):
-        heads = []
-        for head in range(shape[1]):
-            rows = []
-            for row in range(shape[2]):
-                chosen = kept[image, head, row]
-                scores = key[image, head, chosen] @ query[image, head, row] * scaling
-                if bias is not None:
-                    scores = scores + bias.expand(shape)[image, head, row, chosen]
-                weights = scores.exp() if not len(scores) else (scores - scores.max()).exp()
-                weights = weights / weights.sum()
-                rows.append(weights @ value[image, head, chosen])
-            heads.append(torch.stack(rows))
-        images.append(torch.stack(heads))
-    return torch.stack(images)
+
+    def __init__(self, ratio: float = 0.1, pattern: str = "score", window: int = 3):
+        super().__init__()
+        check_choice(pattern, PATTERNS, "pattern")
+        self.dropkey_pattern, self.dropkey_window = pattern, window
+        self.dropkey_ratio = ratio
+
+    def forward(self, scores: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """Scores `[B, H, N, M]` or `[B, N, M]` to the same, -inf where dropped; `grid` as in `drop_keys`."""
+        _check_scores(scores)
+        if not dropkey_is_active(self):
+            return scores
+        return _drop_keys(scores, ratio_of(self), self.dropkey_pattern, self.dropkey_window, grid)
+
+    def extra_repr(self) -> str:
+        """The settings, as shown when a model is printed."""
+        return f"ratio={self.dropkey_ratio}, pattern={self.dropkey_pattern!r}, window={self.dropkey_window}"

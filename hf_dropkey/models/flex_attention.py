@@ -14,8 +14,10 @@ import torch
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
-from .counter_hash import GOLDEN, MIX_1, MIX_2, byte_thresholds, draw_seed, row_keys
-from .dropkey import DropKeySite, keep_tokens, real_keys, shape_centres
+from .attention_mask import additive, keep_tokens, settings_of
+from .counter_hash import GOLDEN, MIX_1, MIX_2, Ratio, draw_seed, row_keys, threshold_tensor
+from .dropkey import DropKeySite
+from .patterns import shape_bound_of, shape_centres
 
 
 PENALTY = -1024.0
@@ -34,20 +36,20 @@ def _signed(x: torch.Tensor) -> torch.Tensor:
     return x - ((x >> 31) << 32)
 
 
-def _byte_decision(k1: torch.Tensor, k2: torch.Tensor, settings: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Whether a key of the row (k1, k2) is dropped; `settings` are the three numbers of `byte_thresholds`."""
+def _byte_decision(k1: torch.Tensor, k2: torch.Tensor, thresholds: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Whether a key of the row (k1, k2) is dropped; `thresholds` are the three numbers of `byte_thresholds`."""
     key = key.to(torch.int64)
     block = key >> 6
     word = _mix(k1 ^ ((((block >> 2 << 6) + (key & 63)) * GOLDEN) & WORD), k2)
     dither = _mix(((k1 * 3) & WORD) ^ k2 ^ ((block * GOLDEN) & WORD))
-    threshold = torch.where(_signed(dither) < settings[2], settings[1], settings[0])
+    threshold = torch.where(_signed(dither) < thresholds[2], thresholds[1], thresholds[0])
     return _signed((word << (24 - 8 * (block & 3))) & WORD) < threshold
 
 
 def score_mod_of(
     seed: torch.Tensor,
     shape: tuple[int, int, int, int],
-    ratio: float,
+    ratio: Ratio,
     pattern: str,
     window: int,
     grid: tuple[int, int] | None,
@@ -63,13 +65,14 @@ def score_mod_of(
     k1, k2 = (part[..., 0].long() & WORD for part in pair)
     last_row = k1.shape[2] - 1
     if pattern in ("score", "key"):
-        settings = torch.tensor(byte_thresholds(ratio), dtype=torch.int64, device=seed.device)
+        thresholds = threshold_tensor(ratio, seed.device).long()
 
         def dropped(one: torch.Tensor, two: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            return _byte_decision(one, two, settings, key)
+            return _byte_decision(one, two, thresholds, key)
     else:
-        offsets, bound, (above, left, _, width), (rows, columns) = shape_centres(ratio, pattern, window, keys, grid)
-        limit = torch.tensor(bound, dtype=torch.int64, device=seed.device)
+        offsets, (above, left, _, width), (rows, columns) = shape_centres(pattern, window, keys, grid)
+        bound = shape_bound_of(ratio, pattern, window, seed.device)
+        limit = torch.as_tensor(bound, dtype=torch.int64, device=seed.device)
         first = keys - rows * columns
 
         def dropped(one: torch.Tensor, two: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -90,13 +93,6 @@ def score_mod_of(
         return score + PENALTY * dropped(k1[image, head, row], k2[image, head, row], key)
 
     return score_mod
-
-
-def additive(attention_mask: torch.Tensor) -> torch.Tensor:
-    """A mask of any form that `real_keys` takes as one to add to the scores: padding is -inf."""
-    real = real_keys(attention_mask)
-    bias = attention_mask if attention_mask.is_floating_point() else torch.zeros((), device=real.device)
-    return torch.where(real, bias, float("-inf"))
 
 
 def _mask_mod_of(bias: torch.Tensor) -> Callable:
@@ -136,23 +132,22 @@ def flex_dropkey_forward(
         )
     is_tensor = isinstance(attention_mask, torch.Tensor)
     block_mask = None if is_tensor else attention_mask
+    blind = None
     if module.dropkey_pattern == "token":
         if block_mask is not None:
             # padding is the same for all queries: what the first one sees tells it
             attention_mask = create_mask(
                 block_mask.mask_mod, query.shape[0], 1, 1, key.shape[2], device=query.device.type
             )
-        key, value, left = keep_tokens(key, value, attention_mask, module.dropkey_ratio)
-        block_mask = None
-        score_mod = None if left is None else _mask_mod_of(additive(left))
+        left = keep_tokens(key, value, attention_mask, module.dropkey_ratio)
+        key, value, blind, block_mask = left.key, left.value, left.blind, None
+        score_mod = None if left.attention_mask is None else _mask_mod_of(additive(left.attention_mask))
     else:
+        settings = settings_of(module, grid)
         score_mod = score_mod_of(
             draw_seed(query.device),
             (*query.shape[:3], key.shape[2]),
-            module.dropkey_ratio,
-            module.dropkey_pattern,
-            module.dropkey_window,
-            grid,
+            *settings,
             additive(attention_mask) if is_tensor else None,
         )
     output: Any
@@ -163,4 +158,5 @@ def flex_dropkey_forward(
         output = compile_friendly_flex_attention(
             query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scaling, training=module.training
         )
-    return output.transpose(1, 2).contiguous(), None
+    output = output.transpose(1, 2)
+    return (output if blind is None else output.masked_fill(blind, 0.0)).contiguous(), None

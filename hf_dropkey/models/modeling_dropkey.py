@@ -20,9 +20,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from .attention import default_backend, dropkey_attention_forward, dropkey_is_active
+from .attention import default_backend, dropkey_attention_forward
 from .configuration_dropkey import RemotePickleMixin
 from .configuration_dropkey_sizes import check_image_side
+from .dropkey import DropKeyRatioMixin, dropkey_is_active
 
 
 logger = logging.get_logger(__name__)
@@ -51,7 +52,7 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-class DropKeyAttention(nn.Module):
+class DropKeyAttention(DropKeyRatioMixin, nn.Module):
     """Base of every attention with DropKey: its settings, and the call of the chosen backend.
 
     Attributes:

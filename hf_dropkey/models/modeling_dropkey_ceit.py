@@ -4,7 +4,6 @@ A convolutional stem, transformer layers whose feed-forward part convolves the p
 class token of the last layer attends to the class tokens of all layers.
 """
 
-from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -162,11 +161,6 @@ class DropKeyCeitPreTrainedModel(DropKeyArchitecture):
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
         elif isinstance(module, DropKeyCeitModel):
             init.zeros_(module.layer_position_embeddings)
-
-    @staticmethod
-    def source_file() -> Path:
-        """This file."""
-        return Path(__file__)
 
 
 class DropKeyCeitModel(DropKeyCeitPreTrainedModel):

@@ -28,7 +28,7 @@ class DropKeyFeaturesForImageClassification(PreTrainedModel):
     def __init__(self, config: DropKeyFeaturesConfig):
         config.validate_pooling()
         super().__init__(config)
-        self.num_labels: int = config.num_labels
+        self.num_labels: int = config.num_labels or 0
         self.features = AutoModel.from_config(config.features_config)
         self.classifier = nn.Linear(config.width, self.num_labels)
         self.loss_type = "ForImageClassification"

@@ -34,9 +34,9 @@ from transformers.models.detr.modeling_detr import (
 from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import dropkey_attention_forward, dropkey_is_active
+from .attention import dropkey_attention_forward
 from .configuration_dropkey_hoi import DropKeyHoiConfig
-from .dropkey import layer_ratios
+from .dropkey import DropKeyRatioMixin, dropkey_is_active, layer_ratios
 from .loss_dropkey_hoi import HoiPredictions, hoi_loss
 from .modeling_dropkey import DropKeyModelMixin
 from .pairs_dropkey_hoi import Pair, find_pairs
@@ -87,7 +87,7 @@ class DropKeyHoiOutput(ModelOutput):
 # --- attention ---------------------------------------------------------------------------------------------------------
 
 
-class DropKeyDetrAttentionMixin:
+class DropKeyDetrAttentionMixin(DropKeyRatioMixin):
     """DropKey for an attention of DETR; goes before the attention's class in the bases.
 
     Attributes:

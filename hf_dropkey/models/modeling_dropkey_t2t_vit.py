@@ -5,7 +5,6 @@ queries, keys and values of each attention come from one matrix, as in the offic
 """
 
 import math
-from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -16,10 +15,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import TransformersKwargs, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import drop_mask, dropkey_is_active, settings_of
+from .attention_mask import protected_drops, settings_of
 from .configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
 from .counter_hash import draw_seed
-from .dropkey import layer_ratios
+from .dropkey import dropkey_is_active, layer_ratios
 from .modeling_dropkey import (
     DropKeyArchitecture,
     DropKeyAttention,
@@ -95,7 +94,7 @@ class DropKeyT2TViTPerformer(DropKeyAttention):
             if dropkey_is_active(self):
                 # one row of scores per image: its decisions hold for all queries
                 row = key[:, None, :1]
-                dropped = drop_mask(draw_seed(key.device), row, key[:, None], None, settings_of(self, grid))
+                dropped = protected_drops(draw_seed(key.device), row, key[:, None], None, settings_of(self, grid))
                 key = key.masked_fill(dropped[:, 0, 0, :, None], 0.0)
             total = query @ key.sum(1)[..., None]
             output = query @ (key.transpose(1, 2) @ value) / (total + self.epsilon)
@@ -199,11 +198,6 @@ class DropKeyT2TViTPreTrainedModel(DropKeyArchitecture):
             init.copy_(module.position_embeddings, sinusoid_positions(positions, width))
         elif isinstance(module, DropKeyT2TViTPerformer):
             init.orthogonal_(module.directions, gain=math.sqrt(len(module.directions)))
-
-    @staticmethod
-    def source_file() -> Path:
-        """This file."""
-        return Path(__file__)
 
 
 class DropKeyT2TViTModel(DropKeyT2TViTPreTrainedModel):

@@ -5,7 +5,6 @@ models, checkpoints are written in the layout that plain ViT reads, and both lay
 """
 
 import re
-from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -16,9 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, ViTLayer, ViTMLP, ViTPooler
 from transformers.utils.generic import TransformersKwargs
 
-from .attention import dropkey_attention_forward, dropkey_is_active
+from .attention import dropkey_attention_forward
 from .configuration_dropkey_vit import DropKeyViTConfig
-from .dropkey import layer_ratios
+from .dropkey import DropKeyRatioMixin, dropkey_is_active, layer_ratios
 from .modeling_dropkey import DropKeyModelMixin, image_classification_loss
 
 
@@ -32,7 +31,7 @@ LEGACY_NAMES = (
 )
 
 
-class DropKeyViTAttention(ViTAttention):
+class DropKeyViTAttention(DropKeyRatioMixin, ViTAttention):
     """ViT's self-attention, with DropKey in training.
 
     Attributes:
@@ -94,11 +93,6 @@ class DropKeyViTPreTrainedModel(DropKeyModelMixin, ViTPreTrainedModel):
     config: DropKeyViTConfig
     config_class = DropKeyViTConfig
     _no_split_modules = ["ViTEmbeddings", "DropKeyViTLayer"]
-
-    @staticmethod
-    def source_file() -> Path:
-        """This file."""
-        return Path(__file__)
 
 
 def rename_legacy_keys(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:

@@ -6,7 +6,6 @@ class token attends. The queries, keys and values come from shared matrices, as 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Unpack, cast
 
 import torch
@@ -183,11 +182,6 @@ class DropKeyVoloPreTrainedModel(DropKeyArchitecture):
         if isinstance(module, DropKeyVoloEmbeddings):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
-
-    @staticmethod
-    def source_file() -> Path:
-        """This file."""
-        return Path(__file__)
 
 
 def swap_with_mirror(values: torch.Tensor, swapped: torch.Tensor) -> torch.Tensor:

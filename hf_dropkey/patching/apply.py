@@ -370,6 +370,36 @@ def dropkey_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def warn_if_forgotten(model: nn.Module) -> bool:
+    """Warns, and returns True, if a model's configuration has DropKey settings that none of its attentions follows."""
+    ratio = forgotten_ratio(model)
+    if ratio is None:
+        return False
+    logger.warning(
+        "The configuration of %s has dropkey_ratio %s, but no attention drops keys: call apply_dropkey(model) to train with "
+        "it, or set model.config.dropkey_ratio = 0.",
+        type(transformers_model(model)).__name__,
+        ratio,
+    )
+    return True
+
+
+def forgotten_ratio(model: nn.Module) -> float | None:
+    """The drop ratio that a model's configuration remembers while none of its attentions drops keys; else None.
+
+    A patched stock model is in this state after `from_pretrained`: `apply_dropkey(model)` applies the settings again.
+    """
+    try:
+        config = transformers_model(model).config
+    except (TypeError, ValueError):
+        # no Transformers model, or several side by side, of which none speaks for all
+        return None
+    ratio = getattr(config, "dropkey_ratio", None)
+    if not ratio or any(module.dropkey_ratio > 0 for _, module in dropkey_modules(model)):
+        return None
+    return float(ratio)
+
+
 @contextmanager
 def dropkey_disabled(model: nn.Module) -> Iterator[None]:
     """No attention of the model drops keys in this `with` block, in training mode neither."""

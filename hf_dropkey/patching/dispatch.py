@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
 
-from ..models.attention import dropkey_attention_forward, dropkey_is_active
+from ..models.attention import dropkey_attention_forward
+from ..models.dropkey import dropkey_is_active
 
 
 DROPKEY_NAME = "dropkey"

@@ -1,8 +1,8 @@
-"""Weights in an old layout, read by a bare `load_state_dict`.
+"""Conversion of weights in an old layout for a direct `load_state_dict`.
 
-`save_pretrained` writes many models in the layout of older releases, and `from_pretrained` converts it. `Trainer` reads
-its checkpoints back with a bare `load_state_dict(strict=False)` instead (Transformers 5.23), which leaves every renamed
-layer as it was, with no more than a warning.
+`save_pretrained` writes many models in the layout of older releases, and `from_pretrained` converts it. `Trainer`
+reads its checkpoints with a direct `load_state_dict(strict=False)` instead (Transformers 5.23), which leaves every
+renamed layer unchanged and only warns.
 """
 
 import copy
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 
 def convert_legacy_names(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
-    """A `load_state_dict` pre-hook of a whole model that converts weights in an old layout, in place, as loading does."""
+    """A `load_state_dict` pre-hook of a whole model: converts weights in an old layout in place."""
     own = model.state_dict().keys()
     foreign = state_dict.keys() - own
     if prefix or not foreign or own <= state_dict.keys():

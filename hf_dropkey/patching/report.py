@@ -1,4 +1,4 @@
-"""What `apply_dropkey` did, as a table."""
+"""The report of `apply_dropkey`, printed as a table."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class RegularisedAttention:
 
     Attributes:
         name: Dotted name of the attention module.
-        depth: Place in its stack's ramp, in order of execution, from 0.
+        depth: Index in its stack of layers, in order of execution, from 0.
         kind: "self" or "cross".
         side: "encoder" or "decoder".
         ratio: Drop ratio, [0, 1).
@@ -32,9 +32,9 @@ class DropKeyReport:
 
     Attributes:
         model: Class name of the model.
-        pattern: What is dropped together.
+        pattern: The pattern of the masks.
         sites: The attentions that drop keys, in order of execution.
-        unreached: The others.
+        unreached: The attentions that do not, with the reason.
         replaced: Whether settings of an earlier call were replaced.
     """
 

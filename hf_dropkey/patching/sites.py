@@ -1,4 +1,4 @@
-"""Which attention modules of a Transformers model can drop keys, found by what their code does, and why others cannot."""
+"""Finds the attention modules of a Transformers model that can drop keys, by their code, and why others cannot."""
 
 import dis
 import inspect
@@ -38,11 +38,11 @@ class AttentionSite:
     Attributes:
         name: Dotted name within the Transformers model.
         module: The attention module.
-        owner: The nearest Transformers model around it, which makes its masks.
+        owner: The innermost Transformers model that contains it, which makes its attention masks.
         stack: Dotted name of the stack of layers it belongs to.
         kind: "self" or "cross".
         side: "encoder" or "decoder".
-        native: The module calls DropKey by itself (models of this package).
+        native: The module calls DropKey itself (models of this package).
     """
 
     name: str
@@ -66,21 +66,21 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
     """The Transformers model itself, without wrappers such as PEFT's, `torch.compile`'s or DDP's.
 
     Raises:
-        TypeError: There is none.
-        ValueError: There are several side by side.
+        TypeError: The module contains no Transformers model.
+        ValueError: It contains several.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected a Transformers model, got {type(model).__name__}. Load one with from_pretrained.")
     found = list(_outermost_models(model, ""))
     if not found:
         raise TypeError(
-            f"{type(model).__name__} is no Transformers model and contains none, so there is no attention interface "
-            "to drop keys in. Pass a `PreTrainedModel`, or a module that wraps one."
+            f"{type(model).__name__} is not a Transformers model and contains none, so it has no attention interface to "
+            "drop keys in. Pass a `PreTrainedModel`, or a module that wraps one."
         )
     if len(found) > 1:
         raise ValueError(
-            f"{type(model).__name__} holds several Transformers models ({', '.join(name for name, _ in found)}). Call "
-            "this for each of them."
+            f"{type(model).__name__} contains several Transformers models ({', '.join(name for name, _ in found)}). Call "
+            "the function for each of them."
         )
     return found[0][1]
 
@@ -114,7 +114,7 @@ def _visit(
     native = is_native(module)
     reason = None if native else refusal(module)
     if native or reason is None:
-        # models of this package run one schedule through all their parts
+        # in models of this package one schedule covers all parts
         stack = owner_name if native else stack_of(name)
         side = side_of(stack, bool(getattr(getattr(module, "config", None), "is_decoder", False)))
         sites.append(AttentionSite(name, module, owner, stack, kind_of(name, module), side, native))
@@ -126,13 +126,13 @@ def _visit(
 
 
 def is_native(module: nn.Module) -> bool:
-    """Whether a module has its own DropKey, as those of this package's models do."""
-    # a stock module that `apply_dropkey` has changed says so in its configuration
+    """Whether a module calls DropKey itself, as in the models of this package."""
+    # a stock module that `apply_dropkey` has changed is marked by its configuration
     return "dropkey_ratio" in vars(module) and not hasattr(vars(module).get("config"), "dropkey_backend")
 
 
 def dispatch_code(module: nn.Module) -> CodeType | None:
-    """The code in which the module's forward chooses its attention function, None if it does not do so."""
+    """The code of `forward` if it looks its attention function up in Transformers' interface, else None."""
     for cls in type(module).__mro__:
         forward = vars(cls).get("forward")
         if not inspect.isfunction(forward):
@@ -146,7 +146,7 @@ def dispatch_code(module: nn.Module) -> CodeType | None:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why DropKey cannot act in an attention module, None if it can."""
+    """The reason why DropKey cannot act in an attention module, None if it can."""
     code = dispatch_code(module)
     if code is None:
         if any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
@@ -155,7 +155,7 @@ def refusal(module: nn.Module) -> str | None:
             return "deformable attention: it samples points and has no keys to drop"
         return f"{type(module).__name__} computes its own softmax, not through Transformers' attention interface"
     if not hasattr(module, "config"):
-        return f"{type(module).__name__} has no configuration of its own to choose its attention function by"
+        return f"{type(module).__name__} has no configuration of its own that names its attention function"
     uses = sum(step.argval == "_attn_implementation" for step in dis.get_instructions(code))
     if uses != 1:
         return f"{type(module).__name__} computes differently for different names of its attention function"
@@ -165,7 +165,7 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def is_closed_attention(module: nn.Module) -> bool:
-    """Whether a module is attention of its own making, with nothing inside that DropKey can reach."""
+    """Whether a module is attention with its own softmax, and contains no attention that DropKey can reach."""
     if isinstance(module, nn.MultiheadAttention):
         return True
     if isinstance(module, PreTrainedModel) or not ATTENTION_NAME.search(type(module).__name__):
@@ -181,14 +181,14 @@ def _names_softmax(module: nn.Module) -> bool:
 
 
 def stack_of(name: str) -> str:
-    """The part of a dotted name before its first number: the list of layers, or the parent where there is none."""
+    """The part of a dotted name before its first number, which is the list of layers; without a number, the parent."""
     parts = name.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbers[0]] if numbers else parts[:-1])
 
 
 def side_of(stack: str, is_decoder: bool) -> Side:
-    """Whether a stack encodes or decodes: by the last part of its name that says so, else by its configuration."""
+    """Whether a stack is an encoder or a decoder, by the last part of its name that says so, else its configuration."""
     for part in reversed(stack.split(".")):
         if "decoder" in part:
             return "decoder"
@@ -198,7 +198,7 @@ def side_of(stack: str, is_decoder: bool) -> Side:
 
 
 def kind_of(name: str, module: nn.Module) -> Kind:
-    """Whether an attention module attends to its own sequence, by its names and by what its forward needs."""
+    """Self- or cross-attention, by the names of the module and by the required arguments of its forward."""
     if any(CROSS_NAME.search(word) for word in (*name.split(".")[-2:], type(module).__name__)):
         return "cross"
     parameters = inspect.signature(type(module).forward).parameters.values()
@@ -207,7 +207,7 @@ def kind_of(name: str, module: nn.Module) -> Kind:
 
 
 def idle_reason(site: AttentionSite, first_of_stack: bool) -> str | None:
-    """Why a site takes no part whatever the settings: dropping keys could change nothing there, or it is switched off."""
+    """Why a site never drops keys, whatever the settings: it would change nothing there, or the site is disabled."""
     names = {cls.__name__ for cls in type(site.module).__mro__}
     if first_of_stack and site.side == "decoder" and site.kind == "self" and names & CONSTANT_START:
         return "the first decoder layer's queries start at zero, so all values are equal and dropping changes nothing"
@@ -215,5 +215,5 @@ def idle_reason(site: AttentionSite, first_of_stack: bool) -> str | None:
         return "it has a single key"
     for flag, part in SWITCHES.items():
         if site.native and re.search(part, site.name) and getattr(site.owner.config, flag, True) is False:
-            return f"switched off by the configuration's {flag}=False"
+            return f"disabled by the configuration's {flag}=False"
     return None

@@ -48,6 +48,16 @@ class DropKeyArguments:
         default=None, metadata={"help": "Allows plain dropout on attention weights beside DropKey."}
     )
 
+    dropkey_include: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Shell patterns of the attentions that drop keys, of models that are patched. Default: all."
+        },
+    )
+    dropkey_exclude: list[str] | None = field(
+        default=None, metadata={"help": "Shell patterns of attentions to leave out. Default: none."}
+    )
+
     def given(self) -> dict[str, Any]:
         """The arguments that were given."""
         return {name: value for name, value in asdict(self).items() if value is not None}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..patching.apply import dropkey_modules
+from ..patching.apply import apply_dropkey, dropkey_modules, forgotten_ratio, warn_if_forgotten
 
 
 # (step, total steps) -> factor on every ratio, in [0, 1]; step counts the finished optimiser steps
@@ -143,6 +143,28 @@ class DropKeySeedCallback(TrainerCallback):
         """Seeds the process, each start of a run otherwise."""
         if state.global_step > 0 or args.world_size > 1:
             seed_process(args.seed, args.process_index + args.world_size * state.global_step)
+
+
+class DropKeyGuardCallback(TrainerCallback):
+    """Notices a model whose configuration has DropKey settings while none of its attentions drops keys.
+
+    A patched stock model is in this state after `from_pretrained`: it would train without DropKey.
+
+    Args:
+        reapply: Apply the settings of the configuration, instead of a warning.
+    """
+
+    def __init__(self, *, reapply: bool = False):
+        self.reapply = reapply
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warns, or applies the settings."""
+        if not self.reapply:
+            warn_if_forgotten(kwargs["model"])
+        elif forgotten_ratio(kwargs["model"]) is not None:
+            apply_dropkey(kwargs["model"])
 
 
 class DropKeyLogCallback(TrainerCallback):

@@ -12,10 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError
 
+from ..extras import needed
 from .checkpoints import sort_by_wholeness
+
+
+with needed("train"):
+    from accelerate import Accelerator, DistributedType
 
 
 logger = logging.getLogger(__name__)

@@ -212,15 +212,17 @@ class TrainingJob(ABC, Generic[Data]):
         write_card(trainer, {"tasks": self.TASK, "command": shown_command(command), **self.card(data)})
 
     @classmethod
-    def main(cls) -> None:
-        """Runs the job of the command line of this process."""
-        check_devices(os.environ, sys.argv[1:])
-        cls.parse(sys.argv[1:]).execute(started_command())
+    def main(cls, command: Sequence[str] | None = None) -> None:
+        """Runs the job of some arguments, by default those of this process."""
+        arguments = sys.argv[1:] if command is None else command
+        check_devices(os.environ, arguments)
+        cls.parse(arguments).execute(started_command())
 
 
 def started_command() -> list[str]:
-    """The command line of this process, as a reader of the model card would start it from a clone."""
-    return ["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    """The command line of this process, as a reader of the model card would start it: a script from a clone, or hf-dropkey."""
+    program = Path(sys.argv[0])
+    return [*(["python", f"scripts/{program.name}"] if program.suffix == ".py" else [program.name]), *sys.argv[1:]]
 
 
 def train_and_save(trainer: GuardedTrainer, checkpoint: Path | None) -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_dropkey.models import attention
+from hf_dropkey.models import attention, attention_mask, cpu_attention
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -88,9 +88,10 @@ def forced_drops(model: nn.Module, masks: dict[str, torch.Tensor]) -> Iterator[N
         if hasattr(module, "dropkey_ratio"):
             module.training, module.dropkey_ratio = name in masks, 0.5
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "dropped_scores", given_scores)
+        patch.setattr(attention_mask, "dropped_scores", given_scores)
         # without masks scores are drawn by a shortcut, which must ask for the given ones too
-        patch.setattr(attention, "_only_drops", lambda *_: False)
+        for module in (attention, attention_mask, cpu_attention):
+            patch.setattr(module, "is_drop_alone", lambda *_: False)
         yield
     model.eval()
     assert not waiting, f"these attentions never dropped: {[name for name, _ in waiting]}"

@@ -494,7 +494,7 @@ def measure(name: str, forwards: int = 8) -> tuple[Row, dict[str, SiteCount], Dr
 
 
 def markdown_table(rows: list[Row]) -> str:
-    """The table of the README."""
+    """The table of `model_cards/architectures.md`."""
     lines = [
         "| architecture | attentions that drop keys | not reached | ratio | measured | worst site, in standard deviations |",
         "|---|---|---|---|---|---|",

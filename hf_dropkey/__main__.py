@@ -1,0 +1,9 @@
+"""`python -m hf_dropkey` is `hf-dropkey`."""
+
+import sys
+
+from .cli import main
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""The one table of what metrics are called: in model cards, in tables and on axes, and in sentences."""
+
+from typing import NamedTuple
+
+
+class MetricName(NamedTuple):
+    """How one metric is shown.
+
+    Attributes:
+        full: In a model card, which somebody may read without knowing the abbreviation.
+        label: In the head of a table or on an axis, with its unit.
+        word: In a sentence.
+        larger_is_better: None where neither is.
+    """
+
+    full: str
+    label: str
+    word: str
+    larger_is_better: bool | None
+
+    @property
+    def title(self) -> str:
+        """The label as the start of a title."""
+        return f"{self.label[0].upper()}{self.label[1:]}"
+
+
+# by the key that `compute_metrics` and the rows of results have
+METRICS = {
+    "accuracy": MetricName("accuracy", "accuracy", "accuracy", True),
+    "top5_accuracy": MetricName("top-5 accuracy", "top-5 accuracy", "top-5 accuracy", True),
+    "nll": MetricName("negative log-likelihood (nats)", "NLL, nats", "NLL", False),
+    "ece": MetricName("expected calibration error, 15 bins", "ECE", "ECE", False),
+    "loss": MetricName("loss", "loss", "loss", False),
+    "accuracy_gap": MetricName(
+        "accuracy, training images minus these", "accuracy, training minus these images", "accuracy gap", None
+    ),
+}
+# mean average precision of pairs, HICO-DET's protocol
+METRICS |= {
+    f"mAP{setting}{group}": MetricName(f"mAP{words}{what}", f"mAP{words}{what}", f"mAP{words}{what}", True)
+    for setting, words in (("", ""), ("_known_object", ", known object"))
+    for group, what in (("", ""), ("_rare", ", rare classes"), ("_non_rare", ", other classes"))
+}
+METRICS["mean_max_recall"] = MetricName("mean of the largest recalls", "mean recall", "mean recall", True)
+METRICS |= {
+    f"accuracy_at_occlusion_{fraction:g}": MetricName(
+        f"accuracy, {100 * fraction:g} % of patches hidden",
+        f"accuracy, {100 * fraction:g} % of patches hidden",
+        f"accuracy with {100 * fraction:g} % of patches hidden",
+        True,
+    )
+    for fraction in (0.25, 0.5, 0.75)
+}
+
+
+def full_name(metric: str) -> str:
+    """What a model card calls a metric: its name in full, or its key where the table has none."""
+    return METRICS[metric].full if metric in METRICS else metric

@@ -1,0 +1,195 @@
+"""Any pretrained vision model of Transformers trains with DropKey: new classifiers, other image sizes, clear refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from transformers import AutoModelForImageClassification
+
+from hf_dropkey import apply_dropkey
+from hf_dropkey.classification.job import ClassificationJob
+from hf_dropkey.classification.pretrained import resized_bias_table, resized_table
+from hf_dropkey.inspection.analysis import drop_schedule, measured_drops
+
+
+SIDE = 32
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+VIT = {**SMALL, "image_size": SIDE, "patch_size": 8}
+SWIN = {"image_size": SIDE, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2]}
+SIGLIP = hf.SiglipVisionConfig(**VIT)
+CLIP = {"vision_config": VIT, "text_config": {**SMALL, "vocab_size": 99, "eos_token_id": 98}}
+# what people have: a class and a configuration. bare models get a new classifier
+MODELS: dict[str, tuple[Any, Any]] = {
+    "vit": (hf.ViTForImageClassification, hf.ViTConfig(**VIT)),
+    "deit": (hf.DeiTModel, hf.DeiTConfig(**VIT)),
+    "beit": (
+        hf.BeitForImageClassification,
+        hf.BeitConfig(**VIT, use_relative_position_bias=True),
+    ),
+    "dinov2": (hf.Dinov2Model, hf.Dinov2Config(**VIT)),
+    "dinov2 with registers": (hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig(**VIT)),
+    "dinov3": (hf.DINOv3ViTModel, hf.DINOv3ViTConfig(**VIT, num_register_tokens=2)),
+    "siglip": (hf.SiglipForImageClassification, hf.SiglipConfig(vision_config=SIGLIP.to_dict())),
+    "siglip vision": (hf.SiglipVisionModel, SIGLIP),
+    "swin": (hf.SwinForImageClassification, hf.SwinConfig(**SWIN)),
+    "vit msn": (hf.ViTMSNModel, hf.ViTMSNConfig(**VIT)),
+    "clip": (hf.CLIPForImageClassification, hf.CLIPConfig(**CLIP)),
+    "clip vision": (hf.CLIPVisionModel, hf.CLIPVisionConfig(**VIT)),
+}
+
+
+def saved(name: str, folder: Path, side: int = SIDE) -> Path:
+    """A folder of a tiny random model with an image processor, as from the Hub."""
+    model_class, config = MODELS[name]
+    torch.manual_seed(0)
+    model = model_class(config)
+    for key, value in model.named_parameters():
+        if "position" in key:
+            torch.nn.init.normal_(value, std=0.02)
+    model.save_pretrained(folder)
+    processor = hf.ViTImageProcessorPil(size={"height": side, "width": side})
+    processor.save_pretrained(folder)
+    return folder
+
+
+def job(source: Path, output: Path, *words: str) -> ClassificationJob:
+    usual = ["--do_train", "--do_eval", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
+    usual += [
+        "--max_train_samples",
+        "16",
+        "--max_eval_samples",
+        "16",
+        "--per_device_train_batch_size",
+        "8",
+        "--use_cpu",
+    ]
+    usual += ["--report_to", "none", "--disable_tqdm", "True", "--dropkey_patch", "--ignore_mismatched_sizes"]
+    if not any(word == "--dropkey_ratio" for word in words):
+        usual += ["--dropkey_ratio", "0.5", "--dropkey_schedule", "constant"]
+    return ClassificationJob.parse(["--model_name_or_path", str(source), "--output_dir", str(output), *usual, *words])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pretrained_model_trains_with_dropkey_and_is_saved_for_others(name: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    training = job(saved(name, tmp_path / "source"), run)
+    training.execute(["python", "train.py"])
+    config = json.loads((run / "config.json").read_text())
+    assert config["dropkey_ratio"] == 0.5 and len(config["id2label"]) == 10
+    assert (run / "README.md").is_file() and (run / "preprocessor_config.json").is_file()
+    again = AutoModelForImageClassification.from_pretrained(run)
+    report = apply_dropkey(again)
+    assert {site.ratio for site in report.sites} == {0.5} and len(report.sites) >= 3
+    images = torch.randn(4, 3, SIDE, SIDE)
+    drops = [drop for drop in measured_drops(again, {"pixel_values": images}, passes=4) if drop.fractions]
+    assert drops and [drop.ratio for drop in drop_schedule(again)] == [site.ratio for site in report.sites]
+    for drop in drops:
+        deviation = (0.25 / (drop.scores * len(drop.fractions))) ** 0.5
+        mean = sum(drop.fractions) / len(drop.fractions)
+        assert abs(mean - 0.5) < 4 * deviation + 0.02, (drop.name, mean)
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "beit", "dinov2", "siglip", "siglip vision", "clip vision", "dinov3"])
+def test_another_image_size_resizes_the_positions_once(name: str, tmp_path: Path) -> None:
+    source = saved(name, tmp_path / "source")
+    training = job(source, tmp_path / "run", "--image_size", "48")
+    training.check()
+    model = training.make_model(training.load())
+    with torch.no_grad():
+        assert model.eval()(pixel_values=torch.randn(2, 3, 48, 48)).logits.shape == (2, 10)
+    model.save_pretrained(tmp_path / "bigger")
+    training.processor.save_pretrained(tmp_path / "bigger")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "bigger")
+    images = torch.randn(2, 3, 48, 48)
+    assert torch.equal(again.eval()(pixel_values=images).logits, model(pixel_values=images).logits)
+    # the tables hold the old values at another resolution, none is new
+    before = MODELS[name][0].from_pretrained(source).state_dict()
+    for key, value in model.state_dict().items():
+        old = before.get(key.removeprefix("features.") if key not in before else key)
+        if "position" in key and old is not None and old.shape != value.shape:
+            assert torch.isclose(value.mean(), old.mean(), atol=0.02) and value.std() < 1.5 * old.std()
+
+
+def test_a_native_vit_takes_another_image_size_too(tmp_path: Path) -> None:
+    source = saved("vit", tmp_path / "source")
+    words = ["--model_name_or_path", str(source), "--image_size", "48", "--output_dir", str(tmp_path / "run")]
+    training = ClassificationJob.parse([*words, "--do_eval", "--ignore_mismatched_sizes"])
+    training.check()
+    model = training.make_model(training.load())
+    assert type(model).__name__ == "DropKeyViTForImageClassification" and model.config.image_size == 48
+    old = MODELS["vit"][0].from_pretrained(source).vit.embeddings.position_embeddings
+    new: Any = model.get_parameter("vit.embeddings.position_embeddings")
+    assert new.shape == (1, 37, 32) and torch.equal(new[:, :1], old[:, :1])
+
+
+def test_tables_at_the_same_grid_stay_as_they_are() -> None:
+    table = torch.randn(1, 17, 4)
+    assert torch.equal(resized_table(table, table, (4, 4), "t"), table)
+    assert torch.equal(resized_table(table[0, 1:], table[0, 1:], (4, 4), "t"), table[0, 1:])
+    with pytest.raises(ValueError, match="t has 18 positions, not 1 and a square; leave out --image_size"):
+        resized_table(torch.randn(1, 18, 4), torch.randn(1, 10, 4), (3, 3), "t")
+    biases = torch.randn(7 * 7 + 3, 2)
+    assert torch.equal(resized_bias_table(biases, biases, (4, 4)), biases)
+    assert torch.equal(resized_bias_table(biases, torch.empty(5 * 5 + 3, 2), (3, 3))[-3:], biases[-3:])
+
+
+def refused(source: Path, folder: Path, match: str, *words: str) -> None:
+    def start() -> None:
+        training = job(source, folder / "run", *words)
+        training.check()
+        training.make_model(training.load())
+
+    with pytest.raises(ValueError, match=match):
+        start()
+
+
+def test_what_cannot_be_trained_is_refused_before_training(tmp_path: Path) -> None:
+    bert = hf.BertModel(hf.BertConfig(**SMALL, vocab_size=99, max_position_embeddings=16))
+    bert.save_pretrained(tmp_path / "bert")
+    refused(
+        tmp_path / "bert", tmp_path, r"bert \(model_type 'bert'\) cannot classify images.*takes input_ids, not images"
+    )
+    mae = hf.ViTMAEModel(hf.ViTMAEConfig(**VIT, decoder_num_hidden_layers=1))
+    mae.save_pretrained(tmp_path / "mae")
+    refused(tmp_path / "mae", tmp_path, "masks random patches of every image")
+    # convolutions only: nothing to drop
+    shape: dict[str, Any] = {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2}
+    hf.ConvNextForImageClassification(hf.ConvNextConfig(**shape)).save_pretrained(tmp_path / "convnext")
+    hf.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "convnext")
+    refused(tmp_path / "convnext", tmp_path, "no attention")
+    # windows by the head: an attention that Transformers' interface does not reach
+    swinv2 = hf.Swinv2ForImageClassification(hf.Swinv2Config(**SWIN))
+    swinv2.save_pretrained(tmp_path / "swinv2")
+    hf.ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path / "swinv2")
+    refused(tmp_path / "swinv2", tmp_path, "Swinv2")
+
+
+def test_sizes_that_do_not_fit_are_refused_with_the_next_step(tmp_path: Path) -> None:
+    source = saved("siglip", tmp_path / "siglip", side=48)
+    refused(source, tmp_path, r"does not take the images of 48 x 48 pixels.*pass --image_size")
+    refused(
+        source,
+        tmp_path,
+        "--image_size 45 is not a multiple of the model's patches of 8 pixels; choose.* 40",
+        "--image_size",
+        "45",
+    )
+    hf.ViTImageProcessorPil(size={"shortest_edge": 40}, do_center_crop=False).save_pretrained(source)
+    refused(source, tmp_path, "makes images of different sizes.*pass --image_size")
+
+
+def test_arguments_for_patched_models_are_refused_for_others(tmp_path: Path) -> None:
+    source = saved("vit", tmp_path / "vit")
+    words = ["--model_name_or_path", str(source), "--output_dir", str(tmp_path / "run"), "--do_eval"]
+    with pytest.raises(ValueError, match="--dropkey_include is for models that apply_dropkey patches"):
+        ClassificationJob.parse([*words, "--dropkey_include", "*.0.*"]).check()
+    training = job(
+        source, tmp_path / "run", "--dropkey_exclude", "*layers.0*", "--config_overrides", '{"qkv_bias": true}'
+    )
+    training.check()
+    model = training.make_model(training.load())
+    assert len(drop_schedule(model)) == 2
+    refused(source, tmp_path, r"ViTConfig has no fields \['mix_token'\]", "--config_overrides", '{"mix_token": true}')
