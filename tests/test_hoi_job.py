@@ -263,8 +263,8 @@ def test_figures_of_many_pairs() -> None:
     )
     texts = [text.get_text() for axis in figure.axes for text in axis.texts]
     assert "and 4 more" in texts
-    assert "1  walk 0.50: no object" in texts
-    assert "1  hold, look_at: ball" in texts
+    assert "1 walk 0.50: no object" in texts
+    assert "1 hold, look_at: ball" in texts
     with pytest.raises(ValueError, match="at least one image"):
         interactions([], [("found", [])], title="none")
     with pytest.raises(ValueError, match="give pairs for every image"):

@@ -1,5 +1,6 @@
 """Images with their pairs: person and object boxes, a line between them, and the verbs in a list below."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ with needed("plots"):
 
 # more would not fit below an image
 LARGEST_LIST = 8
+# in letters; a longer line would run into the next image
+LONGEST_LINE = 64
 OUTLINE = [effects.withStroke(linewidth=3, foreground="black")]
 
 
@@ -59,7 +62,7 @@ def draw_pairs(axis: Axes, image: Image.Image, pairs: Sequence[Mapping[str, Any]
         # numbers of pairs that share a person stand side by side
         place = (pair["person_box"][0] + (number - 1) * 0.05 * image.width, pair["person_box"][1])
         axis.text(*place, str(number), fontsize=7, color=color, weight="bold", path_effects=OUTLINE, clip_on=True)
-        lines.append((f"{number}  {pair_text(pair)}", color))
+        lines.append((textwrap.shorten(f"{number} {pair_text(pair)}", LONGEST_LINE, placeholder=" ..."), color))
     # boxes at the border would widen the view
     axis.set_xlim(-0.5, image.width - 0.5)
     axis.set_ylim(image.height - 0.5, -0.5)
