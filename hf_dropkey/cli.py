@@ -66,7 +66,7 @@ def export(arguments: argparse.Namespace) -> int:
     from .saved import check_model_folder
 
     check_model_folder(arguments.folder)
-    model = export_plain(arguments.folder, arguments.out)
+    model = export_plain(arguments.folder, arguments.out, overwrite=arguments.overwrite)
     print(f"{arguments.out}: {type(model).__name__}, a plain Transformers checkpoint")
     return 0
 
@@ -74,7 +74,12 @@ def export(arguments: argparse.Namespace) -> int:
 def push(arguments: argparse.Namespace) -> int:
     """Uploads a folder."""
     from .hub.push import push_folder
+    from .hub.push_plan import plan_push
 
+    if arguments.dry_run:
+        print(plan_push(arguments.folder, include=arguments.include))
+        print("nothing was sent")
+        return 0
     done = push_folder(
         arguments.folder,
         arguments.repo_id,
@@ -82,11 +87,11 @@ def push(arguments: argparse.Namespace) -> int:
         private=arguments.private or None,
         commit_message=arguments.message,
         replace_readme=arguments.replace_readme,
+        include=arguments.include,
+        announce=print,
     )
     print(f"{done.url}" if done.changed else f"{done.url}: nothing new, no commit made")
     print(f'load it with revision="{done.commit}"')
-    if done.left_out:
-        print(f"left at home: {', '.join(done.left_out)}")
     return 0
 
 
@@ -136,7 +141,8 @@ def _parser() -> argparse.ArgumentParser:
 
     exporting = commands.add_parser("export", help="write a plain Transformers checkpoint: no DropKey, no code")
     exporting.add_argument("folder", type=Path, help="saved model")
-    exporting.add_argument("out", type=Path, help="folder to write")
+    exporting.add_argument("out", type=Path, help="folder to write; new or empty")
+    exporting.add_argument("--overwrite", action="store_true", help="replace the saved model in out, all of it")
     exporting.set_defaults(run=export)
 
     pushing = commands.add_parser("push", help="upload a saved model with its code and card, in one commit")
@@ -146,6 +152,10 @@ def _parser() -> argparse.ArgumentParser:
     pushing.add_argument("--private", action="store_true", help="make a private repository")
     pushing.add_argument("--message", default="Upload model", help="title of the commit")
     pushing.add_argument("--replace-readme", action="store_true", help="take the folder's card, not the repository's")
+    pushing.add_argument(
+        "--include", nargs="+", default=(), metavar="PATTERN", help='more files, such as "figures/*.png"'
+    )
+    pushing.add_argument("--dry_run", "--dry-run", action="store_true", help="only list what would go and what stays")
     pushing.set_defaults(run=push)
 
     writing = commands.add_parser("card", help="write or renew README.md from the results files of a run")

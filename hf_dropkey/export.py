@@ -7,45 +7,88 @@ import copy
 import inspect
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .models.modeling_dropkey_hoi import DropKeyHoiForObjectDetection
 from .patching.apply import UNDO, remove_dropkey
 from .patching.sites import transformers_model
-from .saved import PROCESSOR_FILES, saved_class
+from .saved import PROCESSOR_FILES, load_config, one_error, saved_class
 
 
-def export_plain(model_or_folder: nn.Module | str | os.PathLike, out: str | os.PathLike) -> PreTrainedModel:
+def export_plain(
+    model_or_folder: nn.Module | str | os.PathLike, out: str | os.PathLike, *, overwrite: bool = False
+) -> PreTrainedModel:
     """Saves a plain Transformers checkpoint: same weights, same outputs in eval mode, no DropKey, no code.
 
     Args:
         model_or_folder: A model of this package, a patched model of Transformers, or a folder that holds either. From a
             folder, image processor and tokenizer come along.
-        out: Folder to write.
+        out: Folder to write, new or empty.
+        overwrite: Replace the saved model in `out`; nothing of the old one stays, whatever else lies there included.
 
     Returns:
         The plain model in eval mode, with its own copy of the weights if it came from a model.
 
     Raises:
-        ValueError: The architecture is not one of Transformers, or `out` is the folder to export.
+        ValueError: The architecture is not one of Transformers, or `out` is the folder to export, or lies in it, or holds it.
+        FileExistsError: `out` is not empty and `overwrite` is False, or it holds something else than a saved model.
+        NotADirectoryError: `out` is a file.
     """
-    if isinstance(model_or_folder, nn.Module):
-        plain = plain_model(model_or_folder)
-        plain.save_pretrained(out)
-        return plain.eval()
-    source, target = Path(model_or_folder), Path(out)
-    if target.exists() and source.resolve() == target.resolve():
-        raise ValueError(f"{out} would be overwritten by its own export. Give another folder.")
-    plain = plain_model(_load(source))
-    plain.save_pretrained(target)
-    for name in PROCESSOR_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    target = Path(out)
+    source = None if isinstance(model_or_folder, nn.Module) else Path(model_or_folder)
+    _check_target(source, target, overwrite=overwrite)
+    plain = plain_model(model_or_folder if isinstance(model_or_folder, nn.Module) else _load(Path(model_or_folder)))
+    with _replaced(target) as stage:
+        plain.save_pretrained(stage)
+        for name in PROCESSOR_FILES if source is not None else ():
+            if (source / name).is_file():  # type: ignore[operator]  # a folder, as said above
+                shutil.copyfile(source / name, stage / name)  # type: ignore[operator]  # as above
     return plain.eval()
+
+
+def _check_target(source: Path | None, target: Path, *, overwrite: bool) -> None:
+    """Raises as `export_plain` does where writing would mix or destroy."""
+    there = target.resolve()
+    if source is not None and source.exists():
+        held = source.resolve()
+        if held == there:
+            raise ValueError(f"{target} would be overwritten by its own export. Give another folder.")
+        if overwrite and (held.is_relative_to(there) or there.is_relative_to(held)):
+            raise ValueError(f"{target} and {source} lie in one another. Give a folder apart from it.")
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file; give a folder")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{target} is not empty; give another folder, or pass --overwrite (overwrite=True), which deletes all that is "
+            "in it"
+        )
+    if not (target / "config.json").is_file():
+        raise FileExistsError(
+            f"{target} is not empty and holds no saved model, so it is not overwritten; empty it yourself"
+        )
+
+
+@contextmanager
+def _replaced(target: Path) -> Iterator[Path]:
+    """A folder that takes the place of `target` once it is whole; if writing fails, what was there stays."""
+    real = target.resolve()
+    real.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{real.name}-", dir=real.parent) as held:
+        stage, old = Path(held, "new"), Path(held, "old")
+        stage.mkdir()
+        yield stage
+        if real.exists():
+            real.rename(old)
+        stage.rename(real)
 
 
 def plain_model(model: nn.Module) -> PreTrainedModel:
@@ -122,6 +165,7 @@ def _has(module: Any, path: str) -> bool:
 
 def _load(folder: Path) -> PreTrainedModel:
     """The model in a folder, by the class it was saved as."""
-    cls: Any = saved_class(AutoConfig.from_pretrained(folder), folder)
-    model: PreTrainedModel = cls.from_pretrained(folder)
+    cls: Any = saved_class(load_config(folder), folder)
+    with one_error(f"the model in {folder} cannot be loaded"):
+        model: PreTrainedModel = cls.from_pretrained(folder)
     return model

@@ -4,15 +4,23 @@ The paper's first alignment: DropKey acts in training only, which shifts the dis
 sees in inference; averaging over masks removes the shift, and the spread says how sure the model is.
 """
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from .patching.apply import dropkey_active
+from .patching.modes import GENERATORS
+
+
+_EVAL_LOCK = threading.Lock()
+# modules that were in training mode, with the number of `eval_mode` blocks that hold them in eval mode
+_HELD_IN_EVAL: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,9 @@ def monte_carlo_predict(
 ) -> MonteCarloPrediction:
     """The mean prediction of a classifier over `samples` random masks, without gradients.
 
-    The model runs in eval mode with DropKey active, whatever mode it is in, and is left as it was.
+    The model runs in eval mode with DropKey active, whatever mode it is in, and is left as it was. Threads may predict
+    with one model at once; those that give a seed run one after the other, because they seed torch's generators, which
+    the process has once. A model that another thread trains is better copied: eval mode is an attribute of the model.
 
     Args:
         model: Any model with DropKey, patched or of this package, whose output has single-label `logits`.
@@ -141,18 +151,25 @@ def _repeatable(seed: int | None, device: torch.device) -> Iterator[None]:
         return
     devices = [] if device.type == "cpu" else [device]
     kind = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng(devices=devices, device_type=kind):
+    with GENERATORS, torch.random.fork_rng(devices=devices, device_type=kind):
         torch.manual_seed(seed)
         yield
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every module in eval mode, and back in the mode each one was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Puts every module in eval mode, and back in training mode those that were, when the last thread has left."""
+    with _EVAL_LOCK:
+        held = [module for module in model.modules() if module.training or module in _HELD_IN_EVAL]
+        for module in held:
+            _HELD_IN_EVAL[module] = _HELD_IN_EVAL.get(module, 0) + 1
+        model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _EVAL_LOCK:
+            for module in held:
+                _HELD_IN_EVAL[module] -= 1
+                if not _HELD_IN_EVAL[module]:
+                    del _HELD_IN_EVAL[module]
+                    module.training = True

@@ -1,19 +1,28 @@
 """What a folder of a saved model holds, and what it lacks."""
 
 import json
-from collections.abc import Iterable
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_imports
 
 from . import models
 
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+INDEX = "model.safetensors.index.json"
+# far above any model's
+MOST_CLASSES, MOST_LAYERS, MOST_NESTED = 1_000_000, 10_000, 20
+# how configurations end the names of fields that say how many modules there are
+LAYER_FIELDS = ("layers", "depth", "depths", "num_blocks", "num_stages")
 # what a pipeline needs besides the model
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -30,27 +39,95 @@ PROCESSOR_FILES = (
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raises FileNotFoundError naming what a saved model lacks, ValueError naming weights that are cut off."""
+    """Raises FileNotFoundError naming what a saved model lacks, ValueError naming what is damaged or cannot be."""
     report_missing(folder, missing_model_files(folder))
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            # compares the length of the file with the one that its header gives
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"the weights {file} are damaged ({error}); use another checkpoint") from error
+    check_sizes(folder)
+    for shard, names in sorted(_indexed(folder).items()):
+        lost = sorted(names - set(tensor_shapes(folder / shard)))
+        if lost:
+            raise ValueError(
+                f"the weights {folder / shard} lack {len(lost)} of those that {INDEX} names, such as {lost[0]}; use "
+                "another checkpoint"
+            )
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in a safetensors file, read from its header.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        # compares the length of the file with the one that its header gives
+        with safe_open(file, framework="pt") as weights:
+            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118  # no dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"the weights {file} are damaged ({error}); use another checkpoint") from error
+
+
+def _indexed(folder: Path) -> dict[str, set[str]]:
+    """The files that the index of a model in parts names, each with the weights in it; empty for a model in one file."""
+    if not (folder / INDEX).is_file():
+        return {}
+    found: dict[str, set[str]] = {}
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{folder / INDEX} is damaged (its weight_map is no object of file names); use another one")
+    for name, shard in weight_map.items():
+        if Path(shard).name != shard:
+            raise ValueError(
+                f"{folder / INDEX} names {shard!r}, which is no file of this folder; use another checkpoint"
+            )
+        found.setdefault(shard, set()).add(name)
+    return found
+
+
+def check_sizes(folder: Path) -> None:
+    """Raises ValueError if the configuration in `folder` asks for more layers or classes than its weights can hold.
+
+    Reading such a configuration alone would fill the memory. Without weights, the limits are far above any model's.
+    """
+    shapes = [shape for file in sorted(folder.glob("*.safetensors")) for shape in tensor_shapes(file).values()]
+    most = {
+        # a model without a head may have more classes than rows of any weight, within reason
+        "classes": max(10_000, *(max(shape, default=1) for shape in shapes)) if shapes else MOST_CLASSES,
+        # each has a weight of its own
+        "layers": max(100, len(shapes)) if shapes else MOST_LAYERS,
+    }
+    for name, value in _numbers(read_json(folder / "config.json")):
+        kind = "classes" if name == "num_labels" else "layers" if name.endswith(LAYER_FIELDS) else None
+        if kind is not None and value < 0:
+            raise ValueError(f"{folder / 'config.json'} has {name} {value}, which is below 0; correct it")
+        if kind is not None and value > most[kind]:
+            holds = f"its weights cannot be those of more than {most[kind]}" if shapes else f"{most[kind]} are allowed"
+            raise ValueError(
+                f"{folder / 'config.json'} has {name} {value}, and {holds}; correct it, or use another checkpoint"
+            )
+
+
+def _numbers(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, int]]:
+    """Whole numbers in a configuration and in those inside of it, with their names; lists by their sum."""
+    for name, value in config.items():
+        if isinstance(value, dict) and depth < MOST_NESTED:
+            yield from _numbers(value, depth + 1)
+        numbers = value if isinstance(value, list) else [value]
+        if numbers and all(isinstance(number, int | float) for number in numbers):
+            # infinite numbers are valid to Python's reader of JSON
+            yield name, math.ceil(min(sum(numbers), sys.maxsize)) if not math.isnan(sum(numbers)) else 0
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """What a JSON file holds.
+    """The object that a JSON file holds.
 
     Raises:
-        ValueError: The file is cut off.
+        ValueError: The file is cut off, or holds something else than an object.
     """
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged (it holds a {type(found).__name__}, no object); use another checkpoint")
     return found
 
 
@@ -61,16 +138,55 @@ def missing_model_files(folder: Path) -> list[str]:
     if not (folder / "config.json").is_file():
         return ["config.json"]
     missing = []
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(read_json(index)["weight_map"].values())
-        missing += sorted(shard for shard in shards if not (folder / shard).is_file())
+    if (folder / INDEX).is_file():
+        missing += sorted(shard for shard in _indexed(folder) if not (folder / shard).is_file())
     elif not any((folder / name).is_file() for name in WEIGHTS):
         missing.append(WEIGHTS[0])
-    auto_map = read_json(folder / "config.json").get("auto_map", {})
+    auto_map = read_json(folder / "config.json").get("auto_map") or {}
+    references = auto_map.values() if isinstance(auto_map, dict) else []
     # "repo--module.Class" is code of another repository
-    modules = {name.split(".")[0] for name in auto_map.values() if "--" not in name}
+    modules = {name.split(".")[0] for name in references if isinstance(name, str) and "--" not in name}
     return missing + [f"{module}.py" for module in missing_modules(folder, modules)]
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """Names of weights that the model in `folder` has and its files do not; empty if its class is unknown.
+
+    Raises:
+        ValueError: The weights have other shapes than the model, or cannot be read.
+    """
+    config = load_config(folder)
+    try:
+        cls: Any = saved_class(config, folder)
+    except ValueError:
+        # somebody's own class, which only they can load
+        return []
+    with one_error(f"the weights in {folder} do not fit its configuration"):
+        _, report = cls.from_pretrained(folder, config=config, output_loading_info=True)
+    return sorted(report["missing_keys"])
+
+
+@contextmanager
+def one_error(what: str) -> Iterator[None]:
+    """Turns what Transformers and torch raise for a configuration that makes no sense into one line that says what it is of.
+
+    Raises:
+        ValueError: Something was raised inside.
+    """
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ValueError(
+            f"{what} ({type(error).__name__}: {' '.join(str(error).split())}); use another one"
+        ) from error
 
 
 def missing_modules(folder: Path, modules: Iterable[str]) -> list[str]:
@@ -94,18 +210,40 @@ def report_missing(folder: Path, missing: list[str]) -> None:
         )
 
 
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration in a folder; no code of the folder runs.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, or of a model that neither this package nor Transformers has.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; pass the folder of a saved model")
+    check_sizes(folder)
+    with one_error(f"{folder / 'config.json'} cannot be used"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return config
+
+
 def saved_class(config: PreTrainedConfig, folder: Path) -> type[PreTrainedModel]:
     """The class that the model in `folder` was saved as, of this package or of Transformers.
 
     Raises:
-        ValueError: Neither has it.
+        ValueError: Neither has it, or it is the class of another configuration.
     """
     names = config.architectures or []
+    names = [str(name) for name in names] if isinstance(names, list | tuple) else [str(names)]
     for name in names:
-        found: type[PreTrainedModel] | None = getattr(models, name, None) or getattr(transformers, name, None)
-        if found is not None:
-            return found
+        found: Any = getattr(models, name, None) or getattr(transformers, name, None)
+        if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+            continue
+        if found.config_class is None or not isinstance(config, found.config_class):
+            raise ValueError(
+                f"{folder} was saved as {name}, which has no configuration of model_type {config.model_type!r}. Correct "
+                "`architectures` or `model_type` in its config.json"
+            )
+        return found
     raise ValueError(
-        f"{folder} was saved as {', '.join(names) or 'no named class'}, which neither hf_dropkey nor Transformers has. "
+        f"{folder} was saved as {', '.join(names) or 'no named class'}, which is no model of hf_dropkey or Transformers. "
         "Load the model yourself and pass it instead of the folder"
     )

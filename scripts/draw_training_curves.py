@@ -14,7 +14,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from hf_dropkey.lab.figures import training_curves
-from hf_dropkey.training.checkpoints import STATE
+from hf_dropkey.training.record import STATE
 
 
 @dataclass

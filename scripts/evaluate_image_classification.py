@@ -18,6 +18,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     HfArgumentParser,
+    PreTrainedConfig,
     Trainer,
     TrainingArguments,
 )
@@ -26,6 +27,7 @@ from hf_dropkey.classification.arguments import DataArguments
 from hf_dropkey.classification.data import load_image_data
 from hf_dropkey.classification.metrics import classification_metrics
 from hf_dropkey.classification.transform import ImageTransform, collate_images
+from hf_dropkey.images.classes import check_id2label, class_names
 from hf_dropkey.saved import check_model_folder
 
 
@@ -60,12 +62,15 @@ def main() -> None:
     if folder.is_dir():
         check_model_folder(folder)
     source = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+    found, _ = PreTrainedConfig.get_config_dict(arguments.model_name_or_path, revision=arguments.revision)
+    check_id2label(found, arguments.model_name_or_path)
     processor = AutoImageProcessor.from_pretrained(arguments.model_name_or_path, **source)
     model = AutoModelForImageClassification.from_pretrained(
         arguments.model_name_or_path, attn_implementation=arguments.attn_implementation, **source
     )
-    names = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    data = load_image_data(data_args, training=False).with_label_names(names)
+    data = load_image_data(data_args, training=False).with_label_names(
+        class_names(model.config, arguments.model_name_or_path)
+    )
     # configurations that do not say are of models for colour images
     channels = getattr(model.config, "num_channels", 3)
     data.evaluation.set_transform(ImageTransform(processor, label_ids=data.label_ids, num_channels=channels))

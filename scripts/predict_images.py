@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, PreTrainedConfig
 
 
 @dataclass
@@ -37,16 +37,54 @@ def class_token_attention(attention: torch.Tensor, grid: tuple[int, int]) -> np.
     return attention.mean(dim=1)[:, 0, 1:].unflatten(-1, grid).float().numpy()
 
 
+def class_names(config: dict[str, Any], source: str) -> list[str]:
+    """The class names of a config.json, none where it has none; two classes of one name get their number too.
+
+    Raises:
+        ValueError: Its `id2label` does not give the numbers 0, 1, 2 and so on a name each.
+    """
+    ids = config.get("id2label")
+    if ids is None:
+        return []
+    if not isinstance(ids, dict) or sorted(ids, key=str) != sorted(map(str, range(len(ids)))):
+        raise ValueError(
+            f"config.json of {source} has the id2label {str(ids)[:200]}; it must give the numbers 0, 1, 2 and so on a "
+            'name each, such as {"0": "cat", "1": "dog"}; repair the file'
+        )
+    names = [str(ids[str(number)]) for number in range(len(ids))]
+    return [f"{name} (class {number})" if names.count(name) > 1 else name for number, name in enumerate(names)]
+
+
+def open_image(name: str) -> Image.Image:
+    """An image file in RGB, turned as it says; tells what becomes of transparent pixels.
+
+    Raises:
+        ValueError: It cannot be read, or has more than 8 bits per channel, which a conversion would clip.
+    """
+    try:
+        image = ImageOps.exif_transpose(Image.open(name))
+        shown = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+        raise ValueError(f"--images {name} cannot be read as an image ({error}); give image files") from error
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"--images {name} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
+    if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        print(f"{name} has transparent pixels; the model sees the colour that the file stores there", file=sys.stderr)
+    return shown
+
+
 def main() -> None:
     """Runs the job."""
     group: Any = PredictionArguments
     (arguments,) = HfArgumentParser(group).parse_args_into_dataclasses(look_for_args_file=False)
     source = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+    found, _ = PreTrainedConfig.get_config_dict(arguments.model_name_or_path, revision=arguments.revision)
+    names = class_names(found, arguments.model_name_or_path)
+    images = [open_image(name) for name in arguments.images]
     # only plain attention gives its weights
     attention = {} if arguments.attention_file is None else {"attn_implementation": "eager"}
     processor = AutoImageProcessor.from_pretrained(arguments.model_name_or_path, **source)
     model = AutoModelForImageClassification.from_pretrained(arguments.model_name_or_path, **source, **attention)
-    images = [Image.open(name).convert("RGB") for name in arguments.images]
     batch = processor(images, return_tensors="pt")
     with torch.inference_mode():
         outputs = model.eval()(**batch, output_attentions=arguments.attention_file is not None)
@@ -55,7 +93,9 @@ def main() -> None:
     predictions = []
     for name, row in zip(arguments.images, probabilities, strict=True):
         best = int(row.argmax())
-        predictions.append({"image": name, "label": model.config.id2label[best], "probability": row[best].item()})
+        # a configuration without names has Transformers' own
+        label = names[best] if names else model.config.id2label[best]
+        predictions.append({"image": name, "label": label, "probability": row[best].item()})
         print(f"{predictions[-1]['label']:>20} {row[best].item():7.1%}  {name}")
     if arguments.output_file:
         Path(arguments.output_file).write_text(json.dumps(predictions, indent=2) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -45,9 +45,10 @@ from hf_dropkey.classification.transform import ImageTransform, collate_images, 
 from hf_dropkey.extras import needed
 from hf_dropkey.hub.cards import RunFacts, shown_command, write_card
 from hf_dropkey.training.callbacks import seed_process
-from hf_dropkey.training.checkpoints import STATE, RunRecord, run_settings, step_of
+from hf_dropkey.training.checkpoints import checkpoints_in, step_of
 from hf_dropkey.training.guards import LossGuard, check_devices, check_engine, named_save, note_where_to_resume
 from hf_dropkey.training.job import started_command
+from hf_dropkey.training.record import STATE, RunRecord, earlier_resumes, recorded, run_settings
 
 
 with needed("train"):
@@ -146,6 +147,32 @@ class LoopJob(ClassificationJob):
         """As the function of that name."""
         check_training_arguments(self.training)
 
+    def run_to_the_end(self, command: Sequence[str]) -> None:
+        """Trains, evaluates and describes, in the locked output folder."""
+        checkpoint = self.prepare_output()
+        model, data = self.prepare(checkpoint)
+        if checkpoint is not None and (checkpoint / "model.safetensors").is_file():
+            # copied, because a file in memory is aligned otherwise, and with it the rounding of products
+            model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
+        loop = make_loop(self, model, data)
+        metrics = {}
+        if self.training.do_train:
+            with note_where_to_resume(self.output):
+                loop.start(checkpoint)
+                metrics["train"] = {**loop.train(), "parameters": model.num_parameters()}
+                loop.save_model()
+        if self.training.do_eval:
+            metrics["eval"] = loop.evaluate()
+        if loop.accelerator.is_main_process:
+            for split, values in metrics.items():
+                logger.info("%s: %s", split, values)
+                save_results(self.output, split, values)
+            if self.training.do_train:
+                write_card(self.output, facts=facts_of(self, data, command))
+        # not end_training, which ends the process group while the model still uses it: gloo hangs then
+        for tracker in loop.accelerator.trackers:
+            tracker.finish()
+
 
 @dataclass
 class Loop:
@@ -174,7 +201,10 @@ class Loop:
         # the moments are those of Trainer, because they are its code's
         self.flow, self.control = DefaultFlowCallback(), TrainerControl()
         self.loss_sum = torch.zeros((), device=self.accelerator.device)
+        # of all steps, on all processes
+        self.total = torch.zeros((), device=self.accelerator.device)
         self.images, self.logged_step, self.logged_time = 0, 0, time.time()
+        self.started = time.time()
         self.learning_rate = 0.0
 
     @property
@@ -209,19 +239,45 @@ class Loop:
         self.state.global_step, self.state.log_history = found.global_step, found.log_history
         self.state.epoch = found.epoch
         self.logged_step = found.global_step
+        self.record.resumed = [*earlier_resumes(checkpoint), found.global_step]
+        self.take_up(recorded(checkpoint, "progress"))
+
+    def take_up(self, progress: dict[str, Any]) -> None:
+        """Goes on with the sums and times of a checkpoint, so that averages and speeds are those of the whole run."""
+        if not progress:
+            return
+        losses, processes = progress["losses"], self.accelerator.num_processes
+        same = len(losses) == processes
+        self.loss_sum += losses[self.accelerator.process_index] if same else sum(losses) / len(losses)
+        self.total += progress["logged_losses"]
+        # the same number on each process is summed at the end
+        self.images += round(progress.get("images", 0) / processes)
+        self.logged_step = progress["logged_step"]
+        self.started = time.time() - progress["seconds"]
+        self.logged_time = time.time() - progress.get("seconds_since_log", 0.0)
+
+    def progress(self) -> dict[str, Any]:
+        """What `take_up` needs; call it on every process."""
+        images = torch.tensor(self.images, device=self.accelerator.device)
+        return {
+            "losses": self.accelerator.gather(self.loss_sum.reshape(1)).tolist(),
+            "logged_losses": float(self.total),
+            "logged_step": self.logged_step,
+            "images": int(self.accelerator.gather(images).sum()),
+            "seconds": time.time() - self.started,
+            "seconds_since_log": time.time() - self.logged_time,
+        }
 
     def train(self) -> dict[str, float]:
-        """Trains to the last step; returns what it took."""
+        """Trains to the last step; returns what it took, with what was done before a resume."""
         steps = math.ceil(len(self.train_batches) / self.args.gradient_accumulation_steps)
-        start, first = time.time(), self.state.global_step
-        total = torch.zeros((), device=self.accelerator.device)
         if self.args.eval_on_start:
             self.evaluate()
         while self.state.global_step < self.max_steps:
             for batches in self.updates(*divmod(self.state.global_step, steps)):
                 for callback in self.callbacks:
                     callback.on_step_begin(self.args, self.state, self.control, model=self.unwrapped())
-                total += self.update(batches)
+                self.total += self.update(batches)
                 self.state.global_step += 1
                 self.state.epoch = self.state.global_step / steps
                 self.flow.on_step_end(self.args, self.state, self.control)
@@ -232,10 +288,10 @@ class Loop:
             self.act()
         for callback in self.callbacks:
             callback.on_train_end(self.args, self.state, self.control, model=self.unwrapped())
-        done = self.state.global_step - first
+        done = self.state.global_step
         images = self.accelerator.gather(torch.tensor(self.images, device=self.accelerator.device)).sum().item()
-        metrics = speed_metrics("train", start, num_samples=images, num_steps=done)
-        return {**metrics, "train_loss": float(total) / max(done, 1), "epoch": float(self.state.epoch or 0)}
+        metrics = speed_metrics("train", self.started, num_samples=images, num_steps=done)
+        return {**metrics, "train_loss": float(self.total) / max(done, 1), "epoch": float(self.state.epoch or 0)}
 
     def updates(self, epoch: int, done: int) -> Iterator[list[dict[str, torch.Tensor]]]:
         """The batches of each optimiser step of an epoch, after the steps that are done."""
@@ -348,6 +404,7 @@ class Loop:
     def save(self) -> None:
         """Writes a checkpoint, whose last file says that it is whole, and deletes those beyond the limit."""
         folder = self.output / f"checkpoint-{self.state.global_step}"
+        self.record.progress, self.record.folder = self.progress(), folder
         with named_save(folder):
             self.accelerator.save_state(folder)
             if self.sharded and self.accelerator.is_main_process:
@@ -357,12 +414,10 @@ class Loop:
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 self.processor.save_pretrained(folder)
+                self.state.stateful_callbacks = {"RunRecord": self.record.state()}  # type: ignore[assignment]
                 self.state.save_to_json(str(folder / STATE))
         if self.accelerator.is_main_process and self.args.save_total_limit:
-            kept = sorted(
-                (path for path in self.output.glob("checkpoint-*") if step_of(path) is not None),
-                key=lambda path: step_of(path) or 0,
-            )
+            kept = checkpoints_in(self.output)
             for old in kept[: -self.args.save_total_limit]:
                 shutil.rmtree(old)
 
@@ -448,7 +503,7 @@ def make_loop(job: LoopJob, model: PreTrainedModel, data: ImageData) -> Loop:
         transform,
         LossGuard(job.run.on_nonfinite_loss),
         max_steps,
-        RunRecord(run_settings(training)),
+        RunRecord(run_settings(training), job.fingerprint(data)),
         job.callbacks,
     )
 
@@ -472,7 +527,7 @@ def save_results(output: Path, split: str, metrics: dict[str, float]) -> None:
         file.write_text(json.dumps(values, indent=4, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def facts_of(job: LoopJob, data: ImageData) -> RunFacts:
+def facts_of(job: LoopJob, data: ImageData, command: Sequence[str]) -> RunFacts:
     """What the card says about the run."""
     facts = job.card(data)
     return RunFacts(
@@ -481,41 +536,18 @@ def facts_of(job: LoopJob, data: ImageData) -> RunFacts:
         dataset_split=facts["dataset_split"],
         base_model=facts["finetuned_from"],
         from_scratch=facts["finetuned_from"] is None,
-        command=shown_command(started_command()),
+        command=shown_command(command),
         tags=facts["tags"],
     )
 
 
 def main() -> None:
-    """Runs the job."""
+    """Runs the job, once."""
     check_devices(os.environ, sys.argv[1:])
     job = LoopJob.parse(sys.argv[1:])
     # accelerate logs every file that it writes
     logging.getLogger("accelerate").setLevel("WARN")
-    checkpoint = job.begin()
-    model, data = job.prepare(checkpoint)
-    if checkpoint is not None and (checkpoint / "model.safetensors").is_file():
-        # copied, because a file in memory is aligned otherwise, and with it the rounding of products
-        model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
-    loop = make_loop(job, model, data)
-
-    metrics = {}
-    if job.training.do_train:
-        with note_where_to_resume(job.output):
-            loop.start(checkpoint)
-            metrics["train"] = {**loop.train(), "parameters": model.num_parameters()}
-            loop.save_model()
-    if job.training.do_eval:
-        metrics["eval"] = loop.evaluate()
-    if loop.accelerator.is_main_process:
-        for split, values in metrics.items():
-            logger.info("%s: %s", split, values)
-            save_results(job.output, split, values)
-        if job.training.do_train:
-            write_card(job.output, facts=facts_of(job, data))
-    # not end_training, which ends the process group while the model still uses it: gloo hangs then
-    for tracker in loop.accelerator.trackers:
-        tracker.finish()
+    job.execute(started_command())
 
 
 if __name__ == "__main__":

@@ -57,6 +57,15 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_cases() -> Path:
+    """The folder `shared/cases` beside the repository; a test that uses it is skipped elsewhere."""
+    folder = ROOT.parent / "shared" / "cases"
+    if not folder.is_dir():
+        pytest.skip(f"needs the small inputs in {os.path.relpath(folder, ROOT)}, which is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def auto_image_processor() -> None:
     """Skips a test that loads an image processor, where Transformers refuses to without torchvision (5.13 does)."""
     from transformers import AutoImageProcessor, __version__

@@ -231,7 +231,7 @@ def test_autocast_gives_its_own_dtype_as_pytorchs_attention_does(
 def test_mixed_dtypes_without_autocast_are_refused_as_by_pytorch() -> None:
     query, key, value = tensors(IMAGES, HEADS, LENGTH, 8, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="same dtype"):
-        attend([query, key.bfloat16(), value], None, "sdpa", "score")  # type: ignore[arg-type]
+        attend([query, key.bfloat16(), value], None, "sdpa", "score")
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])

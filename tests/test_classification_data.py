@@ -13,13 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hf_dropkey.classification.arguments import DataArguments
-from hf_dropkey.classification.data import (
-    ImageData,
-    find_image_column,
-    find_label_column,
-    load_image_data,
-    stratified_share,
-)
+from hf_dropkey.classification.data import ImageData, load_image_data
+from hf_dropkey.classification.sources import find_image_column, find_label_column, stratified_share
 
 
 @pytest.fixture(autouse=True)
@@ -189,8 +184,12 @@ def test_columns_that_are_not_there_are_told(find, features, wanted, told):
 @pytest.mark.parametrize(
     ("labels", "evaluation", "told"),
     [
-        (["cat", "dog"], ["cow", "cow", "cat"], r"2 of 3 labels in the validation split .*cow \(2 times\)"),
-        (["cat", None, "dog"], ["cat"], r"1 of 3 labels in the train split .*None \(1 times\)"),
+        (
+            ["cat", "dog"],
+            ["cow", "cow", "cat"],
+            r"2 of 3 labels in the validation split .*cow \(2 times, first in row 0\)",
+        ),
+        (["cat", None, "dog"], ["cat"], r"1 of 3 labels in the train split .*no label \(1 times, first in row 1\)"),
         ([0.5, 1.5], [0.5], "label column holds .*; allowed are ClassLabel, string and integer"),
     ],
 )
@@ -212,7 +211,7 @@ def test_the_unlabelled_rows_of_a_hub_test_split_are_told(tmp_path):
     for split, labels in (("train", [0, 1]), ("test", [-1, -1])):
         rows = {"image": [{"bytes": png(0), "path": None}] * 2, "label": labels}
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
-    with pytest.raises(ValueError, match=r"2 of 2 labels in the test split .*-1 \(2 times\)"):
+    with pytest.raises(ValueError, match=r"2 of 2 labels in the test split .*-1 \(2 times, first in row 0\)"):
         load(dataset_name=str(tmp_path))
 
 

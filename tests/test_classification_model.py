@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from hf_dropkey.classification.arguments import (
@@ -14,16 +15,16 @@ from hf_dropkey.classification.arguments import (
     DataArguments,
     ModelArguments,
 )
-from hf_dropkey.classification.data import load_image_data
+from hf_dropkey.classification.data import ImageData, load_image_data
 from hf_dropkey.classification.families import FAMILIES
 from hf_dropkey.classification.model import (
     check_loss,
+    fit_classes,
     image_size,
     made_size,
     make_config,
     make_image_processor,
     make_model,
-    set_classes,
 )
 from hf_dropkey.classification.transform import transform_rows
 
@@ -35,6 +36,12 @@ def config_of(digits: bool = True, dropkey: dict[str, Any] | None = None, **mode
     return make_config(ModelArguments(**model), ClassificationDropKeyArguments(**dropkey or {}), digits=digits)
 
 
+def data_of(names: list[str], *, training: bool = True) -> ImageData:
+    """Data with classes and no images."""
+    ids = {number: number for number in range(len(names))}
+    return ImageData(Dataset.from_dict({}) if training else None, Dataset.from_dict({}), "test", names, ids)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_from_scratch_trains_on_its_own_images(family: str) -> None:
     arguments = ModelArguments(model_family=family)
@@ -42,7 +49,7 @@ def test_a_family_from_scratch_trains_on_its_own_images(family: str) -> None:
     assert type(config) is FAMILIES[family].config_class
     assert config.dropkey_ratio == 0.2
     data = load_image_data(DataArguments(max_train_samples=4, max_eval_samples=2), training=True)
-    set_classes(config, arguments, data.label_names)
+    data = fit_classes(data, config, arguments)
     model = make_model(config, arguments).train()
     processor = make_image_processor(config, arguments, digits=True)
     augmentation = AugmentationArguments().augmentation(image_size(config), digits=True)
@@ -116,7 +123,7 @@ def test_label_smoothing_would_leave_the_dense_head_untrained() -> None:
 def saved(folder: Path, family: str, **changes: Any) -> Any:
     """A small model of a family with its image processor, in a folder."""
     config = config_of(model_family=family, image_size=32, config_overrides=changes or None)
-    set_classes(config, ModelArguments(), ["cat", "dog"])
+    fit_classes(data_of(["cat", "dog"]), config, ModelArguments())
     arguments = ModelArguments(model_family=family)
     model = make_model(config, arguments)
     model.save_pretrained(folder)
@@ -130,16 +137,16 @@ def test_a_saved_folder_of_a_family_is_where_training_starts(tmp_path: Path, fam
     before = saved(tmp_path, family)
     arguments = ModelArguments(model_name_or_path=str(tmp_path))
     config = make_config(arguments, ClassificationDropKeyArguments(dropkey_ratio=0.3), digits=True)
-    set_classes(config, arguments, ["cat", "dog"])
+    fit_classes(data_of(["cat", "dog"]), config, arguments)
     model = make_model(config, arguments)
     assert type(model) is type(before) and model.config.dropkey_ratio == 0.3
     for name, value in before.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
     assert made_size(make_image_processor(config, arguments, digits=True)) == (32, 32)
-    with pytest.raises(ValueError, match="has 2 classes and the data has 3"):
-        set_classes(config, arguments, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="3 classes that the model does not know: a, b, c; the model knows cat, dog"):
+        fit_classes(data_of(["a", "b", "c"]), config, arguments)
     arguments.ignore_mismatched_sizes = True
-    set_classes(config, arguments, ["a", "b", "c"])
+    fit_classes(data_of(["a", "b", "c"]), config, arguments)
     assert make_model(config, arguments).classifier.out_features == 3
 
 
@@ -156,7 +163,7 @@ def test_a_pretrained_model_without_a_head_gets_one(tmp_path: Path) -> None:
     ViTForImageClassification(ViTConfig(**settings)).vit.save_pretrained(tmp_path)
     arguments = ModelArguments(model_name_or_path=str(tmp_path))
     config = make_config(arguments, ClassificationDropKeyArguments(), digits=True)
-    set_classes(config, arguments, ["cat", "dog", "cow"])
+    fit_classes(data_of(["cat", "dog", "cow"]), config, arguments)
     assert make_model(config, arguments).classifier.out_features == 3
 
 
@@ -179,3 +186,90 @@ def test_what_an_image_processor_makes() -> None:
     crop = ViTImageProcessorPil(size={"shortest_edge": 12}, do_center_crop=True, crop_size=square)
     assert made_size(crop) == (8, 8)
     assert made_size(ViTImageProcessorPil(size={"shortest_edge": 12})) == (None, None)
+
+
+def classifier(folder: Path, id2label: dict[str, Any]) -> ModelArguments:
+    """A stock ViT of two classes, whose config.json then gets an `id2label`."""
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 2}
+    model = ViTForImageClassification(ViTConfig(**settings))
+    # new weights that differ from the old ones everywhere
+    torch.nn.init.constant_(model.classifier.weight, 7.0)
+    torch.nn.init.constant_(model.classifier.bias, 7.0)
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "id2label": id2label}))
+    return ModelArguments(model_name_or_path=str(folder))
+
+
+def fitted(arguments: ModelArguments, names: list[str], *, training: bool = True) -> tuple[ImageData, Any]:
+    config = make_config(arguments, ClassificationDropKeyArguments(), digits=True)
+    return fit_classes(data_of(names, training=training), config, arguments), config
+
+
+@pytest.mark.parametrize("new_head", [False, True])
+def test_known_names_keep_the_numbers_of_a_pretrained_head(tmp_path: Path, new_head: bool) -> None:
+    arguments = classifier(tmp_path, {"0": "dog", "1": "cat"})
+    arguments.ignore_mismatched_sizes = new_head
+    data, config = fitted(arguments, ["cat", "dog"])
+    assert data.label_names == ["dog", "cat"] and data.label_ids == {0: 1, 1: 0}
+    assert config.id2label == {0: "dog", 1: "cat"}
+    assert (make_model(config, arguments).classifier.weight == 7).all()
+
+
+def test_data_of_some_of_a_models_classes_keeps_all_of_them(tmp_path: Path) -> None:
+    arguments = classifier(tmp_path, {"0": "dog", "1": "cat"})
+    data, config = fitted(arguments, ["cat"])
+    assert data.label_ids == {0: 1} and config.num_labels == 2
+
+
+def test_other_names_need_a_word_and_then_a_new_head(tmp_path: Path) -> None:
+    arguments = classifier(tmp_path, {"0": "dog", "1": "cat"})
+    with pytest.raises(ValueError, match=r"does not know: bus, car; .* class scores with --ignore_mismatched_sizes"):
+        fitted(arguments, ["bus", "car"])
+    arguments.ignore_mismatched_sizes = True
+    data, config = fitted(arguments, ["bus", "car"])
+    assert data.label_ids == {0: 0, 1: 1} and config.id2label == {0: "bus", 1: "car"}
+    model = make_model(config, arguments)
+    # the counts agree, so that nothing but the names tells that these scores were for other classes
+    assert (model.classifier.weight != 7).all() and (model.classifier.bias == 0).all()
+
+
+def test_new_class_scores_are_not_evaluated_without_training(tmp_path: Path) -> None:
+    arguments = classifier(tmp_path, {"0": "dog", "1": "cat"})
+    with pytest.raises(ValueError, match=r"does not know: bus") as told:
+        fitted(arguments, ["bus", "cat"], training=False)
+    assert "--ignore_mismatched_sizes" not in str(told.value)
+    arguments.ignore_mismatched_sizes = True
+    with pytest.raises(ValueError, match=r"--ignore_mismatched_sizes .* without --do_train random ones"):
+        fitted(arguments, ["cat", "dog"], training=False)
+    (tmp_path / "bare").mkdir()
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 2}
+    ViTForImageClassification(ViTConfig(**settings)).vit.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"bare has no class scores, and without --do_train random ones"):
+        fitted(ModelArguments(model_name_or_path=str(tmp_path / "bare")), ["cat", "dog"], training=False)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("id2label", "told"),
+    [
+        ({"1": "cat", "2": "dog"}, r"numbers its 2 classes 1 'cat', 2 'dog' in id2label; the numbers must be 0 to 1"),
+        ({"0": "cat", "5": "dog"}, r"numbers its 2 classes 0 'cat', 5 'dog' in id2label"),
+        ({"0": "cat", "1": "cat"}, r"does not know: dog"),
+        ({"cat": 0, "dog": 1}, r"has id2label with 'cat', 'dog' in place of class numbers; .*repair it"),
+    ],
+)
+def test_class_numbers_that_cannot_be_used_are_told(
+    tmp_path: Path, id2label: dict[str, Any], told: str, training: bool
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        fitted(classifier(tmp_path, id2label), ["cat", "dog"], training=training)
+
+
+def test_one_name_for_two_classes_matters_where_the_data_has_it(tmp_path: Path) -> None:
+    arguments = classifier(tmp_path, {"0": "crane", "1": "crane"})
+    with pytest.raises(ValueError, match=r"has the classes \[0, 1\] under one name, 'crane'"):
+        fitted(arguments, ["crane"])
+    # as ImageNet's crane, bird and machine
+    arguments = classifier(tmp_path, {"0": "crane", "1": "crane", "2": "cat"})
+    assert fitted(arguments, ["cat"])[0].label_ids == {0: 2}

@@ -116,7 +116,7 @@ def test_another_image_size_resizes_the_positions_once(name: str, tmp_path: Path
 def test_a_native_vit_takes_another_image_size_too(tmp_path: Path) -> None:
     source = saved("vit", tmp_path / "source")
     words = ["--model_name_or_path", str(source), "--image_size", "48", "--output_dir", str(tmp_path / "run")]
-    training = ClassificationJob.parse([*words, "--do_eval", "--ignore_mismatched_sizes"])
+    training = ClassificationJob.parse([*words, "--do_train", "--ignore_mismatched_sizes"])
     training.check()
     model = training.make_model(training.load())
     assert type(model).__name__ == "DropKeyViTForImageClassification" and model.config.image_size == 48

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from hf_dropkey.detection.arguments import DetectionDataArguments
-from hf_dropkey.detection.data import load_detection_data, read_coco, read_rows
+from hf_dropkey.detection.data import as_records, choose, load_detection_data, read_coco, read_rows
+from hf_dropkey.images.sources import changed_data
 
 
 # the second category comes first: classes are numbered by category id
@@ -125,7 +126,8 @@ def shares(content: dict[str, Any]) -> None:
 STRUCTURE = {
     "list": (lambda content: [1], r"boxes.json has list; COCO's format is an object with the lists"),
     "part": (lambda content: content.pop("images") and None, r"has \['annotations', 'categories'\]; COCO's format"),
-    "field": (lambda content: content["annotations"][1].pop("bbox") and None, r"annotations\[1\] lacks \['bbox'\]"),
+    "field": (lambda content: content["images"][1].pop("width") and None, r"images\[1\] lacks \['width'\]"),
+    "no record": (lambda content: content["annotations"].append([1]), r"annotations\[4\] lacks fields: \[1\]"),
     "no images": (lambda content: {**content, "images": []}, "has no images"),
     "no boxes": (lambda content: {**content, "annotations": []}, "has no usable annotation"),
     "shares": (shares, r"no number in any bbox is above 1, for example \[0.1, 0.2, 0.5, 0.5\].*in pixels, multiply"),
@@ -133,8 +135,8 @@ STRUCTURE = {
     "category twice": (lambda c: c["categories"][0].update(id=3), r"categories' id must be unique, .*: '3'"),
     "name twice": (lambda c: c["categories"][0].update(name="cat"), r"categories' name must be unique, .*: 'cat'"),
     "annotation twice": (lambda c: c["annotations"][0].update(id=2), r"annotations' id must be unique, .*: '2'"),
-    "text id": (lambda c: c["images"][0].update(id="five"), r"the id 'five' in images is no whole number"),
-    "text category": (lambda c: c["annotations"][0].update(category_id="cat"), r"category_id 'cat' of an annotation"),
+    "negative id": (lambda c: c["images"][0].update(id=-5), r"the id -5 in images is no whole number from 0 on"),
+    "no id": (lambda c: c["categories"][0].update(id=None), r"the id None in categories is no whole number from 0 on"),
     "no size": (lambda c: c["images"][0].update(width=0), r"image 5 is 0 wide and 30 high"),
 }
 
@@ -287,3 +289,197 @@ def test_hub_splits_are_found_by_name(tmp_path):
         arguments = DetectionDataArguments(dataset_name=str(tmp_path), eval_split_name=wrong)
         with pytest.raises(ValueError, match=message):
             load_detection_data(arguments, training=True, evaluation=True)
+
+
+def validation(folder: Path, change: Any) -> Any:
+    """The data with a second file for evaluation."""
+    content = document()
+    content = change(content) or content
+    (folder / "other.json").write_text(json.dumps(content))
+    arguments = DetectionDataArguments(
+        train_images=str(folder / "images"),
+        train_annotations=str(folder / "boxes.json"),
+        validation_images=str(folder / "images"),
+        validation_annotations=str(folder / "other.json"),
+    )
+    return load_detection_data(arguments, training=True, evaluation=True)
+
+
+def test_crowd_regions_are_counted_apart_from_the_boxes_that_are_used(files, caplog):
+    split = load(files).train
+    assert split.box_counts() == (3, 1)
+    assert "3 boxes are used; 1 annotations have iscrowd 1" in caplog.text
+
+
+@pytest.mark.parametrize("crowd", [1, True, "1", 1.0])
+def test_crowd_regions_alone_are_an_error_that_names_the_cause(files, crowd):
+    def change(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = crowd
+
+    with pytest.raises(ValueError, match=r"all 4 annotations have iscrowd 1, .*set iscrowd to 0 in the file"):
+        load(changed(files, change))
+
+
+def test_the_case_of_a_mask_exporter(shared_cases):
+    folder = shared_cases / "small" / "K39"
+    arguments = DetectionDataArguments(train_images=str(folder), train_annotations=str(folder / "ann.json"))
+    with pytest.raises(ValueError, match=r"all 8 annotations have iscrowd 1"):
+        load_detection_data(arguments, training=True, evaluation=False)
+
+
+def test_chosen_images_with_crowd_regions_alone_are_named(files):
+    def change(content: dict[str, Any]) -> None:
+        content["annotations"] = [content["annotations"][0], {**content["annotations"][3], "image_id": 6}]
+
+    found = load(changed(files, change), max_train_samples=3).train
+    assert found.box_counts() == (1, 1)
+    chosen = next(size for size in (1, 2) if 5 not in {one["id"] for one in sample(files, size)})
+    with pytest.raises(ValueError, match=r"have no boxes"):
+        load(files, max_train_samples=chosen)
+
+
+def sample(folder: Path, size: int) -> list[dict[str, Any]]:
+    """The images that a limit chooses."""
+    split = read_coco(folder / "images", folder / "boxes.json")
+    return choose(split, size).images
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_read(files, encoding):
+    (files / "boxes.json").write_text(json.dumps(document()), encoding=encoding)
+    assert len(load(files).train) == 3
+
+
+def test_json_that_is_nested_too_deeply_is_named(files):
+    (files / "boxes.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"boxes.json is not JSON"):
+        load(files)
+
+
+def test_ids_as_text_are_numbers_where_they_are_that(files):
+    def change(content: dict[str, Any]) -> None:
+        for image in content["images"]:
+            image["id"] = str(image["id"])
+        for annotation in content["annotations"]:
+            annotation.update(image_id=float(annotation["image_id"]), category_id=str(annotation["category_id"]))
+
+    expected = load(files).train
+    found = load(changed(files, change)).train
+    assert (found.images, found.boxes, found.categories) == (expected.images, expected.boxes, expected.categories)
+
+
+def test_other_ids_of_text_are_numbered_by_place_and_splits_agree_on_them(files, caplog):
+    ids = {9: "canis", 3: "felis"}
+
+    def change(content: dict[str, Any]) -> None:
+        for image in content["images"]:
+            image["id"] = f"img_{image['id']}"
+        for category in content["categories"]:
+            category["id"] = ids[category["id"]]
+        for one in content["annotations"]:
+            one.update(image_id=f"img_{one['image_id']}", category_id=ids[one["category_id"]])
+
+    def only_cats(content: dict[str, Any]) -> None:
+        change(content)
+        content["categories"] = content["categories"][1:]
+        content["annotations"] = [one for one in content["annotations"] if one["category_id"] == "felis"]
+
+    with caplog.at_level(logging.INFO):
+        data = validation(changed(files, change), only_cats)
+    assert "the ids of its images are text, such as 'img_5'; they are numbered by place" in caplog.text
+    assert [image["id"] for image in data.train.images] == [1, 2, 3]
+    names = dict(zip(data.category_ids, data.label_names, strict=True))
+    assert {names[box["category_id"]] for box in data.evaluation.boxes[1]} == {"cat"}
+
+
+def test_annotations_without_a_box_are_named_or_left_out(files):
+    changed(files, lambda content: content["annotations"][1].pop("bbox") and None)
+    with pytest.raises(
+        ValueError, match=r"\(no box 1\): annotation 2 of image 5: it has no bbox.*--skip_bad_annotations"
+    ):
+        load(files)
+    assert load(files, skip_bad_annotations=True).train.box_counts() == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("area", "big", r"\(no area 1\).*area 'big' is no number"),
+        ("iscrowd", "no", r"iscrowd 'no' is no number"),
+        ("image_id", None, r"annotation 1 of image None: there is no image with this id"),
+        ("category_id", [3], r"category_id \[3\] is not among the categories"),
+        ("category_id", "cat", r"category_id 'cat' is not among the categories"),
+        ("bbox", [10**400, 0, 1, 1], r"is not four finite numbers"),
+    ],
+)
+def test_fields_that_are_no_numbers_are_named(files, key, value, message):
+    changed(files, lambda content: content["annotations"][0].update({key: value}))
+    with pytest.raises(ValueError, match=message):
+        load(files)
+
+
+def test_validation_may_have_some_of_the_categories(files):
+    def only_dogs(content: dict[str, Any]) -> None:
+        content["categories"] = content["categories"][:1]
+        content["annotations"] = content["annotations"][1:3]
+
+    data = validation(files, only_dogs)
+    assert data.label_names == ["cat", "dog"] and data.evaluation.box_counts() == (2, 0)
+    # and some more, if no box has them
+    more = validation(files, lambda content: content["categories"].append({"id": 1, "name": "emu"}))
+    assert more.label_names == ["cat", "dog"]
+
+
+def test_a_turn_by_exif_that_the_annotations_do_not_know_is_named(files):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(files / "images" / "5.png", exif=exif)
+    with pytest.raises(
+        ValueError,
+        match=r"stored as \(40, 30\) pixels .* as annotated, and its EXIF orientation 6 turns it to \(30, 40\)",
+    ):
+        load(files)
+
+
+@pytest.mark.parametrize("name", ["../boxes.json", "/etc/passwd", "a/../../other.png"])
+def test_a_file_outside_the_image_folder_is_refused(files, name):
+    changed(files, lambda content: content["images"][0].update(file_name=name))
+    with pytest.raises(ValueError, match=r"1 of 3 images have a file_name outside the image folder"):
+        load(files, check_images=False, skip_bad_images=True)
+
+
+@pytest.mark.parametrize("name", [5, None, ""])
+def test_a_file_name_that_is_none_is_named(files, name):
+    changed(files, lambda content: content["images"][0].update(file_name=name))
+    with pytest.raises(ValueError, match=r"image 5 has the file_name .*; give the name of its file"):
+        load(files)
+
+
+def test_a_file_name_may_be_absolute_inside_the_folder(files):
+    changed(files, lambda content: content["images"][0].update(file_name=str(files / "images" / "5.png")))
+    assert load(files).train.open(0).size == (40, 30)
+
+
+def test_transparent_images_are_told(files, caplog):
+    Image.new("RGBA", (40, 30)).save(files / "images" / "5.png")
+    load(files)
+    assert "1 of 3 images of" in caplog.text and "have transparent pixels" in caplog.text
+
+
+def test_a_fingerprint_tells_what_changed(files):
+    before = load(files).fingerprint()["train"]
+    assert before["rows"] == 3 and changed_data(before, load(files).fingerprint()["train"]) == []
+    changed(files, lambda content: content["annotations"][0].update(bbox=[4, 6, 10, 11]))
+    assert changed_data(before, load(files).fingerprint()["train"]) == ["other labels"]
+
+
+def test_lists_of_different_lengths_are_named():
+    with pytest.raises(ValueError, match=r"lists of different lengths in `objects`, \{'bbox': 1, 'category': 2\}"):
+        as_records({"bbox": [[1, 2, 3, 4]], "category": [0, 1]})
+
+
+def test_sizes_with_a_fraction_of_nothing_or_as_text_are_read(files):
+    expected = load(files).train.images
+    changed(files, lambda content: [image.update(width=40.0, height="30") for image in content["images"]] and None)
+    assert load(files).train.images == expected

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import (
 
 from hf_dropkey import apply_dropkey
 from hf_dropkey.detection.arguments import MODEL_TYPES, DetectionDropKeyArguments, DetectionModelArguments
-from hf_dropkey.detection.data import DetectionData
+from hf_dropkey.detection.data import DetectionData, DetectionSplit
 from hf_dropkey.detection.job import DetectionTrainer
 from hf_dropkey.detection.model import MASKED_TYPES, fit_classes, make_config, make_model, make_processor
 from hf_dropkey.training.detr import backbone_parameters
@@ -150,10 +150,13 @@ def test_a_pretrained_model_keeps_its_classes_or_gets_new_ones_on_request(saved)
     arguments = DetectionModelArguments(model_name_or_path=str(saved))
     config = make_config(arguments)
     assert fit_classes(DATA, config, arguments).class_numbers == {9: 1, 3: 2}
-    other = DetectionData(None, None, ["cat", "cow"], [3, 9])
+    nothing = DetectionSplit("none", [], {}, [], lambda image: {})
+    other = DetectionData(nothing, None, ["cat", "cow"], [3, 9])
     with pytest.raises(ValueError, match=r"does not know: cow; .*new class scores with --ignore_mismatched_sizes"):
         fit_classes(other, config, arguments)
     arguments.ignore_mismatched_sizes = True
+    with pytest.raises(ValueError, match=r"--ignore_mismatched_sizes .* without --do_train random ones"):
+        fit_classes(replace(other, train=None), config, arguments)
     assert fit_classes(other, config, arguments).class_numbers == {3: 0, 9: 1}
     model: Any = make_model(config, arguments)
     assert model.class_labels_classifier.out_features == 3 and config.label2id == {"cat": 0, "cow": 1}
@@ -225,3 +228,22 @@ def test_a_saved_configuration_is_plain(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert "auto_map" not in config and config["dropkey_ratio"] == 0.1
     assert type(AutoModelForObjectDetection.from_pretrained(tmp_path)) is DetrForObjectDetection
+
+
+def test_as_many_classes_of_other_names_get_new_scores_on_request(saved):
+    arguments = DetectionModelArguments(model_name_or_path=str(saved), ignore_mismatched_sizes=True)
+    before: Any = make_model(make_config(arguments), DetectionModelArguments(model_name_or_path=str(saved)))
+    nothing = DetectionSplit("none", [], {}, [], lambda image: {})
+    config = make_config(arguments)
+    data = fit_classes(DetectionData(nothing, None, ["bus", "car", "cow"], [1, 2, 3]), config, arguments)
+    assert data.class_numbers == {1: 0, 2: 1, 3: 2} and config.id2label[0] == "bus"
+    after: Any = make_model(config, arguments)
+    scores, boxes = "class_labels_classifier", "bbox_predictor.layers.0"
+    assert not torch.equal(after.get_submodule(scores).weight, before.get_submodule(scores).weight)
+    assert torch.equal(after.get_submodule(boxes).weight, before.get_submodule(boxes).weight)
+    # the same names in another order are the model's own
+    config = make_config(arguments)
+    same = fit_classes(DetectionData(nothing, None, ["N/A", "cat", "dog"], [1, 2, 3]), config, arguments)
+    assert same.class_numbers == {1: 0, 2: 2, 3: 1}
+    again: Any = make_model(config, arguments)
+    assert torch.equal(again.get_submodule(scores).weight, before.get_submodule(scores).weight)

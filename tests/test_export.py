@@ -151,3 +151,47 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     adapted = peft.get_peft_model(dropkey_vit(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="Merge it first"):
         export_plain(adapted, tmp_path / "out")
+
+
+def test_another_model_is_not_written_over_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    export_plain(dropkey_vit(), tmp_path / "there")
+    (tmp_path / "there" / "README.md").write_text("the other's card")
+    (tmp_path / "there" / "eval_results.json").write_text("{}")
+    (tmp_path / "there" / "runs").mkdir()
+    before = (tmp_path / "there" / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="is not empty; give another folder, or pass --overwrite"):
+        export_plain(build("deit"), tmp_path / "there")
+    assert (tmp_path / "there" / "model.safetensors").read_bytes() == before
+    export_plain(build("deit"), tmp_path / "there", overwrite=True)
+    assert {path.name for path in (tmp_path / "there").iterdir()} == {"config.json", "model.safetensors"}
+    assert json.loads((tmp_path / "there" / "config.json").read_text())["model_type"] == "deit"
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_overwriting_never_takes_anything_but_a_saved_model(tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match="holds no saved model, so it is not overwritten"):
+        export_plain(dropkey_vit(), tmp_path / "letters", overwrite=True)
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        export_plain(dropkey_vit(), tmp_path / "letters" / "mine.txt", overwrite=True)
+    dropkey_vit().save_pretrained(tmp_path / "run")
+    dropkey_vit().save_pretrained(tmp_path / "run" / "checkpoint-1")
+    for source, target in (("run/checkpoint-1", "run"), ("run", "run/checkpoint-1"), ("run", "run/plain")):
+        with pytest.raises(ValueError, match="lie in one another"):
+            export_plain(tmp_path / source, tmp_path / target, overwrite=True)
+
+
+def test_a_failed_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_plain(dropkey_vit(), tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(self: Any, folder: Path) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(hf.PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_plain(dropkey_vit(), tmp_path / "out", overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -211,6 +211,7 @@ def test_the_public_names() -> None:
         "push_folder",
     }
     others = {"DropKeyViTForMaskedImageModeling", "__version__"}
+    others |= {"drop_keys", "DropKey", "dropkey_attention"}
     others |= {"DropKeyFeaturesConfig", "DropKeyFeaturesForImageClassification"}
     others |= {"HoiPipeline", *(f"DropKeyHoi{part}" for part in ("Config", "Model", "PreTrainedModel"))}
     others |= {"DropKeyHoiForObjectDetection"}
@@ -287,7 +288,7 @@ def broken_links(page: Path, text: str) -> list[str]:
     return broken
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES[1:], *ROOT.glob("*.md")], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     assert not broken_links(page, page.read_text(encoding="utf-8"))
 
@@ -308,8 +309,9 @@ def test_the_readme_and_the_pages_link_to_each_other() -> None:
         assert "](../README.md)" in page.read_text(encoding="utf-8"), f"docs/{page.name} does not link to README.md"
 
 
-def test_the_readme_is_short() -> None:
+def test_the_readme_is_short_and_of_this_version() -> None:
     assert len(readme().splitlines()) < 150
+    assert f"\nVersion {hf_dropkey.__version__.rpartition('.')[0]}. " in readme()
 
 
 @pytest.mark.parametrize("command", ["bash scripts/quickstart.sh", "bash scripts/test.sh"])

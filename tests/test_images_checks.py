@@ -2,6 +2,7 @@
 
 import io
 import logging
+import random
 import re
 
 import datasets
@@ -10,7 +11,7 @@ import pytest
 from datasets import Dataset, Features, Value
 from PIL import Image
 
-from hf_dropkey.images.checks import NAMES_SHOWN, drop_bad_images, name_some
+from hf_dropkey.images.checks import NAMES_SHOWN, drop_bad_images, image_problem, name_some, transparency
 
 
 def file_of(kind: str, mode: str = "RGB") -> bytes:
@@ -85,3 +86,65 @@ def test_long_lists_are_cut_and_counted():
     names = [f"n{number}" for number in range(NAMES_SHOWN + 5)]
     assert name_some(names).endswith(f"n{NAMES_SHOWN - 1} and 5 more")
     assert name_some(names[:2]) == "n0, n1"
+
+
+def test_a_reader_that_is_not_implemented_is_a_bad_image():
+    content = bytearray(file_of("DDS", "RGB"))
+    # flags of the pixel format that no reader knows
+    content[80:84] = (0x20000000).to_bytes(4, "little")
+    assert "(Unknown pixel format flags 536870912)" in str(image_problem({"bytes": bytes(content), "path": None}, 3))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind", ["AVIF", "BLP", "BMP", "DDS", "GIF", "ICNS", "ICO", "JPEG", "PCX", "PNG", "TGA", "TIFF"]
+)
+def test_a_damaged_file_of_any_kind_is_told_and_never_a_crash(kind):
+    chance = random.Random(kind)
+    whole = file_of(kind, "P" if kind == "BLP" else "RGB")
+    problems = 0
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(chance.choice([1, 2, 4])):
+            content[chance.randrange(min(len(content), 200))] = chance.randrange(256)
+        content = content[: chance.randrange(1, len(content) + 1)] if chance.random() < 0.3 else content
+        problems += image_problem({"bytes": bytes(content), "path": None}, 0) is not None
+    assert problems
+
+
+def icon(mode: str, ground: int, shape: int = 0) -> Image.Image:
+    """A square of the grey `shape` on a transparent ground that hides the grey `ground`."""
+    pixels = np.zeros((32, 32, 4), dtype=np.uint8)
+    pixels[..., :3] = ground
+    pixels[8:20, 8:20] = (shape, shape, shape, 255)
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_pixels_are_seen_for_what_the_file_stores_there(mode):
+    assert transparency(icon(mode, 0)) and transparency(icon(mode, 0)).blank
+    assert transparency(icon(mode, 0)).behind == "black"
+    assert transparency(icon(mode, 255)).behind == "white" and not transparency(icon(mode, 255)).blank
+    assert transparency(icon(mode, 90, shape=200)).behind == "other"
+    assert transparency(Image.new(mode, (4, 4))) is not None
+    assert transparency(Image.new(mode, (4, 4), "white")) is None and transparency(Image.new("RGB", (4, 4))) is None
+
+
+def test_a_transparent_palette_colour_counts_too():
+    file = io.BytesIO()
+    icon("RGBA", 0, shape=200).save(file, format="GIF")
+    assert transparency(Image.open(file)) is not None
+
+
+def test_transparent_images_are_counted_with_what_will_be_seen_and_the_next_step(caplog):
+    contents = [GOOD[0]]
+    for ground in (0, 0, 255):
+        file = io.BytesIO()
+        icon("RGBA", ground).save(file, format="PNG")
+        contents.append(file.getvalue())
+    split = split_of(*contents)
+    with caplog.at_level(logging.WARNING):
+        assert drop_bad_images(split, "train") is split
+    assert "3 of 4 images in the train split have transparent pixels" in caplog.text
+    assert "(black in 2, white in 1); 2 of them become one plain colour" in caplog.text
+    assert "alpha_composite" in caplog.text

@@ -1,6 +1,7 @@
 """The report on a saved configuration equals the behaviour of the loaded model."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hf_dropkey import (
     DropKeyVoloForImageClassification,
     apply_dropkey,
 )
+from hf_dropkey.cli import main
 from hf_dropkey.inspection.saved import attention_report, empty_model, inspect_folder
 
 
@@ -64,5 +66,63 @@ def test_an_unknown_class_and_a_missing_configuration_are_errors(tmp_path):
         inspect_folder(tmp_path / "gone")
     DropKeyViTConfig(**SHAPE, architectures=["MyOwn"]).save_pretrained(tmp_path)
     assert json.loads((Path(tmp_path) / "config.json").read_text())["architectures"] == ["MyOwn"]
-    with pytest.raises(ValueError, match="was saved as MyOwn, which neither hf_dropkey nor Transformers has"):
+    with pytest.raises(ValueError, match="was saved as MyOwn, which is no model of hf_dropkey or Transformers"):
+        inspect_folder(tmp_path)
+
+
+LARGE = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"architectures": None}, "was saved as no named class"),
+        ({"architectures": []}, "was saved as no named class"),
+        ({"architectures": 3}, "was saved as 3, which is no model"),
+        ({"architectures": [None]}, "was saved as None, which is no model"),
+        ({"architectures": {"a": 1}}, "which is no model of hf_dropkey or Transformers"),
+        ({"architectures": ["AutoModel"]}, "was saved as AutoModel, which is no model"),
+        ({"architectures": ["pipeline"]}, "was saved as pipeline, which is no model"),
+        ({"architectures": ["ViTConfig"]}, "was saved as ViTConfig, which is no model"),
+        (
+            {"architectures": ["PreTrainedModel"]},
+            "PreTrainedModel, which has no configuration of model_type 'dropkey_vit'",
+        ),
+        ({"architectures": ["BertModel"]}, "BertModel, which has no configuration of model_type 'dropkey_vit'"),
+        ({"num_labels": LARGE}, r"config\.json has num_labels 1000000000, and its weights cannot be"),
+        ({"num_labels": float("inf")}, r"config\.json has num_labels \d+, and its weights cannot be"),
+        ({"num_labels": -1}, r"config\.json has num_labels -1, which is below 0"),
+        ({"num_hidden_layers": LARGE}, r"config\.json has num_hidden_layers 1000000000"),
+        ({"vision_config": {"depths": [1, LARGE]}}, r"config\.json has depths 1000000001"),
+        ({"hidden_size": 10**12}, r"config\.json makes no DropKeyViTForImageClassification|cannot be loaded"),
+        ({"num_attention_heads": 0}, r"config\.json cannot be used .*`num_attention_heads` must be at least 1"),
+        ({"model_type": ["vit"]}, r"config\.json cannot be used"),
+        ({"model_type": "nosuch"}, r"config\.json cannot be used"),
+        ({"id2label": ["cat"]}, r"config\.json cannot be used"),
+        ({"id2label": {"first": "cat"}}, r"config\.json cannot be used"),
+        ({"dtype": [1]}, r"config\.json makes no|cannot be loaded"),
+        ({"dtype": "float99"}, r"config\.json cannot be used"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_one_line(tmp_path, capsys, changes, told):
+    folder = tmp_path / "odd"
+    DropKeyViTForImageClassification(DropKeyViTConfig(**SHAPE)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    for command in (["info", str(folder)], ["export", str(folder), str(tmp_path / "plain")]):
+        capsys.readouterr()
+        assert main(command) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-dropkey")]
+        assert len(lines) == 1 and re.search(told, lines[0]), lines
+    assert not (tmp_path / "plain").exists()
+
+
+def test_without_weights_only_what_no_model_has_is_refused(tmp_path):
+    DropKeyViTConfig(**SHAPE, architectures=["DropKeyViTForImageClassification"]).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "num_labels": 22_000}))
+    assert "schedule" in inspect_folder(tmp_path)
+    file.write_text(json.dumps({**config, "num_labels": LARGE}))
+    with pytest.raises(ValueError, match="num_labels 1000000000, and 1000000 are allowed"):
         inspect_folder(tmp_path)

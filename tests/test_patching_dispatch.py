@@ -1,6 +1,8 @@
 """What a patched attention computes: in eval and training, with every kind of mask, on every backend, under every tool."""
 
+import copy
 import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -22,8 +24,9 @@ from stock_architectures import (
 )
 from torch import nn
 
-from hf_dropkey.patching.apply import dropkey_active, dropkey_disabled, remove_dropkey
-from hf_dropkey.patching.dispatch import dropkey_interface
+from hf_dropkey.patching import dispatch
+from hf_dropkey.patching.apply import dropkey, dropkey_active, dropkey_disabled, remove_dropkey
+from hf_dropkey.patching.dispatch import dropkey_interface, leading_tokens
 
 
 # in training these draw random numbers of their own: dropout, random masks, noisy queries, random scales of positions
@@ -359,6 +362,55 @@ def test_a_compiled_model_drops_the_same_keys(backend: str) -> None:
     torch.testing.assert_close(loss_of(compiled, pixels(), 0), loss_of(model, pixels(), 0))
 
 
+@pytest.mark.parametrize(("registers", "most"), [(None, 2), (0, 2), (4, 6)])
+def test_what_may_stand_in_front_of_the_patches(registers: int | None, most: int) -> None:
+    """A class token, a distillation token and the registers; the pattern's grid and recorded attention follow the rule."""
+    config = hf.ViTConfig(image_size=32, patch_size=8)
+    if registers is not None:
+        config.num_register_tokens = registers
+    for leading in range(most + 3):
+        expected = leading if leading <= most else None
+        assert leading_tokens(config, 16 + leading, (4, 4)) == expected
+    assert leading_tokens(config, 15, (4, 4)) is None
+
+
+def test_a_compiled_stock_model_takes_one_graph_for_all_layers_and_steps() -> None:
+    """Each layer compiled by itself, with ratios that differ by layer and change by step."""
+    torch._dynamo.reset()
+    model, graphs = tiny_vit(num_hidden_layers=4).train(), []
+    quiet(model, 0.4, final_ratio=0.1, backend="sdpa")
+
+    def backend(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, examples)
+
+    layers = [module for module in model.modules() if type(module).__name__ == "ViTLayer"]
+    for layer in layers:
+        layer.compile(backend=backend, fullgraph=True)
+    for step in range(1, 4):
+        for depth, layer in enumerate(layers):
+            layer.attention.dropkey_ratio = 0.05 * step + 0.02 * depth
+        loss_of(model, pixels(), 0).backward()
+    assert len(layers) == 4 and len(graphs) == 1
+
+
+def test_patched_modules_copy_pickle_and_go_back_to_their_class() -> None:
+    model = tiny_vit(num_hidden_layers=1)
+    attention = next(module for module in model.modules() if type(module).__name__ == "ViTAttention")
+    plain_class = type(attention)
+    quiet(model, 0.3)
+    assert type(attention) is not plain_class and isinstance(attention, plain_class)
+    assert (type(attention).__name__, type(attention).__module__) == (plain_class.__name__, plain_class.__module__)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(loss_of(other.train(), pixels(), 1), loss_of(model.train(), pixels(), 1))
+        found = next(module for module in other.modules() if type(module).__name__ == "ViTAttention")
+        assert type(found) is type(attention) and found is not attention
+        remove_dropkey(other)
+        assert type(found) is plain_class and not [name for name in vars(found) if "dropkey" in name]
+    remove_dropkey(model)
+    assert type(attention) is plain_class and not [name for name in vars(attention) if "dropkey" in name]
+
+
 @pytest.mark.parametrize("name", ["vit", "swin", "detr", "bert"])
 def test_bfloat16(name: str) -> None:
     model = build(name).to(torch.bfloat16).train()
@@ -396,3 +448,127 @@ def test_training_on_boxes_learns() -> None:
         optimiser.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+# --- the patch grid of "block" and "cross" ------------------------------------------------------------------------------
+
+GRIDS = {
+    "vit": (hf.ViTForImageClassification, hf.ViTConfig, {"interpolate_pos_encoding": True}),
+    "dinov2": (hf.Dinov2ForImageClassification, hf.Dinov2Config, {}),
+    "dinov2_with_registers": (hf.Dinov2WithRegistersForImageClassification, hf.Dinov2WithRegistersConfig, {}),
+    "dinov3": (hf.DINOv3ViTModel, hf.DINOv3ViTConfig, {}),
+}
+SMALL_VIT = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "image_size": 64, "patch_size": 8}
+
+
+@pytest.fixture
+def grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int] | None]:
+    """The grids that the attentions of a model take."""
+    found: list[tuple[int, int] | None] = []
+    known = dispatch.known_grid
+
+    def spy(module: Any, keys: int) -> tuple[int, int] | None:
+        found.append(known(module, keys))
+        return found[-1]
+
+    monkeypatch.setattr(dispatch, "known_grid", spy)
+    return found
+
+
+def grid_model(name: str, **more: Any) -> Any:
+    cls, config, _ = GRIDS[name]
+    return cls(config(**SMALL_VIT, **more)).train()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 128), (128, 32), (104, 40), (56, 72), (72, 56), (48, 80), (61, 83)])
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_patch_grid_is_that_of_the_images(name: str, size: tuple[int, int], grids: Any) -> None:
+    model, arguments = grid_model(name), GRIDS[name][2]
+    quiet(model, 0.3, pattern="block")
+    model(pixel_values=torch.randn(1, 3, *size), **arguments)
+    assert grids == [(size[0] // 8, size[1] // 8)]
+    # the first argument by place
+    model(torch.randn(2, 3, size[1], size[0]), **arguments)
+    assert grids[-1] == (size[1] // 8, size[0] // 8)
+
+
+def test_the_patch_grid_of_a_vision_tower_and_of_wrapped_models(grids: Any) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {**shape, "vocab_size": 64, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
+    config = hf.CLIPConfig(text_config=text, vision_config={**shape, "image_size": 32, "patch_size": 8})
+    model = hf.CLIPModel(config).train()
+    quiet(model, 0.3, pattern="cross", window=1, exclude="text_model*")
+    words = torch.tensor([[1, 5, 2]])
+    model(input_ids=words, pixel_values=torch.randn(1, 3, 16, 64), interpolate_pos_encoding=True)
+    assert grids == [(2, 8)]
+    wrapped = torch.nn.ModuleList([model])
+    wrapped[0].get_image_features(torch.randn(1, 3, 32, 32))
+    assert grids[-1] == (4, 4)
+
+
+def test_a_copy_sees_its_own_images(grids: Any) -> None:
+    model = grid_model("dinov2")
+    quiet(model, 0.3, pattern="block")
+    other = copy.deepcopy(model)
+    model(torch.randn(1, 3, 32, 128))
+    other(torch.randn(1, 3, 128, 32))
+    assert grids == [(4, 16), (16, 4)]
+
+
+def test_the_hooks_are_there_while_a_pattern_needs_them() -> None:
+    model = grid_model("vit")
+
+    def counts() -> int:
+        return sum(len(part._forward_pre_hooks) for part in model.modules())
+
+    quiet(model, 0.3)
+    assert counts() == 0
+    with dropkey(model, 0.3, pattern="block", verbose=False):
+        assert counts() == 2
+        quiet(model, 0.3, pattern="cross")
+        assert counts() == 2
+    assert counts() == 0
+    quiet(model, 0.3, pattern="block")
+    remove_dropkey(model)
+    assert counts() == 0 and not any("dropkey_pixels" in vars(part) for part in model.modules())
+
+
+def test_compiled_models_take_the_grid_of_their_images(grids: Any) -> None:
+    model = grid_model("dinov2")
+    quiet(model, 0.3, pattern="block", backend="sdpa")
+    for size in ((32, 128), (128, 32)):
+        torch.manual_seed(0)
+        expected = model(pixel_values=torch.ones(1, 3, *size)).logits
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(compiled(pixel_values=torch.ones(1, 3, *size)).logits, expected)
+
+
+def test_gradient_checkpointing_computes_with_the_grid_of_the_step() -> None:
+    model = grid_model("dinov2")
+    quiet(model, 0.3, pattern="block", backend="sdpa")
+    gradients = []
+    for checkpointing in (False, True):
+        (model.gradient_checkpointing_enable if checkpointing else model.train)()
+        torch.manual_seed(0)
+        model.zero_grad()
+        loss = model(pixel_values=torch.ones(1, 3, 32, 128)).logits.sum()
+        # an evaluation between the two passes
+        with torch.no_grad():
+            model.eval()(pixel_values=torch.ones(1, 3, 128, 32))
+        model.train()
+        loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(
+        ValueError, match=r"images of \(128, 32\) pixels .* after \(32, 128\) under gradient checkpointing"
+    ):
+        model(pixel_values=torch.ones(1, 3, 128, 32))
+
+
+def test_without_pixel_values_there_is_no_grid() -> None:
+    model = grid_model("dinov2")
+    quiet(model, 0.3, pattern="block")
+    with pytest.raises(ValueError, match=r"needs to know the patch grid, .* \(None pixels\)"):
+        model.dinov2.encoder(torch.randn(1, 65, 48))

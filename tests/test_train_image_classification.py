@@ -153,7 +153,8 @@ print(found[0]["label"])
 
 
 def stock_vit(folder: Path, classes: int = 10) -> ViTForImageClassification:
-    model = ViTForImageClassification(ViTConfig(**TINY, image_size=8, patch_size=2, num_labels=classes))
+    names = {number: str(number) for number in range(classes)}
+    model = ViTForImageClassification(ViTConfig(**TINY, image_size=8, patch_size=2, id2label=names))
     model.save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
     return model
@@ -188,7 +189,9 @@ def test_a_stock_vit_is_where_training_starts(monkeypatch, tmp_path):
 def test_another_number_of_classes_needs_a_word(monkeypatch, tmp_path):
     stock_vit(tmp_path / "stock", classes=4)
     arguments = (*SHORT, "--model_name_or_path", "stock", "--output_dir", "run")
-    with pytest.raises(ValueError, match=r"stock has 4 classes and the data has 10; .*--ignore_mismatched_sizes"):
+    with pytest.raises(
+        ValueError, match=r"stock: .*6 classes that the model does not know.*--ignore_mismatched_sizes"
+    ):
         here(monkeypatch, tmp_path, *arguments)
     here(monkeypatch, tmp_path, *arguments, "--ignore_mismatched_sizes")
     assert DropKeyViTForImageClassification.from_pretrained(tmp_path / "run").classifier.out_features == 10

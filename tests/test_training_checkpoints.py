@@ -17,11 +17,13 @@ from hf_dropkey.saved import check_model_folder
 from hf_dropkey.training.checkpoints import (
     check_resumable,
     check_same_model,
+    checkpoints_in,
+    damage,
+    last_whole,
     prepare_output_folder,
-    run_settings,
-    sort_by_wholeness,
-    tell_changes,
+    step_of,
 )
+from hf_dropkey.training.record import run_settings, tell_changes
 
 
 ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -39,7 +41,9 @@ def checkpoint_in(folder: Path, **shards: str) -> Path:
 def write_state(folder: Path, **settings: Any) -> None:
     """The trainer's state, as a run with these settings writes it."""
     record = {"RunRecord": {"args": {"settings": settings}, "attributes": {}}} if settings else {}
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 2, "stateful_callbacks": record}))
+    step = step_of(folder) or 2
+    state = {"global_step": step, "max_steps": 20, "stateful_callbacks": record}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
 
 
 @pytest.fixture
@@ -208,14 +212,16 @@ def test_a_torn_checkpoint_is_passed_over_reported_and_kept(run, resume, caplog)
     checkpoint_in(run / "checkpoint-10")
     (run / "checkpoint-10" / "trainer_state.json").unlink()
     assert prepare_output_folder(run, resume=resume, overwrite=False) == run / "checkpoint-2"
-    assert {path.name for path in run.iterdir()} == {"checkpoint-2", "aside-checkpoint-10", "aside-checkpoint-10-2"}
+    assert {path.name for path in run.iterdir()} == {"checkpoint-2", "aside-checkpoint-10"}
+    assert not (run / "aside-checkpoint-10" / "trainer_state.json").exists()
 
 
 def test_a_torn_checkpoint_before_a_whole_one_stays_where_it_is(run):
     (run / "checkpoint-2" / "optimizer.pt").unlink()
     assert prepare_output_folder(run, resume="true", overwrite=False) == run / "checkpoint-10"
     assert (run / "checkpoint-2").is_dir()
-    assert sort_by_wholeness(run)[0] == [run / "checkpoint-10"]
+    assert last_whole(run) == (run / "checkpoint-10", {})
+    assert [damage(one) is None for one in checkpoints_in(run)] == [False, True]
 
 
 def test_later_checkpoints_are_kept_apart_from_a_run_that_writes_their_steps_again(run, caplog):
@@ -230,7 +236,7 @@ def test_nothing_but_torn_checkpoints_starts_anew_only_with_auto(run):
     with pytest.raises(FileNotFoundError, match=r"checkpoint-2 lacks trainer_state\.json.*checkpoint-10 lacks"):
         prepare_output_folder(run, resume="true", overwrite=False)
     assert prepare_output_folder(run, resume="auto", overwrite=False) is None
-    assert {path.name for path in run.iterdir()} == {"aside-checkpoint-2", "aside-checkpoint-10"}
+    assert {path.name for path in run.iterdir()} == {"aside-checkpoint-10"}
 
 
 def test_auto_starts_a_run_and_does_not_write_over_a_finished_model(tmp_path):

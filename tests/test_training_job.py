@@ -1,5 +1,7 @@
 """What determines the weights of a run, and what happens when in a job."""
 
+import json
+import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from transformers import TrainingArguments
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
 from hf_dropkey.training.arguments import RunArguments
 from hf_dropkey.training.job import INDIFFERENT, TrainingJob, public_name
+from hf_dropkey.training.lock import RunInProgressError, locked_output
 from hf_dropkey.training.trainer import GuardedTrainer
 
 
@@ -47,7 +50,14 @@ class TinyJob(TrainingJob[Rows]):
 
     def make_model(self, data: Rows) -> Any:
         self.calls.append("make_model")
-        shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        shape: dict[str, Any] = {
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "intermediate_size": 8,
+        }
+        # what the first loss would set, and a checkpoint be compared with
+        shape["problem_type"] = "single_label_classification"
         return DropKeyViTForImageClassification(DropKeyViTConfig(**shape, image_size=8, patch_size=4))
 
     def make_trainer(self, model: Any, data: Rows) -> GuardedTrainer:
@@ -99,6 +109,60 @@ def test_a_mistake_stops_the_job_before_any_data_is_read(tmp_path: Path) -> None
     assert tiny.calls == ["check"]
     with pytest.raises(ValueError, match="nothing to do; pass --do_train"):
         job(tmp_path).execute([])
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file of a run, but those of its lock, with its time and content."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".owner")]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+AUTO = ("--do_train", "--do_eval", "--resume_from_checkpoint", "auto", "--save_strategy", "steps", "--save_steps", "1")
+
+
+def test_a_complete_run_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    job(tmp_path, *AUTO).execute([])
+    before = contents(tmp_path)
+    assert any(name.endswith("README.md") for name in before)
+    for resume in ("auto", "true"):
+        again = job(tmp_path, *AUTO, "--resume_from_checkpoint", resume, "--logging_steps", "7")
+        again.execute([])
+        assert again.calls == ["check"] and contents(tmp_path) == before
+    assert f"the run in {tmp_path} is complete, nothing is left to do" in caplog.text
+    # what it was not asked for yet, it does
+    with pytest.raises(ValueError, match=r"is complete, with other settings: learning_rate .* there and 0\.5 here"):
+        job(tmp_path, *AUTO, "--learning_rate", "0.5").execute([])
+    assert contents(tmp_path) == before
+    longer = job(tmp_path, *AUTO, "--max_steps", "3")
+    longer.execute([])
+    assert "make_trainer" in longer.calls and f"going on from {tmp_path / 'checkpoint-1'}" in caplog.text
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_a_run_that_was_stopped_before_its_results_has_the_times_of_its_training(tmp_path: Path) -> None:
+    job(tmp_path, *AUTO).execute([])
+    results = json.loads((tmp_path / "train_results.json").read_text())
+    (tmp_path / ".run" / "complete").unlink()
+    (tmp_path / "train_results.json").unlink()
+    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["RunRecord"]["attributes"]["progress"]["seconds"] = 1000.0
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(json.dumps(state))
+    job(tmp_path, *AUTO).execute([])
+    again = json.loads((tmp_path / "train_results.json").read_text())
+    assert again["train_loss"] == results["train_loss"]
+    assert 1000 < again["train_runtime"] < 1100
+    assert (tmp_path / ".run" / "complete").is_file()
+
+
+def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    first = job(tmp_path, *AUTO)
+    with locked_output(first.training):
+        second = job(tmp_path, "--do_train", "--overwrite_output_dir")
+        with pytest.raises(RunInProgressError, match=f"another run writes to {tmp_path}"):
+            second.execute([])
+        assert second.calls == ["check"]
+    first.execute([])
 
 
 def test_a_local_model_is_shown_by_its_last_part(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ class ModelArguments:
         default=None, metadata={"help": "Folder or hub id of the image processor, if the model has none."}
     )
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Start with a new head if the model was made for another number of classes."}
+        default=False,
+        metadata={"help": "Train new class scores if the model does not know the data's classes; with --do_train."},
     )
     model_family: Literal["vit", "t2t_vit", "volo", "ceit"] | None = field(
         default=None, metadata={"help": "Architecture from scratch. Default: vit."}

@@ -5,33 +5,38 @@ the columns and the class names; and checks every image and label before trainin
 the same three columns whatever went in.
 """
 
-import glob
-import io
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..extras import needed
 from ..images.checks import drop_bad_images, name_some, with_named_images
-from ..images.sources import CHOICE_SEED, EVALUATION_SPLITS, check_known
+from ..images.sources import (
+    CHOICE_SEED,
+    EVALUATION_SPLITS,
+    check_known,
+    data_fingerprint,
+    image_bytes,
+    image_name,
+    near_names,
+)
 from .arguments import DataArguments
+from .sources import is_text, labels_of, load_splits, stratified_share
 
 
 with needed("train"):
     import datasets
-    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-    from sklearn.datasets import load_digits
+    from datasets import ClassLabel, Dataset, Value
 
 
-DIGITS_TEST_SHARE = 0.2
-FILE_LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
-IMAGE_COLUMNS = ("image", "img", "file_name", "file", "path")
-LABEL_COLUMNS = ("label", "labels", "class", "target")
+logger = logging.getLogger(__name__)
+
+CLASSES_TOLD = 200
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,23 @@ class ImageData:
         ids = {value: names.index(self.label_names[old]) for value, old in self.label_ids.items()}
         return replace(self, label_names=list(names), label_ids=ids)
 
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Rows, names, labels and sizes of the images to `train` and for `evaluation` (`data_fingerprint`)."""
+        splits = {"train": self.train, "evaluation": self.evaluation}
+        return {name: data_fingerprint(self._identities(split)) for name, split in splits.items() if split is not None}
+
+    def _identities(self, split: Dataset) -> Iterator[tuple[str, str, int]]:
+        undecoded = split.with_format(None).cast_column("image", datasets.Image(decode=False))
+        for row in undecoded:
+            cell = row["image"]
+            name = image_name(cell and cell["path"], row["row"])
+            yield name, self.label_names[self.label_ids[row["label"]]], image_bytes(cell)
+
+    def class_counts(self, split: str) -> Counter[int]:
+        """Number of images of each class id in `train` or `evaluation`."""
+        rows: Dataset | None = getattr(self, split)
+        return Counter() if rows is None else Counter(map(self.label_ids.__getitem__, labels_of(rows)))
+
 
 def load_image_data(arguments: DataArguments, *, training: bool) -> ImageData:
     """Loads and checks the data; without `training` only what evaluation needs.
@@ -76,6 +98,10 @@ def load_image_data(arguments: DataArguments, *, training: bool) -> ImageData:
     splits = load_splits(arguments)
     train, evaluation, evaluation_split = choose_splits(splits, arguments, training=training)
     label_names, label_ids = find_labels(evaluation if train is None else train)
+    if train is not None:
+        check_several_classes(train, label_ids, label_names)
+    for one, other in near_names(label_names):
+        logger.warning("the classes %r and %r differ only in spaces or capitals; are they one class?", one, other)
     evaluation = prepare_split(
         evaluation, evaluation_split, arguments, label_ids=label_ids, max_samples=arguments.max_eval_samples
     )
@@ -83,149 +109,33 @@ def load_image_data(arguments: DataArguments, *, training: bool) -> ImageData:
         train = prepare_split(
             train, arguments.train_split_name, arguments, label_ids=label_ids, max_samples=arguments.max_train_samples
         )
-    return ImageData(train, evaluation, evaluation_split, label_names, label_ids)
+    data = ImageData(train, evaluation, evaluation_split, label_names, label_ids)
+    tell_classes(data)
+    return data
 
 
-def load_splits(arguments: DataArguments) -> dict[str, Dataset]:
-    """All splits of the source that the arguments name, with the columns `image`, `label` and `row`."""
-    if arguments.is_digits:
-        splits = digits()
-    elif arguments.dataset_name:
-        splits = datasets.load_dataset(arguments.dataset_name, arguments.dataset_config_name)
-    elif arguments.train_dir or arguments.validation_dir:
-        splits = load_folders({"train": arguments.train_dir, "validation": arguments.validation_dir})
-    else:
-        splits = load_files({"train": arguments.train_file, "validation": arguments.validation_file})
-    bases = {"train": arguments.train_file, "validation": arguments.validation_file}
-    return {
-        name: with_usual_columns(split, arguments, base=Path(bases.get(name) or "").parent)
-        for name, split in splits.items()
-    }
-
-
-def digits() -> DatasetDict:
-    """Handwritten digits of scikit-learn: 1,797 scans of 8 x 8 pixels, a fifth of each class as `test`.
-
-    Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
-    """
-    source = load_digits()
-    # sixteen grey levels above black, spread over the eight bits of an image file
-    images = [Image.fromarray(np.rint(pixels * (255 / 16)).astype(np.uint8)) for pixels in source.images]
-    rows = {"image": [{"bytes": png_bytes(image), "path": None} for image in images], "label": source.target.tolist()}
-    features = Features({"image": datasets.Image(), "label": ClassLabel(names=[str(n) for n in source.target_names])})
-    test = stratified_share(rows["label"], share=DIGITS_TEST_SHARE)
-    chosen = {"train": np.setdiff1d(np.arange(len(images)), test), "test": test}
-    return DatasetDict(
-        {
-            split: Dataset.from_dict({name: [column[i] for i in numbers] for name, column in rows.items()}, features)
-            for split, numbers in chosen.items()
-        }
-    )
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """The image as a PNG file."""
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return file.getvalue()
-
-
-def load_folders(folders: dict[str, str | None]) -> DatasetDict:
-    """Image folders with one sub-folder per class, in one load so that both have the same classes."""
-    given = {split: Path(folder) for split, folder in folders.items() if folder}
-    for split, folder in given.items():
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"the {split} folder {folder} is not there; check --train_dir and --validation_dir"
-            )
-    patterns = {split: str(folder / "**") for split, folder in given.items()}
-    return datasets.load_dataset("imagefolder", data_files=patterns, drop_labels=False)
-
-
-def load_files(patterns: dict[str, str | None]) -> DatasetDict:
-    """Parquet, CSV or JSON files; each value is a path or a glob pattern."""
-    files: dict[str, list[str]] = {}
-    for split, pattern in patterns.items():
-        if pattern:
-            files[split] = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
-            if not files[split]:
-                raise FileNotFoundError(f"no {split} file matches {pattern}; check --train_file and --validation_file")
-    suffixes = {Path(file).suffix.lower() for found in files.values() for file in found}
-    if len(suffixes) > 1 or not suffixes <= FILE_LOADERS.keys():
-        raise ValueError(f"data files end in {sorted(suffixes)}; use files of one kind among {sorted(FILE_LOADERS)}")
-    return datasets.load_dataset(FILE_LOADERS[suffixes.pop()], data_files=files)
-
-
-def with_usual_columns(split: Dataset, arguments: DataArguments, *, base: Path) -> Dataset:
-    """The split with the columns `image`, `label` and `row`; relative paths of image files start at `base`."""
-    image_column = find_image_column(split.features, arguments.image_column_name)
-    label_column = find_label_column(split.features, arguments.label_column_name)
-    split = split.select_columns([image_column, label_column])
-    if is_text(split.features[image_column]):
-        paths = [None if path is None else str(base / path) for path in split[image_column]]
-        split = split.remove_columns(image_column).add_column(image_column, paths)
-    if not isinstance(split.features[image_column], datasets.Image):
-        split = split.cast_column(image_column, datasets.Image())
-    split = split.rename_columns({image_column: "image", label_column: "label"})
-    return split.add_column("row", list(range(len(split))))
-
-
-def find_image_column(features: Features, wanted: str | None) -> str:
-    """The column with the images: the wanted one, the only one of an image type, or one of a usual name.
-
-    Raises:
-        ValueError: It is not there, is of another type, or there are several.
-    """
-    if wanted is None:
-        found = [name for name, kind in features.items() if is_image(kind)]
-        found = found or [name for name in IMAGE_COLUMNS if name in features and may_be_image(features[name])]
-        wanted = only_column(found, "image", features)
-    if wanted not in features:
-        raise ValueError(f"no column {wanted!r}; the data has {list(features)}, choose with --image_column_name")
-    if not may_be_image(features[wanted]):
+def check_several_classes(train: Dataset, label_ids: Mapping[Any, int], label_names: Sequence[str]) -> None:
+    """Raises ValueError if the training images are all of one class, which any model gets right."""
+    present = {label_ids[label] for label in labels_of(train) if label in label_ids}
+    if len(present) == 1:
         raise ValueError(
-            f"column {wanted!r} holds {features[wanted]}, not images, their bytes or the paths of their files; "
-            f"the data has {list(features)}, choose with --image_column_name"
+            f"all {len(train)} images to train on are of one class, {label_names[present.pop()]!r}; give images of two "
+            "classes or more: a sub-folder for each, or another --label_column_name"
         )
-    return wanted
 
 
-def find_label_column(features: Features, wanted: str | None) -> str:
-    """The column with the classes: the wanted one, the only one of type ClassLabel, or one of a usual name.
-
-    Raises:
-        ValueError: It is not there, or there are several.
-    """
-    if wanted is None:
-        found = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
-        wanted = only_column(found or [name for name in LABEL_COLUMNS if name in features], "label", features)
-    if wanted not in features:
-        raise ValueError(f"no column {wanted!r}; the data has {list(features)}, choose with --label_column_name")
-    return wanted
-
-
-def only_column(found: Sequence[str], kind: str, features: Features) -> str:
-    """The one column in `found`, or a ValueError that lists what there is."""
-    if len(found) == 1:
-        return found[0]
-    problem = f"several {kind} columns {list(found)}" if found else f"no {kind} column among {list(features)}"
-    advice = "; an image folder needs one sub-folder per class" if kind == "label" and not found else ""
-    raise ValueError(f"{problem}; choose with --{kind}_column_name{advice}")
-
-
-def is_image(kind: Any) -> bool:
-    """Whether a feature is an image, or the struct that parquet files without metadata show for one."""
-    return isinstance(kind, datasets.Image) or (isinstance(kind, dict) and {"bytes", "path"} == set(kind))
-
-
-def is_text(kind: Any) -> bool:
-    """Whether a feature is a string."""
-    return isinstance(kind, Value) and kind.dtype in ("string", "large_string")
-
-
-def may_be_image(kind: Any) -> bool:
-    """Whether a feature can be read as images: images, paths, or bytes."""
-    return is_image(kind) or is_text(kind) or (isinstance(kind, Value) and kind.dtype in ("binary", "large_binary"))
+def tell_classes(data: ImageData) -> None:
+    """Logs the number of images of each class, to train and to evaluate on."""
+    counts = {name: data.class_counts(name) for name in ("train", "evaluation")}
+    for number, name in enumerate(data.label_names[:CLASSES_TOLD]):
+        trained, evaluated = (str(counts[split][number]) for split in ("train", "evaluation"))
+        words = f"{evaluated} images to evaluate on"
+        logger.info("class %s: %s", name, words if data.train is None else f"{trained} images to train on, {words}")
+    if len(data.label_names) > CLASSES_TOLD:
+        logger.info("and %d more classes", len(data.label_names) - CLASSES_TOLD)
+    untrained = [name for number, name in enumerate(data.label_names) if not counts["train"][number]]
+    if data.train is not None and untrained:
+        logger.warning("%d classes have no image to train on: %s", len(untrained), name_some(map(repr, untrained)))
 
 
 def choose_splits(
@@ -251,21 +161,9 @@ def choose_splits(
     if evaluation_name is not None:
         return splits[train_name] if training else None, splits[evaluation_name], evaluation_name
     whole = splits[train_name]
-    kept = stratified_share(whole["label"][:], share=arguments.train_val_split)
+    kept = stratified_share(labels_of(whole), share=arguments.train_val_split)
     train = whole.select(np.setdiff1d(np.arange(len(whole)), kept)) if training else None
     return train, whole.select(kept), f"{arguments.train_val_split:g} of {train_name}"
-
-
-def stratified_share(labels: Sequence[Any], *, share: float) -> np.ndarray:
-    """Sorted row numbers of a share of each class, evenly spaced over its rows; the same on every call."""
-    rows_of: dict[Any, list[int]] = {}
-    for row, label in enumerate(labels):
-        rows_of.setdefault(label, []).append(row)
-    chosen: list[int] = []
-    for rows in rows_of.values():
-        count = round(len(rows) * share)
-        chosen += [rows[int((number + 0.5) * len(rows) / count)] for number in range(count)]
-    return np.array(sorted(chosen), dtype=np.int64)
 
 
 def find_labels(split: Dataset) -> tuple[list[str], dict[Any, int]]:
@@ -279,7 +177,8 @@ def find_labels(split: Dataset) -> tuple[list[str], dict[Any, int]]:
         return list(kind.names), {number: number for number in range(kind.num_classes)}
     if not (is_text(kind) or (isinstance(kind, Value) and ("int" in kind.dtype or kind.dtype == "bool"))):
         raise ValueError(f"the label column holds {kind}; allowed are ClassLabel, string and integer columns")
-    values = sorted(set(split["label"]) - {None})
+    # numbers below 0 stand for no class, as in the unlabelled splits of the hub
+    values = sorted(value for value in set(labels_of(split)) if value is not None and (is_text(kind) or value >= 0))
     return [str(value) for value in values], {value: number for number, value in enumerate(values)}
 
 
@@ -296,14 +195,33 @@ def prepare_split(
         split = split.shuffle(seed=CHOICE_SEED).select(range(max_samples))
     if len(split) == 0:
         raise ValueError(f"the {name} split has no rows; give it images, or choose another split")
-    strange = Counter(str(label) for label in split["label"] if label not in label_ids)
-    if strange:
-        raise ValueError(
-            f"{strange.total()} of {len(split)} labels in the {name} split are no class of the training data: "
-            f"{name_some(f'{label} ({count} times)' for label, count in strange.items())}; "
-            "repair them, or choose with --label_column_name and --eval_split_name"
-        )
+    check_labels(split, name, label_ids)
     if arguments.check_images:
         processes = arguments.preprocessing_num_workers
         split = drop_bad_images(split, name, skip=arguments.skip_bad_images, processes=processes)
     return with_named_images(split)
+
+
+def check_labels(split: Dataset, name: str, label_ids: Mapping[Any, int]) -> None:
+    """Raises ValueError if rows have labels that are no class; counts them and names the first row of each."""
+    strange: dict[str, list[int]] = {}
+    for place, label in enumerate(labels_of(split)):
+        if label not in label_ids:
+            strange.setdefault("no label" if label is None else str(label), []).append(place)
+    if strange:
+        told = (
+            f"{label} ({len(places)} times, first in {first_place(split, places[0])})"
+            for label, places in strange.items()
+        )
+        raise ValueError(
+            f"{sum(map(len, strange.values()))} of {len(split)} labels in the {name} split are no class of the training "
+            f"data: {name_some(told)}; repair them, or choose with --label_column_name and --eval_split_name. Numbers "
+            "below 0 stand for no class"
+        )
+
+
+def first_place(split: Dataset, place: int) -> str:
+    """What to call a row in a message: its number, and its file where it has one."""
+    found = split.select([place]).cast_column("image", datasets.Image(decode=False))[0]
+    file = found["image"] and found["image"]["path"]
+    return f"row {found['row']}{f' ({Path(file).name})' if file else ''}"

@@ -21,7 +21,7 @@ from ..training.trainer import GuardedTrainer
 from .arguments import AugmentationArguments, ClassificationDropKeyArguments, DataArguments, ModelArguments
 from .data import ImageData, load_image_data
 from .metrics import classification_metrics
-from .model import check_loss, is_native, made_size, make_config, make_image_processor, make_model, set_classes
+from .model import check_loss, fit_classes, is_native, made_size, make_config, make_image_processor, make_model
 from .pretrained import pretrained_model
 from .transform import collate_images, transform_rows
 
@@ -88,8 +88,7 @@ class ClassificationJob(TrainingJob[ImageData]):
     def load(self) -> ImageData:
         """The images; the configuration gets their classes."""
         data = load_image_data(self.data, training=self.training.do_train)
-        set_classes(self.config, self.model, data.label_names)
-        return data
+        return fit_classes(data, self.config, self.model)
 
     def make_model(self, data: ImageData) -> PreTrainedModel:
         """The model, with pretrained weights or new ones."""

@@ -6,8 +6,11 @@ from typing import Any
 
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
+from ..images.classes import check_id2label, renew_class_scores
+from ..images.classes import fit_classes as images_fit_classes
 from ..saved import check_model_folder
 from .arguments import SHAPE_FIELDS, ClassificationDropKeyArguments, ModelArguments
+from .data import ImageData
 from .families import FAMILIES, SMALLEST, Family, family_of, image_processor
 from .pretrained import pretrained_config, resize_positions
 
@@ -27,6 +30,7 @@ def make_config(model: ModelArguments, dropkey: ClassificationDropKeyArguments, 
             check_model_folder(Path(model.model_name_or_path))
         found, _ = PreTrainedConfig.get_config_dict(model.model_name_or_path, revision=model.revision)
         name = family_of(found.get("model_type"))
+        check_id2label(found, model.model_name_or_path)
         if name is None or (dropkey.dropkey_patch and name == "vit"):
             return pretrained_config(model, dropkey)
         settings = {**own_settings(dropkey), **overrides(model, name)}
@@ -141,22 +145,27 @@ def check_loss(config: PreTrainedConfig, *, label_smoothing: float) -> None:
         )
 
 
-def set_classes(config: PreTrainedConfig, model: ModelArguments, label_names: list[str]) -> None:
-    """Gives the configuration the classes of the data.
+def has_head(architectures: list[str] | None) -> bool:
+    """Whether a checkpoint has class scores; one that does not say what it is may have them."""
+    return not architectures or "ForImageClassification" in str(architectures)
+
+
+def fit_classes(data: ImageData, config: PreTrainedConfig, model: ModelArguments) -> ImageData:
+    """The data with the model's class numbers; a model that does not know the classes gets them, if that was asked for.
 
     Raises:
-        ValueError: The pretrained head is for another number of classes, and a new one was not asked for.
+        ValueError: As `hf_dropkey.images.classes.fit_classes`.
     """
-    had_head = model.model_name_or_path and "ForImageClassification" in str(config.architectures)
-    if had_head and config.num_labels != len(label_names) and not model.ignore_mismatched_sizes:
-        raise ValueError(
-            f"{model.model_name_or_path} has {config.num_labels} classes and the data has {len(label_names)}; "
-            "start with a new head with --ignore_mismatched_sizes, or choose another model"
-        )
+    fitted = images_fit_classes(
+        data,
+        config,
+        source=model.model_name_or_path,
+        has_head=has_head(config.architectures),
+        new_head=model.ignore_mismatched_sizes,
+    )
     # what the first loss would find out: a checkpoint says so and must match
     config.problem_type = "single_label_classification"
-    config.id2label = dict(enumerate(label_names))
-    config.label2id = {name: number for number, name in enumerate(label_names)}
+    return fitted
 
 
 def make_model(config: PreTrainedConfig, model: ModelArguments) -> PreTrainedModel:
@@ -166,9 +175,13 @@ def make_model(config: PreTrainedConfig, model: ModelArguments) -> PreTrainedMod
         ValueError: The pretrained model lacks weights of the configuration, other than those of a head.
     """
     model_class = FAMILIES[str(family_of(config.model_type))].model_class
-    if not model.model_name_or_path:
+
+    def make(config: PreTrainedConfig) -> PreTrainedModel:
         made: PreTrainedModel = model_class._from_config(config, attn_implementation=model.attn_implementation)
         return made
+
+    if not model.model_name_or_path:
+        return make(config)
     made, report = model_class.from_pretrained(
         model.model_name_or_path,
         config=config,
@@ -184,7 +197,12 @@ def make_model(config: PreTrainedConfig, model: ModelArguments) -> PreTrainedMod
             f"{model.model_name_or_path} lacks {len(missing)} weights of the model, such as {missing[0]}; use a whole "
             "checkpoint, and no --config_overrides that change its shape"
         )
-    return made
+    if model.ignore_mismatched_sizes:
+        found, _ = PreTrainedConfig.get_config_dict(model.model_name_or_path, revision=model.revision)
+        if has_head(found.get("architectures")):
+            renew_class_scores(made, config, found, make)
+    loaded: PreTrainedModel = made
+    return loaded
 
 
 def make_image_processor(config: PreTrainedConfig, model: ModelArguments, *, digits: bool) -> BaseImageProcessor:

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..images.classes import renew_class_scores
 from ..models.configuration_dropkey_features import DropKeyFeaturesConfig
 from ..models.modeling_dropkey import resize_position_grid
 from ..models.modeling_dropkey_features import DropKeyFeaturesForImageClassification
@@ -148,6 +149,9 @@ def pretrained_model(
     )
     check_weights(report["missing_keys"], str(model.model_name_or_path))
     resize_positions(loaded, report["mismatched_keys"], auto, model)
+    if model.ignore_mismatched_sizes and not new_classifier:
+        found, _ = PreTrainedConfig.get_config_dict(model.model_name_or_path, revision=model.revision)
+        renew_class_scores(loaded, config, found, auto.from_config)
     made: PreTrainedModel = loaded
     if new_classifier:
         made = DropKeyFeaturesForImageClassification._from_config(

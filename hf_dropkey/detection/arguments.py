@@ -38,7 +38,8 @@ class DetectionModelArguments:
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Start with new class scores if the model does not know the data's classes."}
+        default=False,
+        metadata={"help": "Train new class scores if the model does not know the data's classes; with --do_train."},
     )
     model_type: ModelType | None = field(default=None, metadata={"help": "Family of a model from scratch."})
     image_size: int | None = field(

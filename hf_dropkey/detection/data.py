@@ -7,8 +7,9 @@ format whatever went in: category ids as they are, boxes `[x, y, width, height]`
 https://cocodataset.org/#format-data.
 """
 
+import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,20 +21,18 @@ from ..extras import needed
 from ..images.annotated import (
     AnnotatedImages,
     as_records,
-    check_unique,
+    check_file_names,
     choose,
     file_cell,
-    is_box,
-    is_whole,
     object_fields,
     read_annotations,
-    report_problems,
     row_cell,
     sized_record,
     usable_images,
 )
 from ..images.checks import name_some
-from ..images.sources import EVALUATION_SPLITS, check_known
+from ..images.sources import EVALUATION_SPLITS, check_known, data_fingerprint, load_named
+from .annotations import TEXT_ID, checked_annotations
 from .arguments import DetectionDataArguments
 
 
@@ -44,14 +43,7 @@ with needed("train"):
 
 logger = logging.getLogger(__name__)
 
-# annotation tools round, and some count pixels from 1
-OUTSIDE_TOLERANCE_PIXELS = 1.0
 CATEGORY_COLUMNS = ("category", "categories", "category_id", "label", "labels")
-REQUIRED = {
-    "images": ("id", "file_name", "width", "height"),
-    "annotations": ("image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
 
 
 @dataclass(frozen=True)
@@ -66,13 +58,20 @@ class DetectionSplit(AnnotatedImages):
     boxes: dict[int, list[dict[str, Any]]]
     categories: list[dict[str, Any]]
 
+    def annotations_as_text(self, row: int) -> str:
+        """The boxes of an image with their categories."""
+        names = {category["id"]: category["name"] for category in self.categories}
+        boxes = self.boxes[self.images[row]["id"]]
+        return json.dumps([(names[box["category_id"]], box["bbox"], box["iscrowd"]) for box in boxes])
+
+    def box_counts(self) -> tuple[int, int]:
+        """Number of boxes that are trained on or looked for, and of crowd regions, which are not."""
+        crowd = [box["iscrowd"] for image in self.images for box in self.boxes[image["id"]]]
+        return len(crowd) - sum(crowd), sum(crowd)
+
     def select(self, rows: Iterable[int]) -> "DetectionSplit":
         """Some of the images, with their boxes."""
         return replace(self, images=[self.images[row] for row in rows])
-
-    def count(self, row: int) -> int:
-        """The number of boxes of an image."""
-        return len(self.boxes[self.images[row]["id"]])
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,11 @@ class DetectionData:
     def class_numbers(self) -> dict[int, int]:
         """The model's class number of each category id."""
         return {category: number for number, category in enumerate(self.category_ids) if category is not None}
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Rows, names, boxes with their classes, and sizes of the images to `train` and for `evaluation`."""
+        splits = {"train": self.train, "evaluation": self.evaluation}
+        return {name: data_fingerprint(split.identities()) for name, split in splits.items() if split is not None}
 
     def with_label_names(self, names: Sequence[str]) -> "DetectionData":
         """The same data with the class numbers of a model whose classes are `names`, in that order.
@@ -122,16 +126,16 @@ def load_detection_data(arguments: DetectionDataArguments, *, training: bool, ev
         if not wanted[role]:
             continue
         limit = arguments.max_train_samples if role == "train" else arguments.max_eval_samples
-        splits[role] = usable_images(
-            choose(reader(), limit), check=arguments.check_images, skip=arguments.skip_bad_images, what="boxes"
-        )
+        chosen = choose(reader(), limit)
+        splits[role] = with_boxes(usable_images(chosen, check=arguments.check_images, skip=arguments.skip_bad_images))
     for role in wanted:
         if wanted[role] and role not in splits:
             raise ValueError(
                 f"no data for the {role} split; give --{role}_images and --{role}_annotations, or --dataset_name"
             )
-    first, *others = splits.values()
-    for other in others:
+    first = next(iter(splits.values()))
+    splits = {role: aligned(split, first) for role, split in splits.items()}
+    for other in splits.values():
         check_same_categories(first, other)
     names = [category["name"] for category in first.categories]
     ids: list[int | None] = [category["id"] for category in first.categories]
@@ -160,6 +164,7 @@ def read_coco(folder: Path, file: Path, *, skip_bad_annotations: bool = False) -
     """
     document = read_annotations(folder, file, "COCO's format")
     images, boxes, categories = checked_annotations(document, str(file), skip=skip_bad_annotations)
+    check_file_names(images, folder, str(file))
     return DetectionSplit(str(file), images, partial(file_cell, folder), boxes, categories)
 
 
@@ -169,7 +174,7 @@ def hub_splits(arguments: DetectionDataArguments) -> dict[str, Callable[[], Dete
     Raises:
         ValueError: A split that the arguments name is not there, or one serves both ends.
     """
-    splits = datasets.load_dataset(arguments.dataset_name, arguments.dataset_config_name)
+    splits = load_named(str(arguments.dataset_name), arguments.dataset_config_name)
     usual = next((name for name in EVALUATION_SPLITS if name in splits), None)
     names = {"train": arguments.train_split_name, "validation": arguments.eval_split_name or usual}
     for option, name in (("--train_split_name", names["train"]), ("--eval_split_name", arguments.eval_split_name)):
@@ -229,138 +234,66 @@ def hub_categories(kind: Any, annotations: list[dict[str, Any]]) -> list[dict[st
     """COCO's categories for a hub column: the names it declares, or its values; text is replaced by numbers."""
     if isinstance(kind, ClassLabel):
         return [{"id": number, "name": name} for number, name in enumerate(kind.names)]
-    values = sorted({annotation["category_id"] for annotation in annotations})
+    values = sorted({annotation["category_id"] for annotation in annotations} - {None})
     if values and isinstance(values[0], str):
         for annotation in annotations:
-            annotation["category_id"] = values.index(annotation["category_id"])
-        return [{"id": number, "name": name} for number, name in enumerate(values)]
+            if annotation["category_id"] is not None:
+                annotation["category_id"] = values.index(annotation["category_id"])
+        return [{"id": number, "name": name, TEXT_ID: name} for number, name in enumerate(values)]
     return [{"id": value, "name": str(value)} for value in values]
 
 
-def checked_annotations(
-    document: Any, source: str, *, skip: bool
-) -> tuple[list[dict[str, Any]], dict[int, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """Images, annotations by image id, and categories by ascending id, of a document in COCO's format.
-
-    Boxes that stick out by up to a pixel are cut at the border. With `skip`, annotations that cannot be used are left
-    out and counted in the log.
-
-    Raises:
-        ValueError: The document lacks something, ids repeat, or (without `skip`) annotations cannot be used.
-    """
-    check_structure(document, source)
-    for part, key in (("images", "id"), ("annotations", "id"), ("categories", "id"), ("categories", "name")):
-        check_unique([record[key] for record in document[part] if key in record], f"{part}' {key}", source)
-    images = {image["id"]: image for image in document["images"]}
-    categories = sorted(document["categories"], key=lambda category: category["id"])
-    known = {category["id"] for category in categories}
-    check_pixels(document["annotations"], source)
-    boxes: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
-    problems: list[tuple[str, str]] = []
-    for place, annotation in enumerate(document["annotations"]):
-        problem = annotation_problem(annotation, images, known)
-        if problem is not None:
-            which = f"annotation {annotation['id']}" if "id" in annotation else f"annotation at place {place}"
-            problems.append((problem[0], f"{which} of image {annotation['image_id']!r}: {problem[1]}"))
-            continue
-        boxes[annotation["image_id"]].append(usual_annotation(annotation, images[annotation["image_id"]]))
-    if problems:
-        report_problems(problems, len(document["annotations"]), source, skip=skip)
-    if not any(boxes.values()):
-        raise ValueError(f"{source} has no usable annotation; a model cannot learn from it, give it boxes")
-    return list(images.values()), boxes, categories
-
-
-def check_structure(document: Any, source: str) -> None:
-    """Raises ValueError if a document does not have COCO's parts, or a part's records lack a field."""
-    if not isinstance(document, dict) or any(not isinstance(document.get(part), list) for part in REQUIRED):
-        found = sorted(document) if isinstance(document, dict) else type(document).__name__
-        raise ValueError(f"{source} has {found}; COCO's format is an object with the lists {list(REQUIRED)}")
-    for part, names in REQUIRED.items():
-        for place, record in enumerate(document[part]):
-            lacking = [name for name in names if not isinstance(record, dict) or name not in record]
-            if lacking:
-                raise ValueError(f"{source}: {part}[{place}] lacks {lacking}: {str(record)[:200]}")
-    for part in ("images", "categories"):
-        if not document[part]:
-            raise ValueError(f"{source} has no {part}; add them")
-        for record in document[part]:
-            if not is_whole(record["id"]):
-                raise ValueError(f"{source}: the id {record['id']!r} in {part} is no whole number from 0 on")
-    for record in document["annotations"]:
-        for key in ("image_id", "category_id"):
-            if not is_whole(record[key]):
-                raise ValueError(f"{source}: {key} {record[key]!r} of an annotation is no whole number from 0 on")
-    for image in document["images"]:
-        if not all(is_whole(image[side]) and image[side] > 0 for side in ("width", "height")):
-            raise ValueError(
-                f"{source}: image {image['id']} is {image['width']!r} wide and {image['height']!r} high; give pixels"
-            )
-
-
-def check_pixels(annotations: Sequence[dict[str, Any]], source: str) -> None:
-    """Raises ValueError if all boxes together look like shares of the image instead of pixels."""
-    boxes = [annotation["bbox"] for annotation in annotations if is_box(annotation["bbox"])]
-    if boxes and max(map(max, boxes)) <= 1:
-        raise ValueError(
-            f"{source}: no number in any bbox is above 1, for example {boxes[0]}, so these are shares of the image; "
-            "COCO's boxes are [x, y, width, height] in pixels, multiply by the width and height of the image"
-        )
-
-
-def annotation_problem(
-    annotation: dict[str, Any], images: Mapping[int, dict[str, Any]], categories: set[int]
-) -> tuple[str, str] | None:
-    """Why an annotation cannot be used, as a kind to count by and a sentence with the value; None if it can."""
-    box, image = annotation["bbox"], images.get(annotation["image_id"])
-    if image is None:
-        return "unknown image", "there is no image with this id"
-    if annotation["category_id"] not in categories:
-        return "unknown category", f"category_id {annotation['category_id']!r} is not among the categories"
-    if not is_box(box):
-        return "no box", f"bbox {box!r} is not four finite numbers [x, y, width, height]"
-    x, y, width, height = box
-    if width <= 0 or height <= 0:
-        return "empty box", f"bbox {list(box)} has width {width} and height {height}, both must be above 0"
-    beyond = max(-x, -y, x + width - image["width"], y + height - image["height"])
-    if beyond > OUTSIDE_TOLERANCE_PIXELS or min(cut_box(box, image)[2:]) <= 0:
-        return (
-            "outside",
-            f"bbox {list(box)} reaches {beyond:g} pixels out of the image of {image['width']} x {image['height']} "
-            "(it must be [x, y, width, height], not two corners)",
-        )
-    return None
-
-
-def cut_box(box: Sequence[float], image: Mapping[str, Any]) -> list[float]:
-    """A box `[x, y, width, height]`, cut at the borders of the image."""
-    x, y = max(0.0, float(box[0])), max(0.0, float(box[1]))
-    right, lower = min(box[0] + box[2], image["width"]), min(box[1] + box[3], image["height"])
-    return [x, y, float(right) - x, float(lower) - y]
-
-
-def usual_annotation(annotation: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
-    """The parts of an annotation that are used, with a box inside the image; the area is that of the box if missing."""
-    box = cut_box(annotation["bbox"], image)
-    return {
-        "image_id": annotation["image_id"],
-        "category_id": annotation["category_id"],
-        "bbox": box,
-        # COCO's own areas are those of the object's outline; they decide what counts as small
-        "area": float(annotation.get("area") or box[2] * box[3]),
-        "iscrowd": int(annotation.get("iscrowd") or 0),
+def aligned(split: DetectionSplit, first: DetectionSplit) -> DetectionSplit:
+    """The split with the category ids of another one, where both number categories whose ids are text."""
+    known = {category[TEXT_ID]: category["id"] for category in first.categories if TEXT_ID in category}
+    if split is first or not known or any(TEXT_ID not in category for category in split.categories):
+        return split
+    new = max(known.values()) + 1
+    ids = {category["id"]: known.get(category[TEXT_ID], new + category["id"]) for category in split.categories}
+    categories = [{**category, "id": ids[category["id"]]} for category in split.categories]
+    boxes = {
+        image: [{**box, "category_id": ids[box["category_id"]]} for box in found]
+        for image, found in split.boxes.items()
     }
+    return replace(split, boxes=boxes, categories=sorted(categories, key=lambda category: category["id"]))
 
 
 def check_same_categories(one: DetectionSplit, other: DetectionSplit) -> None:
-    """Raises ValueError if two splits do not have the same categories under the same ids."""
-    first, second = ({category["id"]: category["name"] for category in split.categories} for split in (one, other))
+    """Raises ValueError if a split has categories under ids or names that the first does not have; it may lack some.
+
+    Categories that no box of the other split has may differ.
+    """
+    first = {category["id"]: category["name"] for category in one.categories}
+    used = {box["category_id"] for boxes in other.boxes.values() for box in boxes}
     differing = [
-        f"{number} is {first.get(number)!r} there and {second.get(number)!r} here"
-        for number in sorted(first.keys() | second.keys())
-        if first.get(number) != second.get(number)
+        f"{category['id']} is {first.get(category['id'])!r} there and {category['name']!r} here"
+        for category in other.categories
+        if category["id"] in used and first.get(category["id"]) != category["name"]
     ]
     if differing:
         raise ValueError(
             f"{one.name} and {other.name} have different categories: {name_some(differing)}; give both the same"
         )
+
+
+def with_boxes(split: DetectionSplit) -> DetectionSplit:
+    """The split, if it has boxes to learn from; crowd regions are reported.
+
+    Raises:
+        ValueError: It has none.
+    """
+    boxes, crowd = split.box_counts()
+    if not boxes:
+        regions = f" but {crowd} crowd regions (iscrowd 1), which are not used" if crowd else ""
+        raise ValueError(
+            f"the {len(split)} chosen images of {split.name} have no boxes{regions}; choose more or other images"
+        )
+    if crowd:
+        logger.warning(
+            "%s: %d boxes are used; %d annotations have iscrowd 1 (regions of many objects), which are neither trained "
+            "on nor counted as misses",
+            split.name,
+            boxes,
+            crowd,
+        )
+    return split

@@ -104,8 +104,7 @@ class DetectionJob(TrainingJob[DetectionData]):
         logger.info("%d classes", len(data.label_names))
         for name, split in (("training", data.train), ("evaluation", data.evaluation)):
             if split is not None:
-                boxes = sum(len(split.boxes[image["id"]]) for image in split.images)
-                logger.info("%s on %s: %d images, %d boxes", name, split.name, len(split), boxes)
+                logger.info("%s on %s: %d images, %d boxes", name, split.name, len(split), split.box_counts()[0])
 
     def draw(self, trainer: GuardedTrainer, data: DetectionData) -> None:
         """Draws evaluation images with their boxes and the model's, if `--draw_images` is above 0."""
@@ -119,10 +118,15 @@ class DetectionJob(TrainingJob[DetectionData]):
             )
 
     def card(self, data: DetectionData) -> dict[str, Any]:
-        """Data set and starting point."""
+        """Data set, what was evaluated on, and starting point."""
+        files = self.data.validation_annotations
+        # of a hub data set the split is called "the <split> split of <data set>"
+        split = data.evaluation.name.removeprefix("the ").split(" split of ")[0] if data.evaluation else None
         return {
             "tags": ["vision"],
             "dataset": self.data.name,
+            "dataset_split": None if files else split,
+            "evaluation_dataset": Path(files).stem if files else None,
             "finetuned_from": public_name(self.model.model_name_or_path),
         }
 

@@ -24,6 +24,8 @@ from transformers import (
     YolosImageProcessorPil,
 )
 
+from ..images.classes import check_id2label, renew_class_scores
+from ..images.classes import fit_classes as images_fit_classes
 from ..models.modeling_dropkey_hoi import RESNET_TYPES, freeze_first_stage
 from ..saved import check_model_folder
 from ..training.detr import BACKBONE_WIDTHS, small_backbone
@@ -65,6 +67,7 @@ def make_config(arguments: DetectionModelArguments) -> PreTrainedConfig:
         raise ValueError(
             f"{source} has model_type {found.get('model_type')!r}; this script starts from {list(MODEL_TYPES)}"
         )
+    check_id2label(found, source)
     config: Any = kinds[found["model_type"]].from_pretrained(source, revision=arguments.revision)
     backbone = getattr(config, "backbone_config", None)
     if getattr(backbone, "model_type", None) == "timm_backbone" and importlib.util.find_spec("timm") is None:
@@ -169,22 +172,24 @@ def processor_size(model_type: str, size: int) -> dict[str, int]:
     return {"height": size, "width": size}
 
 
+def has_head(architectures: list[str] | None) -> bool:
+    """Whether a checkpoint has class scores; one that does not say what it is may have them."""
+    return not architectures or "ForObjectDetection" in str(architectures)
+
+
 def fit_classes(data: DetectionData, config: Any, arguments: DetectionModelArguments) -> DetectionData:
     """The data with the model's class numbers; a model that does not know the classes gets them, if that was asked for.
 
     Raises:
-        ValueError: The pretrained model does not know the classes, and new class scores were not asked for.
+        ValueError: As `hf_dropkey.images.classes.fit_classes`.
     """
-    if arguments.model_name_or_path and not arguments.ignore_mismatched_sizes:
-        try:
-            return data.with_label_names([config.id2label[number] for number in range(config.num_labels)])
-        except ValueError as error:
-            raise ValueError(
-                f"{error}, start with new class scores with --ignore_mismatched_sizes, or choose another model"
-            ) from error
-    config.id2label = dict(enumerate(data.label_names))
-    config.label2id = {name: number for number, name in enumerate(data.label_names)}
-    return data
+    return images_fit_classes(
+        data,
+        config,
+        source=arguments.model_name_or_path,
+        has_head=has_head(config.architectures),
+        new_head=arguments.ignore_mismatched_sizes,
+    )
 
 
 def make_model(config: PreTrainedConfig, arguments: DetectionModelArguments) -> PreTrainedModel:
@@ -199,6 +204,10 @@ def make_model(config: PreTrainedConfig, arguments: DetectionModelArguments) -> 
         revision=arguments.revision,
         ignore_mismatched_sizes=arguments.ignore_mismatched_sizes,
     )
+    if arguments.ignore_mismatched_sizes:
+        found, _ = PreTrainedConfig.get_config_dict(arguments.model_name_or_path, revision=arguments.revision)
+        if has_head(found.get("architectures")):
+            renew_class_scores(model, config, found, AutoModelForObjectDetection.from_config)
     if config.model_type in MASKED_TYPES and config.backbone_config.model_type in RESNET_TYPES:
         family: Any = model
         freeze_first_stage(family.model.backbone)

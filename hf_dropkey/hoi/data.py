@@ -23,6 +23,7 @@ from ..extras import needed
 from ..images.annotated import (
     AnnotatedImages,
     as_records,
+    check_file_names,
     choose,
     file_cell,
     file_size,
@@ -94,6 +95,13 @@ class HoiSplit(AnnotatedImages):
         return replace(
             self, images=[self.images[row] for row in rows], annotations=[self.annotations[row] for row in rows]
         )
+
+    def annotations_as_text(self, row: int) -> str:
+        """The boxes of an image with their classes, and its pairs."""
+        one = self.annotations[row]
+        names = [self.objects[label] for label in one.labels]
+        pairs = [(int(person), int(thing), self.verbs[verb]) for person, thing, verb in one.pairs]
+        return json.dumps([names, one.boxes.tolist(), pairs])
 
     def count(self, row: int) -> int:
         """The number of interactions of an image."""
@@ -184,13 +192,14 @@ class HoiData:
         Raises:
             ValueError: The model lacks names of the data, or the class for missing objects.
         """
-        splits = [split and split.renamed(objects, verbs) for split in (self.train, self.evaluation)]
-        if not missing_object and any(split is not None and split.missing_objects() for split in splits):
+        train, evaluation = (split and split.renamed(objects, verbs) for split in (self.train, self.evaluation))
+        splits = [split for split in (train, evaluation) if split is not None]
+        if not missing_object and any(split.missing_objects() for split in splits):
             raise ValueError(
                 "the data has interactions without an object, and the model has no class for a missing object; use "
                 "another model, or leave these interactions out"
             )
-        return HoiData(*splits, list(objects), list(verbs), missing_object)
+        return HoiData(train, evaluation, list(objects), list(verbs), missing_object)
 
 
 def load_hoi_data(arguments: HoiDataArguments, *, training: bool, evaluation: bool) -> HoiData:
@@ -207,8 +216,13 @@ def load_hoi_data(arguments: HoiDataArguments, *, training: bool, evaluation: bo
         if wanted[role]:
             limit = arguments.max_train_samples if role == "train" else arguments.max_eval_samples
             splits[role] = usable_images(
-                choose(reader(), limit), check=arguments.check_images, skip=arguments.skip_bad_images, what="pairs"
+                choose(reader(), limit), check=arguments.check_images, skip=arguments.skip_bad_images
             )
+            if not any(splits[role].count(row) for row in range(len(splits[role]))):
+                raise ValueError(
+                    f"the {len(splits[role])} chosen images of {splits[role].name} have no pairs; choose more or other "
+                    "images"
+                )
     for role in wanted:
         if wanted[role] and role not in splits:
             raise ValueError(
@@ -245,7 +259,7 @@ def split_readers(arguments: HoiDataArguments) -> dict[str, Callable[[], HoiSpli
         "train": (arguments.train_images, arguments.train_annotations),
         "validation": (arguments.validation_images, arguments.validation_annotations),
     }
-    options = {
+    options: dict[str, Any] = {
         "names": read_names(arguments.names_file),
         "verb_base": arguments.verb_base,
         "skip": arguments.skip_bad_annotations,
@@ -331,6 +345,7 @@ def read_files(folder: Path, file: Path, *, names: Names, verb_base: int | None,
         objects = dict(enumerate(document["objects"]))
         verbs, verb_base = tuple(document["classes"]), 0
     reader = _Reader(str(file), objects, verbs, 0 if verb_base is None else verb_base)
+    check_file_names([{"id": number, **record} for number, record in enumerate(records)], folder, str(file))
     images, annotations = [], []
     for number, record in enumerate(records):
         image, annotation = reader.read(number, record, folder)
@@ -461,7 +476,8 @@ class _Reader:
             size = file_size(file_cell(folder, image)) if folder and file and file.is_file() else None
             # the check of the images tells what is wrong with one that has no size, so its boxes are none of its faults
             image |= dict(zip(("width", "height"), size or (sys.maxsize, sys.maxsize), strict=True))
-        boxes, labels, places = [], [], {}
+        boxes: list[list[float]] = []
+        labels, places = [], {}
         for place, one in enumerate(record["annotations"]):
             problem = self.box_problem(one, image)
             if problem:
@@ -502,7 +518,8 @@ class _Reader:
 
     def box_problem(self, one: Mapping[str, Any], image: Mapping[str, Any]) -> tuple[str, str] | None:
         """Why a box cannot be used, as a kind to count by and a sentence; None if it can."""
-        box, category = one.get("bbox"), one.get("category_id")
+        box: Any = one.get("bbox")
+        category: Any = one.get("category_id")
         if category not in self.numbers:
             return "unknown category", f"category_id {category!r} is not among the categories"
         if not is_box(box):
@@ -527,7 +544,9 @@ class _Reader:
         self, one: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], places: Mapping[int, int]
     ) -> tuple[str, str] | None:
         """Why an interaction cannot be used; None if it can."""
-        person, thing, verb = one.get("subject_id"), one.get("object_id"), one.get("category_id")
+        person: Any = one.get("subject_id")
+        thing: Any = one.get("object_id")
+        verb: Any = one.get("category_id")
         if not is_whole(verb) or not 0 <= verb - self.verb_base < len(self.verbs):
             return "unknown verb", f"the verb {verb!r} is not one of {len(self.verbs)} verbs from {self.verb_base} on"
         for what, place, none_allowed in (("subject_id", person, False), ("object_id", thing, True)):
@@ -598,7 +617,7 @@ def read_rows(rows: datasets.Dataset, name: str, *, skip: bool) -> HoiSplit:
         if column not in rows.features:
             raise ValueError(f"{name} has no column {column!r}, only {list(rows.features)}; rename its columns")
     for column, keys in needed.items():
-        kinds[column] = object_fields({"objects": rows.features[column]})  # type: ignore[arg-type]  # reads one column
+        kinds[column] = object_fields({"objects": rows.features[column]})
         lacking = [key for key in keys if key not in kinds[column]]
         if lacking:
             raise ValueError(f"`{column}` of {name} has {sorted(kinds[column])}; it lacks {lacking}")
@@ -606,13 +625,14 @@ def read_rows(rows: datasets.Dataset, name: str, *, skip: bool) -> HoiSplit:
     columns = [column for column in ("width", "height", *needed) if column in rows.features]
     records = []
     for number, row in enumerate(tqdm(rows.select_columns(columns), desc=f"Reading {name}")):
-        size = sized_record(row, None if "width" in row and "height" in row else undecoded[number]["image"])
+        found: Any = row
+        size = sized_record(found, None if "width" in row and "height" in row else undecoded[number]["image"])
         boxes = [
-            {"bbox": two_corners(one["bbox"]), "category_id": one["category"]} for one in as_records(row["objects"])
+            {"bbox": two_corners(one["bbox"]), "category_id": one["category"]} for one in as_records(found["objects"])
         ]
         pairs = [
             {"subject_id": one["person"], "object_id": one["object"], "category_id": one["verb"]}
-            for one in as_records(row["interactions"])
+            for one in as_records(found["interactions"])
         ]
         records.append(
             {"file_name": f"row {number}", "row": number, "annotations": boxes, "hoi_annotation": pairs, **size}
@@ -622,7 +642,7 @@ def read_rows(rows: datasets.Dataset, name: str, *, skip: bool) -> HoiSplit:
     reader = _Reader(name, dict(enumerate(objects)), verbs, 0, "[x, y, width, height]")
     read = [reader.read(number, record, None) for number, record in enumerate(records)]
     reader.finish(skip=skip)
-    images, annotations = ([part[side] for part in read] for side in (0, 1))
+    images, annotations = [image for image, _ in read], [annotation for _, annotation in read]
     return HoiSplit(name, images, partial(row_cell, undecoded), annotations, objects, verbs, reader.left_out)
 
 

@@ -92,9 +92,7 @@ class HoiJob(TrainingJob[HoiData]):
         for split in (data.train, data.evaluation):
             if split is not None:
                 check_queries(split, self.config.num_queries)
-        self.allowed = read_allowed(
-            self.score.allowed_pairs, self.config.num_labels - self.config.missing_object, len(data.verbs)
-        )
+        self.allowed = read_allowed(self.score.allowed_pairs, len(data.objects), len(data.verbs))
         self.vcoco = read_vcoco(self.score, data.evaluation) if self.score.vcoco_file else None
         return data
 
@@ -275,7 +273,7 @@ class HoiMetrics:
         """`train` tells which classes are rare; `vcoco` are V-COCO's own annotations of the split's images."""
         self.split, self.score, self.person_label = split, score, person_label
         self.allowed, self.missing_label, self.vcoco = allowed, missing_label, vcoco
-        self.rare = train and rare_classes(train.truths(), known=hico_classes(split))
+        self.rare = None if train is None else rare_classes(train.truths(), known=hico_classes(split))
         self.scores: HicoScores | None = None
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:

@@ -39,7 +39,7 @@ def make_config(arguments: HoiModelArguments, dropkey: dict[str, Any]) -> DropKe
         ValueError: The pretrained model is of another family, or a value is not allowed.
     """
     source = arguments.model_name_or_path or arguments.detr
-    given = {"dropout": arguments.dropout, "attention_dropout": arguments.attention_dropout}
+    given: dict[str, Any] = {"dropout": arguments.dropout, "attention_dropout": arguments.attention_dropout}
     given |= {"verb_loss": arguments.verb_loss}
     settings = {**dropkey, **{name: value for name, value in given.items() if value is not None}}
     if source is None:
@@ -106,7 +106,7 @@ def fit_names(data: HoiData, config: DropKeyHoiConfig, arguments: HoiModelArgume
         ValueError: The pretrained model does not know the data's names, and new scores were not asked for.
     """
     if arguments.model_name_or_path and not arguments.ignore_mismatched_sizes:
-        objects = [config.id2label[number] for number in range(config.num_labels)]
+        objects = config.object_names()
         objects = objects[:-1] if config.missing_object else objects
         try:
             return data.renamed(objects, list(config.verbs or ()), missing_object=config.missing_object)
@@ -132,7 +132,8 @@ def make_model(config: DropKeyHoiConfig, arguments: HoiModelArguments) -> DropKe
             revision=arguments.revision,
             ignore_mismatched_sizes=arguments.ignore_mismatched_sizes,
         )
-        if config.backbone_config.model_type in RESNET_TYPES:
+        backbone: Any = config.backbone_config
+        if backbone.model_type in RESNET_TYPES:
             # what from_pretrained makes learns throughout
             freeze_first_stage(model.model.backbone)
         return model
@@ -154,8 +155,9 @@ def start_from_detr(model: DropKeyHoiForObjectDetection, detr: DetrForObjectDete
     Raises:
         ValueError: It knows none of them.
     """
-    names = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    known = [detr.config.id2label.get(number, "") for number in range(detr.config.num_labels)]
+    names = model.config.object_names()
+    theirs_by_number: Any = detr.config.id2label
+    known = [theirs_by_number.get(number, "") for number in range(detr.config.num_labels or 0)]
     rows = numbers_of(names, known)
     if all(row is None for row in rows):
         raise ValueError(

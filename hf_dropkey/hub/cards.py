@@ -64,6 +64,7 @@ class RunFacts:
         dataset: What the data is called.
         dataset_id: Its id on the Hub, if it has one.
         dataset_split: The split that was evaluated on.
+        evaluation_dataset: What the data that was evaluated on is called, where it is not `dataset`.
         base_model: Hub id, or any name, of the model that training started from.
         from_scratch: Whether training started from none.
         license: The weights' licence, an identifier of the Hub such as "apache-2.0".
@@ -80,6 +81,7 @@ class RunFacts:
     dataset: str | None = None
     dataset_id: str | None = None
     dataset_split: str | None = None
+    evaluation_dataset: str | None = None
     base_model: str | None = None
     from_scratch: bool = False
     license: str | None = None
@@ -190,8 +192,8 @@ def _metadata(folder: Path, facts: RunFacts, config: dict[str, Any], name: str) 
     results = [
         EvalResult(
             task_type=task or "other",
-            dataset_type=facts.dataset_id or facts.dataset or "unknown",
-            dataset_name=facts.dataset or facts.dataset_id or "unknown",
+            dataset_type=facts.dataset_id or facts.evaluation_dataset or facts.dataset or "unknown",
+            dataset_name=facts.evaluation_dataset or facts.dataset or facts.dataset_id or "unknown",
             dataset_split=facts.dataset_split,
             metric_type=metric,
             metric_name=full_name(metric),
@@ -259,7 +261,7 @@ def _merge_metadata(card: ModelCard, made: ModelCardData) -> None:
 def _sections(
     folder: Path, facts: RunFacts, config: dict[str, Any], *, repo_id: str | None, revision: str | None
 ) -> Iterator[tuple[str, str]]:
-    yield "summary", _summary(facts, config)
+    yield "summary", _summary(folder, facts, config)
     yield "usage", _usage(folder, config, repo_id, revision)
     yield "dropkey", _settings(config)
     yield "training", _training(folder, facts)
@@ -294,14 +296,27 @@ def _merge_sections(text: str, sections: dict[str, str]) -> str:
     return text
 
 
-def _summary(facts: RunFacts, config: dict[str, Any]) -> str:
+def _image_size(folder: Path, config: dict[str, Any]) -> str:
+    """A sentence on the images that the model gets: as the processor makes them, else as the configuration says."""
+    processor = _read_json(folder / "preprocessor_config.json")
+    processor = processor or _read_json(folder / "processor_config.json").get("image_processor") or {}
+    crop = processor.get("crop_size") if processor.get("do_center_crop") else None
+    size = crop or (processor.get("size") if processor.get("do_resize", True) else None) or config.get("image_size")
+    if isinstance(size, dict) and "shortest_edge" in size:
+        longest = f", the longer at most {size['longest_edge']}" if size.get("longest_edge") else ""
+        return f" Images whose shorter side has {size['shortest_edge']} pixels{longest}."
+    if isinstance(size, dict):
+        size = (size.get("height"), size.get("width"))
+    height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+    return f" Images of {height} x {width} pixels." if height and width else ""
+
+
+def _summary(folder: Path, facts: RunFacts, config: dict[str, Any]) -> str:
     kind = (config.get("architectures") or [config.get("model_type", "a model")])[0]
     source = ", trained from scratch" if facts.from_scratch else ", trained" if facts.dataset else ""
     source = f", a fine-tuned version of {_link(facts.base_model)}" if facts.base_model else source
     data = f" on the {facts.dataset} dataset" if facts.dataset else ""
-    size = config.get("image_size")
-    size = size if isinstance(size, list | tuple) else (size, size)
-    images = f" Images of {size[0]} x {size[1]} pixels." if size[0] else ""
+    images = _image_size(folder, config)
     labels = list(config.get("id2label", {}).values())
     classes = (
         f" {len(labels)} classes: {', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}." if labels else ""
@@ -376,7 +391,7 @@ def _results(folder: Path, facts: RunFacts) -> str:
     metrics = measured(folder)
     if not metrics:
         return "## Results\n\nNothing was measured on these weights."
-    where = f" on {facts.dataset or 'the evaluation data'}"
+    where = f" on {facts.evaluation_dataset or facts.dataset or 'the evaluation data'}"
     where += f", split `{facts.dataset_split}`" if facts.dataset_split else ""
     rows = [(full_name(name), f"{value:.4g}") for name, value in metrics.items()]
     return f"## Results\n\nOne run, measured{where}:\n\n" + _table(("metric", "value"), rows)
@@ -401,7 +416,9 @@ def _task(config: dict[str, Any]) -> tuple[str | None, str]:
 
 
 def _link(name: str) -> str:
-    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{name}`"
+    # of a local path the rest concerns nobody
+    shown = PurePath(name).name if PurePath(name).is_absolute() else name
+    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{shown}`"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, Any]]) -> str:

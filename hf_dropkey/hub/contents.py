@@ -63,10 +63,11 @@ def visible(line: str) -> str:
     return "".join(char if char.isprintable() or char == "\t" else ascii(char)[1:-1] for char in line)
 
 
-def entries(folder: Path) -> list[Entry]:
+def entries(folder: Path, *, lenient: bool = False) -> list[Entry]:
     """Every file in a folder, by name; `.git` and `.cache` at its top are left out.
 
     Links are followed to a file in the folder, and from the cache of huggingface_hub to a blob of the same repository.
+    With `lenient`, what is no file is listed like a link that leaves the folder.
 
     Raises:
         UnreadableFile: There is a pipe, a socket, a device, a link in a circle or to nothing, or too many files.
@@ -82,7 +83,12 @@ def entries(folder: Path) -> list[Entry]:
                     if path.parent != folder or one.name not in SKIPPED:
                         waiting.append(path)
                     continue
-                found.append(_entry(folder, path))
+                try:
+                    found.append(_entry(folder, path))
+                except UnreadableFile:
+                    if not lenient:
+                        raise
+                    found.append(Entry(path.relative_to(folder).as_posix(), path, 0, "no file"))
                 if len(found) > FILES_LIMIT:
                     raise UnreadableFile(f"{folder} holds more than {FILES_LIMIT} files; give the folder of one model")
     return sorted(found, key=lambda entry: entry.name)

@@ -1,16 +1,15 @@
 """A saved folder on the Hub: what of it belongs there, its card merged with the one there, all in one commit.
 
 `HfApi.upload_folder` and `Trainer` upload everything that lies in a folder, `training_args.bin` with its token included,
-and the first in several commits. What is uploaded here is a list of kinds of file, which leaves out every pickle.
+and the first in several commits. What is uploaded here is what `plan_push` lists, which leaves out every pickle.
 """
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -22,11 +21,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import build_hf_headers, logging, validate_repo_id  # type: ignore[attr-defined]  # not in its list of names
-from safetensors import SafetensorError, safe_open
-from transformers.dynamic_module_utils import get_relative_imports
 
-from ..saved import PROCESSOR_FILES, check_model_folder
 from .cards import README, hand_written, model_card, read_readme
+from .push_plan import PushPlan, plan_push
+from .push_plan import check_no_secrets as check_no_secrets
+from .push_plan import check_pushable as check_pushable
+from .push_plan import code_of as code_of
+from .push_plan import files_to_push as files_to_push
 
 
 # httpx's or httpx2's, whichever the installed release of huggingface_hub uses
@@ -34,16 +35,8 @@ HTTPError: Any = next(base for base in HfHubHTTPError.__mro__ if base.__name__ =
 logger = logging.get_logger(__name__)
 api = HfApi(library_name="hf_dropkey")
 
-# kinds of file that cannot run anything when they are read; Python files are chosen by name
-PUSHED = (".safetensors", ".json", ".jinja", ".md", ".txt", ".model", ".csv", ".png", ".jpg", ".jpeg", ".svg")
-PUSHED_NAMES = ("LICENSE", "NOTICE", ".gitattributes")
-# folders of a run that are no part of the model
-RUN_FOLDERS = ("checkpoint-*", "runs", ".*", "_*")
 # weights that the next push replaces under other names; the loader would take the old ones
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
-TEXT = (".json", ".jinja", ".md", ".txt", ".csv", ".py", ".svg")
-# tokens of the Hub: hf_ and 34 letters and digits today, other lengths and a middle part such as oauth_ elsewhere
-SECRET = re.compile(rb"\b(?:hf|api_org)_(?:[a-z]+_)?[A-Za-z0-9]{20,}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -86,6 +79,8 @@ def push_folder(
     commit_message: str = "Upload model",
     copy_under: str | None = None,
     replace_readme: bool = False,
+    include: Sequence[str] = (),
+    announce: Callable[[PushPlan], None] | None = None,
 ) -> PushResult:
     """Uploads a saved model, with its code and its card, in one commit; again without changes, it makes none.
 
@@ -101,27 +96,30 @@ def push_folder(
         commit_message: Title of the commit.
         copy_under: Folder of the repository for a second copy in the same commit, which costs no second upload.
         replace_readme: Take the card in the folder, not the one in the repository.
+        include: Patterns of more files to send, as for `plan_push`.
+        announce: Called with what goes and what stays, before the first byte is sent.
 
     Raises:
         FileNotFoundError: The folder, or something the model needs, is not there.
         NotADirectoryError: The folder is a file.
-        ValueError: Weights are damaged or pickles, a file holds a token, the name or the revision is not allowed, or the
-            repository is public and `private` was asked for.
+        ValueError: Weights are damaged or pickles, a file holds a secret, a link leaves the folder, the name or the revision
+            is not allowed, or the repository is public and `private` was asked for.
         PermissionError: No token, or one that may not write there.
         ConnectionError: The upload failed. The repository has all of the push or nothing; pushing again goes on.
     """
     folder = Path(folder)
     check_target(repo_id, revision=revision, token=token)
-    check_pushable(folder)
-    files, left_out = files_to_push(folder)
-    check_no_secrets(folder, files, token)
+    plan = plan_push(folder, include=include, token=token)
+    if announce is not None:
+        announce(plan)
+    files = {file.name: folder / file.name if file.content is None else file.content for file in plan.files}
     repo_id = prepare_repository(repo_id, revision=revision, private=private, token=token)
     with clear_errors(repo_id, f"{folder} was not pushed"):
         # whoever commits between this and our commit makes ours fail, so that no edit of theirs is lost
         there = api.model_info(repo_id, revision=revision, token=token)
         parent = str(there.sha)
         readme = remote_readme(repo_id, parent, token)
-        contents: dict[str, Path | bytes] = {name: folder / name for name in files}
+        contents: dict[str, Path | bytes] = dict(files)
         if not (folder / "adapter_config.json").is_file():
             contents[README] = merged_readme(folder, repo_id, readme, replace=replace_readme)
         elif readme is not None and not replace_readme:
@@ -132,7 +130,7 @@ def push_folder(
         if copy_under is not None:
             # the copies then find their content already there
             api.preupload_lfs_files(repo_id, additions, token=token, revision=revision, free_memory=False)
-            additions += [CommitOperationAdd(f"{copy_under}/{name}", folder / name) for name in files]
+            additions += [CommitOperationAdd(f"{copy_under}/{name}", content) for name, content in files.items()]
         done = api.create_commit(
             repo_id,
             [*stale, *additions],
@@ -142,82 +140,7 @@ def push_folder(
             parent_commit=parent,
         )
     paths = tuple(addition.path_in_repo for addition in additions)
-    return PushResult(repo_id, done, done.oid != parent, paths, tuple(left_out))
-
-
-# --- the folder ------------------------------------------------------------------------------------------------------
-
-
-def check_pushable(folder: Path) -> None:
-    """Raises as `push_folder` does if a folder is no whole model or adapter in safetensors."""
-    if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file; give the folder it lies in")
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file() and not (folder / "config.json").is_file():
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise FileNotFoundError(f"{folder} lacks adapter_model.safetensors; save the adapter again")
-        try:
-            with safe_open(folder / "adapter_model.safetensors", framework="pt"):
-                return
-        except SafetensorError as error:
-            raise ValueError(f"the weights in {folder} are damaged ({error}); save the adapter again") from error
-    check_model_folder(folder)
-    if not list(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{folder} has its weights as a pickle, which runs code when it is read; load it and save it again with "
-            "save_pretrained, which writes safetensors"
-        )
-
-
-def files_to_push(folder: Path) -> tuple[list[str], list[str]]:
-    """Paths in a folder that belong on the Hub, and those that do not: pickles, optimizers, logs, other code.
-
-    Of the Python files those belong that `auto_map` names, and what they import.
-    """
-    code = code_of(folder)
-    pushed: list[str] = []
-    left_out: list[str] = []
-    for path in sorted(folder.rglob("*")):
-        name = PurePosixPath(path.relative_to(folder).as_posix())
-        if not path.is_file():
-            continue
-        part_of_run = any(fnmatchcase(part, pattern) for part in name.parts[:-1] for pattern in RUN_FOLDERS)
-        wanted = str(name) in code or name.suffix in PUSHED or name.name in PUSHED_NAMES
-        (pushed if wanted and not part_of_run else left_out).append(str(name))
-    return pushed, left_out
-
-
-def code_of(folder: Path) -> set[str]:
-    """Names of the Python files that the `auto_map` of a model, and of what goes with it, leads to."""
-    waiting: set[str] = set()
-    for name in ("config.json", *PROCESSOR_FILES):
-        file = folder / name
-        if file.suffix == ".json" and file.is_file():
-            for value in json.loads(file.read_text(encoding="utf-8")).get("auto_map", {}).values():
-                references = value if isinstance(value, list) else [value]
-                waiting |= {one.split(".")[0] for one in references if one and "--" not in one}
-    found: set[str] = set()
-    while waiting:
-        module = waiting.pop()
-        file = folder / f"{module}.py"
-        if file.name not in found and file.is_file():
-            found.add(file.name)
-            waiting |= set(get_relative_imports(file))
-    return found
-
-
-def check_no_secrets(folder: Path, files: list[str], token: str | bool | None) -> None:
-    """Raises ValueError naming a text file that holds a token of the Hub: one in its usual form, or the one in use."""
-    own = build_hf_headers(token=token)["authorization"].removeprefix("Bearer ").encode()
-    for name in files:
-        if not name.endswith(TEXT):
-            continue
-        content = (folder / name).read_bytes()
-        if SECRET.search(content) or own in content:
-            raise ValueError(
-                f"{folder / name} holds something that looks like a token of the Hub; take it out, and revoke it if it "
-                "was ever shared. Nothing was sent"
-            )
+    return PushResult(repo_id, done, done.oid != parent, paths, tuple(file.name for file in plan.stays))
 
 
 def merged_readme(folder: Path, repo_id: str, there: str | None, *, replace: bool) -> bytes:

@@ -24,7 +24,8 @@ from .contents import (
     read_bytes,
     visible,
 )
-from .push import PUSHED, PUSHED_NAMES, api, clear_errors
+from .push import api, clear_errors
+from .push_plan import PUSHED, PUSHED_NAMES
 from .references import defined_classes, json_problems
 from .released_code import code_difference, compare_code
 from .weights_check import header, loading_problems, weights_problems

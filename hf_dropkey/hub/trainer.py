@@ -25,7 +25,8 @@ from transformers.utils.hub import PushInProgress
 from ..extras import needed
 from ..patching.apply import warn_if_forgotten
 from .cards import README, RunFacts, is_hub_id, write_card
-from .push import PushResult, api, check_target, files_to_push, prepare_repository, push_folder
+from .push import PushResult, api, check_target, prepare_repository, push_folder
+from .push_plan import chosen
 
 
 with needed("train"):
@@ -181,6 +182,7 @@ class HubTrainer(Trainer):
         dataset_args: str | list[str] | None = None,
         *,
         dataset_split: str | None = None,
+        evaluation_dataset: str | None = None,
         command: str | None = None,
     ) -> None:
         """Writes what the run knows to `run_facts.json`, and the card to `README.md`, whose hand-written parts stay.
@@ -204,6 +206,7 @@ class HubTrainer(Trainer):
             dataset=_first(dataset) or _first(dataset_tags),
             dataset_id=_first(dataset_tags),
             dataset_split=dataset_split,
+            evaluation_dataset=evaluation_dataset,
             base_model=source,
             from_scratch=not (source or loaded),
             license=license,
@@ -235,13 +238,18 @@ class HubTrainer(Trainer):
         output = self._output()
         output.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=output))
-        for name in files_to_push(checkpoint)[0]:
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        for entry in chosen(checkpoint)[0]:
+            staged = stage / entry.name
+            staged.parent.mkdir(parents=True, exist_ok=True)
+            if entry.leaves:
+                # stays a link, so that the push refuses it
+                staged.symlink_to(entry.leaves)
+                continue
             try:
-                os.link(checkpoint / name, stage / name)
+                os.link(entry.path, staged)
             except OSError:
                 # a file system without hard links
-                shutil.copyfile(checkpoint / name, stage / name)
+                shutil.copyfile(entry.path, staged)
         self._facts().save(stage)
         return stage
 

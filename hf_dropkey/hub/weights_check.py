@@ -158,7 +158,9 @@ def loading_problems(folder: Path, config: dict[str, Any], found: Mapping[str, E
             made = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             with bounded(shapes), torch.device("meta"):
                 cls(made)
-            _, report = cls.from_pretrained(  # type: ignore[misc]  # with the report it returns two
+            # with the report it returns two, which its types do not say
+            load: Any = cls.from_pretrained
+            _, report = load(
                 folder,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -187,7 +189,7 @@ def model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError("'architectures' does not name the class that the weights are of")
-    cls = getattr(models, name, None) or getattr(transformers, name, None)
+    cls: Any = getattr(models, name, None) or getattr(transformers, name, None)
     fits = isinstance(cls, type) and issubclass(cls, PreTrainedModel) and issubclass(cls, nn.Module)
     if not fits or cls.config_class is None:
         raise ValueError(f"neither hf_dropkey nor Transformers has a model {name}")

@@ -6,10 +6,11 @@ A split of a task extends `AnnotatedImages`; its annotations are its own.
 import io
 import json
 import logging
-import math
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -19,8 +20,15 @@ from PIL import Image
 from transformers.utils.logging import tqdm
 
 from ..extras import needed
-from .checks import image_problem, name_some, read_checked_image
-from .sources import CHOICE_SEED
+from .checks import (
+    READER_ERRORS,
+    Transparency,
+    look_at_image,
+    name_some,
+    read_checked_image,
+    warn_of_transparency,
+)
+from .sources import CHOICE_SEED, image_bytes
 
 
 with needed("train"):
@@ -61,12 +69,17 @@ class AnnotatedImages(ABC):
         return read_checked_image(self.cell(image), image.get("row", image["id"])).convert("RGB")
 
     @abstractmethod
-    def select(self, rows: Iterable[int]) -> Self:
-        """Some of the images, with their annotations."""
+    def annotations_as_text(self, row: int) -> str:
+        """All that is annotated in an image, by names, for the fingerprint of the data."""
+
+    def identities(self) -> Iterator[tuple[str, str, int]]:
+        """Name, annotations as text, and size in bytes of each image."""
+        for row, image in enumerate(self.images):
+            yield str(image["file_name"]), self.annotations_as_text(row), image_bytes(self.cell(image))
 
     @abstractmethod
-    def count(self, row: int) -> int:
-        """How many annotations to learn from an image has."""
+    def select(self, rows: Iterable[int]) -> Self:
+        """Some of the images, with their annotations."""
 
 
 Split = TypeVar("Split", bound=AnnotatedImages)
@@ -84,9 +97,10 @@ def read_annotations(folder: Path, file: Path, kind: str) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"the annotation file {file} is not there")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    # bytes that are no UTF-8, and text that is no JSON
-    except ValueError as error:
+        # from bytes, so that a byte order mark is read for what it is
+        return json.loads(file.read_bytes())
+    # bytes that are no text, text that is no JSON, and JSON that is nested too deeply
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}; give an annotation file in {kind}") from error
 
 
@@ -106,20 +120,20 @@ def choose(split: Split, limit: int | None) -> Split:
     return split.select(sorted(np.random.default_rng(CHOICE_SEED).permutation(len(split))[:limit].tolist()))
 
 
-def usable_images(split: Split, *, check: bool, skip: bool, what: str) -> Split:
+def usable_images(split: Split, *, check: bool, skip: bool) -> Split:
     """The images that are there and, where they are checked, can be read and have the annotated size.
 
     Args:
         split: To look through.
         check: Read every image.
         skip: Leave out images that cannot be used, instead of stopping.
-        what: The plural of what is annotated, for messages.
 
     Raises:
         FileNotFoundError: Images are missing, and they are not to be left out.
         ValueError: Images cannot be used, and they are not to be left out; or none is left.
     """
     problems: dict[int, str] = {}
+    transparent: list[Transparency] = []
     missing = 0
     for row, image in enumerate(tqdm(split.images, desc="Checking the images")):
         cell = split.cell(image)
@@ -127,7 +141,7 @@ def usable_images(split: Split, *, check: bool, skip: bool, what: str) -> Split:
             problem: str | None = f"{cell['path']} (no such file)"
             missing += 1
         else:
-            problem = checked_image(cell, image) if check else None
+            problem = checked_image(cell, image, transparent) if check else None
         if problem is not None:
             problems[row] = f"image {image['id']}: {problem}"
     kept = [row for row in range(len(split)) if row not in problems]
@@ -138,34 +152,68 @@ def usable_images(split: Split, *, check: bool, skip: bool, what: str) -> Split:
             kind = FileNotFoundError if missing == len(problems) else ValueError
             raise kind(f"{message}. Repair or remove them, or leave them out with --skip_bad_images")
         logger.warning("%s. They are left out.", message)
-    if not any(split.count(row) for row in kept):
-        raise ValueError(f"the {len(kept)} chosen images of {split.name} have no {what}; choose more or other images")
+    warn_of_transparency(transparent, len(kept), f"images of {split.name}")
     return split.select(kept)
 
 
-def checked_image(cell: dict[str, Any] | None, image: Mapping[str, Any]) -> str | None:
-    """Why an undecoded image cannot be used, None if it can."""
-    problem = image_problem(cell, int(image.get("row", image["id"])))
-    if problem is not None or cell is None:
+def checked_image(
+    cell: dict[str, Any] | None, image: Mapping[str, Any], transparent: list[Transparency]
+) -> str | None:
+    """Why an undecoded image cannot be used, None if it can; adds to `transparent` what its transparency hides."""
+    seen = look_at_image(cell, int(image.get("row", image["id"])))
+    if seen["problem"] is not None or cell is None:
+        problem: str | None = seen["problem"]
         return problem
-    size = file_size(cell)
-    if size != (image["width"], image["height"]):
+    if seen["behind"] is not None:
+        transparent.append(Transparency(seen["behind"], seen["blank"]))
+    size, stored, orientation = file_sizes(cell) or ((0, 0), (0, 0), 1)
+    annotated = image["width"], image["height"]
+    if size == annotated:
+        return None
+    if stored == annotated:
         return (
-            f"{image['file_name']} is {size} pixels (width, height) and annotated as {image['width'], image['height']}"
+            f"{image['file_name']} is stored as {stored} pixels (width, height), as annotated, and its EXIF orientation "
+            f"{orientation} turns it to {size}: the boxes are those of the image before it is turned; remove that entry "
+            "from the file, or turn pixels, sizes and boxes"
         )
-    return None
+    return f"{image['file_name']} is {size} pixels (width, height) and annotated as {annotated}"
 
 
 def file_size(cell: dict[str, Any] | None) -> tuple[int, int] | None:
     """Width and height of an undecoded image once it is turned as its file says; None if it is no image."""
+    sizes = file_sizes(cell)
+    return None if sizes is None else sizes[0]
+
+
+def file_sizes(cell: dict[str, Any] | None) -> tuple[tuple[int, int], tuple[int, int], int] | None:
+    """Width and height of an undecoded image turned as its file says, as stored, and its EXIF orientation."""
     if cell is None:
         return None
     try:
         with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
-            turned = image.getexif().get(EXIF_ORIENTATION) in EXIF_TURNED
-            return (image.height, image.width) if turned else image.size
-    except (OSError, SyntaxError, ValueError):
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+            turned = (image.height, image.width) if orientation in EXIF_TURNED else image.size
+            return turned, image.size, orientation
+    except READER_ERRORS:
         return None
+
+
+def check_file_names(images: Sequence[dict[str, Any]], folder: Path, source: str) -> None:
+    """Raises ValueError if records name files that do not lie in the image folder, or no files."""
+    root = os.path.abspath(folder)
+    outside = []
+    for image in images:
+        name = image["file_name"]
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{source}: image {image['id']} has the file_name {name!r}; give the name of its file")
+        # links inside the folder are the user's own
+        if os.path.commonpath([root, os.path.abspath(os.path.join(root, name))]) != root:
+            outside.append(name)
+    if outside:
+        raise ValueError(
+            f"{source}: {len(outside)} of {len(images)} images have a file_name outside the image folder {folder}: "
+            f"{name_some(outside)}; name files relative to that folder, or give the folder that holds them all"
+        )
 
 
 def file_cell(folder: Path, image: dict[str, Any]) -> dict[str, Any]:
@@ -191,6 +239,9 @@ def object_fields(features: Features) -> dict[str, Any]:
 def as_records(objects: Any) -> list[dict[str, Any]]:
     """One dictionary for each object, from a dictionary of lists or a list of dictionaries."""
     if isinstance(objects, Mapping):
+        lengths = {name: len(values) for name, values in objects.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"a row has lists of different lengths in `objects`, {lengths}; repair it")
         return [dict(zip(objects, values, strict=True)) for values in zip(*objects.values(), strict=True)]
     return list(objects)
 
@@ -205,7 +256,7 @@ def is_box(box: Any) -> bool:
     return (
         isinstance(box, (list, tuple))
         and len(box) == 4
-        and all(isinstance(number, (int, float)) and math.isfinite(number) for number in box)
+        and all(isinstance(number, (int, float)) and abs(number) <= sys.float_info.max for number in box)
     )
 
 

@@ -15,7 +15,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..inference import eval_mode
 from ..patching.apply import BACKEND_FIELD, dropkey_active, dropkey_disabled
+from ..patching.dispatch import leading_tokens
+from ..patching.modes import GENERATORS
 from ..patching.sites import AttentionSite, UnreachedAttention, find_attention, transformers_model
 
 
@@ -168,10 +171,8 @@ def _layout(site: AttentionSite, keys: int, size: tuple[int, int]) -> TokenLayou
         rows, columns = (patch, patch) if isinstance(patch, int) else (patch[-2], patch[-1])
         grid = size[0] // rows, size[1] // columns
     if grid is not None:
-        # a class token, a distillation token and the registers
-        most = 2 + (getattr(config, "num_register_tokens", 0) or 0)
-        prefix = keys - grid[0] * grid[1]
-        if 0 <= prefix <= most:
+        prefix = leading_tokens(config, keys, grid)
+        if prefix is not None:
             return TokenLayout(grid, prefix)
     if site.side == "decoder":
         # the number of object queries may be a square as well
@@ -187,29 +188,25 @@ def _layout(site: AttentionSite, keys: int, size: tuple[int, int]) -> TokenLayou
 def observed(root: PreTrainedModel, seed: int) -> Iterator[None]:
     """Eval mode on `eager`, seeded and without gradients; restores all of it."""
     sites, _ = find_attention(root)
-    configs = {id(config): config for site in sites for config in _configs(site)}.values()
-    backends = [(config, getattr(config, BACKEND_FIELD)) for config in configs]
-    modes = [(module, module.training) for module in root.modules()]
+    configs = {id(config): config for site in sites for config in site.configs}.values()
     device = next(root.parameters()).device
     devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if not devices else device.type), torch.no_grad():
+    # one thread after the other, or each would put back what the other one has set
+    with (
+        GENERATORS,
+        torch.random.fork_rng(devices, device_type="cuda" if not devices else device.type),
+        torch.no_grad(),
+        eval_mode(root),
+    ):
+        backends = [(config, getattr(config, BACKEND_FIELD)) for config in configs]
         torch.manual_seed(seed)
         try:
-            root.eval()
             for config, _ in backends:
                 setattr(config, BACKEND_FIELD, "eager")
             yield
         finally:
             for config, backend in backends:
                 setattr(config, BACKEND_FIELD, backend)
-            for module, training in modes:
-                module.training = training
-
-
-def _configs(site: AttentionSite) -> tuple[Any, Any]:
-    """The configurations that name a site's backend: its own, and that of the model which makes its masks."""
-    own = getattr(site.module, "config", site.owner.config)
-    return getattr(own, "dropkey_config", own), site.owner.config
 
 
 @contextmanager

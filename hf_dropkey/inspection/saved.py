@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..patching.apply import SETTING_NAMES, apply_dropkey
 from ..patching.report import DropKeyReport, RegularisedAttention
 from ..patching.sites import UnreachedAttention, find_attention, idle_reason
-from ..saved import saved_class
+from ..saved import load_config, one_error, saved_class
 
 
 SHOWN = ("schedule", "ratio", "final_ratio", "pattern")
@@ -67,10 +67,8 @@ def empty_model(folder: Path) -> PreTrainedModel:
         FileNotFoundError: The folder has no configuration.
         ValueError: Neither this package nor Transformers has the class.
     """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; pass the folder of a saved model")
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     cls: Any = saved_class(config, folder)
-    with torch.device("meta"):
+    with one_error(f"{folder / 'config.json'} makes no {cls.__name__}"), torch.device("meta"):
         model: PreTrainedModel = cls._from_config(config)
     return model

@@ -21,13 +21,14 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, set_s
 from ..classification.arguments import DataArguments
 from ..classification.data import ImageData, load_image_data
 from ..classification.job import ClassificationJob
-from ..classification.model import image_size, set_classes
+from ..classification.model import fit_classes, image_size
 from ..classification.transform import ImageTransform, collate_images
 from ..extras import needed
 from ..hub.cards import shown_command
+from ..hub.metric_names import METRICS
 from ..inference import monte_carlo_predict
 from ..models.dropkey import PATTERNS, SCHEDULES
-from ..training.checkpoints import prepare_output_folder, sort_by_wholeness
+from ..training.checkpoints import last_whole, prepare_output_folder
 from .robustness import metrics_of, occlusion_accuracy, predict_logits
 from .rows import CELL_COLUMNS, Row, by_cell, choose
 from .timing import commit
@@ -47,9 +48,8 @@ FINE_TUNE_FRACTION = 0.1
 MASKS = 20
 # in a cell's folder: its settings at the start, and beside them its facts at the end
 BEGUN, DONE = "begun.json", "experiment.json"
-# metrics of every cell, and those of which a smaller value is better
+# metrics of every cell
 SELECTABLE = ("accuracy", "nll", "ece")
-LOWER_IS_BETTER = ("nll", "ece")
 UNITS = {"nll": "nats", "train_nll": "nats", "train_seconds": "s", "parameters": "count"}
 
 
@@ -257,7 +257,7 @@ def chosen_cells(grid: Grid, rows: Sequence[Row]) -> list[Cell]:
             "when all are: run the grid without --test first"
         )
     held_out = by_cell(choose(rows, experiment=grid.name, split="validation"), CELL_COLUMNS, grid.select_by)
-    sign = 1 if grid.select_by in LOWER_IS_BETTER else -1
+    sign = -1 if METRICS[grid.select_by].larger_is_better else 1
     means: dict[tuple[str, ...], dict[float, float]] = {}
     for cell in grid.cells:
         values = held_out[tuple(cell.columns(grid)[name] for name in CELL_COLUMNS)]
@@ -310,7 +310,7 @@ def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, d
         ValueError: The folder holds a run with other settings, finished or not.
     """
     data = cached_data(**asdict(job.data))
-    set_classes(job.config, job.model, data.label_names)
+    data = fit_classes(data, job.config, job.model)
     settings = job.settings()
     facts: dict[str, Any] = {}
     for facts_file in (folder / DONE, folder / BEGUN):
@@ -328,7 +328,7 @@ def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, d
         if facts_file.name == DONE:
             return AutoModelForImageClassification.from_pretrained(folder), facts
     trained_at, checkpoint = commit(), None
-    if sort_by_wholeness(folder)[0]:
+    if last_whole(folder)[0] is not None:
         if not facts:
             raise ValueError(
                 f"{folder} holds the start of a run whose settings are not known; delete it, or choose another --output_dir"
@@ -418,10 +418,11 @@ def measure(
     trained, facts = train_cell(job, folder)
     model: Any = trained
     model.to(job.training.device)
-    found = cached_data(**asdict(job.data))
+    names = [str(model.config.id2label[number]) for number in range(model.config.num_labels)]
+    found = cached_data(**asdict(job.data)).with_label_names(names)
     evaluated = found
     if split == "test":
-        evaluated = data_to_test(job.data).with_label_names(found.label_names)
+        evaluated = data_to_test(job.data).with_label_names(names)
     pixel_values, labels = tensors(evaluated.evaluation, job, evaluated)
     pixel_values = pixel_values.to(job.training.device)
     rows = []

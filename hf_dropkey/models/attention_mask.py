@@ -183,7 +183,7 @@ def keep_tokens(
     order, place = order[:, :count].sort(-1)
     kept = kept[:, :count].gather(-1, place)
     blind = None
-    if attention_mask is not None:
+    if attention_mask is not None and real is not None:
         blind = ~real[:, 0, 0].any(-1).expand(images)[:, None]
         mask_of_kept = kept if attention_mask.ndim == 2 else kept[:, None, None]
         if attention_mask.is_floating_point():

@@ -29,7 +29,7 @@ def shadowing_fields(cls: type, names: Iterable[str]) -> list[str]:
     Transformers puts every field that a configuration class does not declare on the instance, where it hides what the
     class has under that name: `_auto_class`, `attribute_map`, `to_dict`. Such a checkpoint decides what its reader saves.
     """
-    declared = {field.name for field in fields(cls)} | {"auto_map", "model_type"}  # type: ignore[arg-type]  # a dataclass
+    declared = {field.name for field in fields(cls)} | {"auto_map", "model_type"}
 
     def hidden(name: str) -> bool:
         found = getattr(cls, name, None)
@@ -176,13 +176,16 @@ class DropKeyConfigMixin(RemotePickleMixin):
         Raises:
             ValueError: The checkpoint is of another architecture, most of whose weights would be left out.
         """
-        found, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]  # as in `__post_init__`
+        found, rest = super().get_config_dict(  # type: ignore[misc]  # as in `__post_init__`
+            pretrained_model_name_or_path, **kwargs
+        )
         own: str = cls.model_type  # type: ignore[attr-defined]  # as above
         kind = found.get("model_type", own)
         if kind not in (own, *cls.plain_model_types):
             raise ValueError(
-                f"{pretrained_model_name_or_path} has model_type {kind!r} and {cls.__name__} reads {', '.join((own, *cls.plain_model_types))}. Load "
-                "it with its own class, or an Auto class, and call hf_dropkey.apply_dropkey(model, ratio=...)."
+                f"{pretrained_model_name_or_path} has model_type {kind!r} and {cls.__name__} reads "
+                f"{', '.join((own, *cls.plain_model_types))}. Load it with its own class, or an Auto "
+                "class, and call hf_dropkey.apply_dropkey(model, ratio=...)."
             )
         return {**found, "model_type": own} if found else found, rest
 

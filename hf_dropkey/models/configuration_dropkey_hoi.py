@@ -125,7 +125,12 @@ class DropKeyHoiConfig(DropKeyConfigMixin, DetrConfig):
     @property
     def missing_label(self) -> int | None:
         """The object class that means no object, None where there is none."""
-        return self.num_labels - 1 if self.missing_object else None
+        return len(self.object_names()) - 1 if self.missing_object else None
+
+    def object_names(self) -> list[str]:
+        """Names of the object classes, by number."""
+        names: Any = self.id2label
+        return [names[label] for label in range(len(names))]
 
     def validate_verbs(self) -> None:
         """Raises ValueError unless there are verbs, each once."""

@@ -3,13 +3,21 @@
 This file travels with checkpoints: it imports the standard library and its neighbours only.
 """
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
+from .configuration_dropkey_values import check_values
 from .patterns import check_window
 
 
 # all three families turn squares of 16 x 16 pixels into one token
 PATCH_SIZE = 16
+
+
+def height_and_width(size: int | Iterable[int]) -> tuple[int, int]:
+    """(height, width) of a size given as one number or two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def nearest_sizes(size: int) -> list[int]:
@@ -68,9 +76,18 @@ class PublishedSizesMixin:
         """Patch rows and columns of an image of `height` x `width` pixels."""
         return height // PATCH_SIZE, width // PATCH_SIZE
 
+    def validate_values(self) -> None:
+        """Raises ValueError where a field has a value that no model can be made or trained with."""
+        check_values(self)
+
     def validate_image_size(self) -> None:
         """Raises ValueError unless the image size is a whole number of patches."""
         check_image_side(self.image_size, "`image_size`")
+
+    def check_image_sides(self, height: int, width: int) -> None:
+        """Raises ValueError unless both sides of an image, in pixels, are whole numbers of patches."""
+        for side, what in ((height, "An image height"), (width, "An image width")):
+            check_image_side(side, what)
 
     def check_pattern_grid(self, grid: tuple[int, int]) -> None:
         """Raises ValueError where a block or cross of the configured window does not fit `grid` (rows, columns)."""

@@ -5,7 +5,6 @@ from .compatibility import check_transformers as check_transformers  # first: th
 # isort: on
 
 import inspect
-from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +12,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
 from .configuration_dropkey import DropKeyConfigMixin
+from .configuration_dropkey_sizes import check_heads, height_and_width
+from .configuration_dropkey_values import check_patches, check_values
 from .patterns import check_window
 
 
@@ -46,17 +47,28 @@ class DropKeyViTConfig(DropKeyConfigMixin, ViTConfig):
     @property
     def patch_grid(self) -> tuple[int, int]:
         """Patch rows and columns of an image of the configured size."""
-        return self.grid_of(*_pair(self.image_size))
+        return self.grid_of(*height_and_width(self.image_size))
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Patch rows and columns of an image of `height` x `width` pixels."""
-        rows, columns = _pair(self.patch_size)
+        rows, columns = height_and_width(self.patch_size)
         return height // rows, width // columns
+
+    def check_image_sides(self, height: int, width: int) -> None:
+        """Nothing to check: ViT takes any sides, and leaves pixels that fill no patch out."""
+
+    def validate_values(self) -> None:
+        """Raises ValueError where a field has a value that no model can be made or trained with."""
+        check_values(self)
+        check_heads(self.hidden_size, self.num_attention_heads, ("hidden_size", "num_attention_heads"))
+        check_patches(self.image_size, self.patch_size)
 
     def validate_dropkey(self) -> None:
         """As `DropKeyConfigMixin.validate_dropkey`; windows must fit the patch grid."""
         super().validate_dropkey()
         if self.dropkey_pattern in ("block", "cross"):
+            # a grid needs them, and checks run in the order of their names
+            check_patches(self.image_size, self.patch_size)
             check_window(self.dropkey_window, self.patch_grid)
 
     def modeling_file(self) -> Path:
@@ -65,12 +77,6 @@ class DropKeyViTConfig(DropKeyConfigMixin, ViTConfig):
         from .modeling_dropkey_vit import DropKeyViTModel
 
         return Path(inspect.getfile(DropKeyViTModel))
-
-
-def _pair(size: int | Iterable[int]) -> tuple[int, int]:
-    """(height, width) of a size given as one number or two."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
 
 
 __all__ = ["DropKeyViTConfig"]

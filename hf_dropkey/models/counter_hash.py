@@ -40,7 +40,7 @@ STEP_1, STEP_2 = _signed(0x85EBCA6B), _signed(0xC2B2AE35)
 # of float32's -inf
 INFINITY_BITS = _signed(0xFF800000)
 # words of a mask that are drawn at a time on a CPU: smaller chunks fit the cache, larger ones amortise call overhead
-CHUNK_WORDS = 2**20
+CHUNK_WORDS = 2**18
 
 
 class _Numbers(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .attention_mask import Settings, additive_mask, is_drop_alone
-from .counter_hash import RowState, drop_bias_of_rows, row_keys, row_state, under_transform
+from .counter_hash import RatioTensor, RowState, drop_bias_of_rows, row_keys, row_state, under_transform
 from .operators import register_operator, unit_columns
 from .patterns import protect_bias_rows
 
@@ -55,9 +55,11 @@ def _state_of_rows(
     settings: Settings,
 ) -> RowState | None:
     """What `additive_mask_chunks` draws masks from chunk by chunk, a few words for each row; None where it cannot."""
-    if torch.compiler.is_compiling() or settings.pattern != "score" or not is_drop_alone(attention_mask, settings):
+    ratio, pattern, _, _ = settings
+    compiled = torch.compiler.is_compiling() or isinstance(ratio, RatioTensor)
+    if compiled or pattern != "score" or not is_drop_alone(attention_mask, settings):
         return None
-    return row_state(*row_keys(seed, *query.shape[:3]), key.shape[2], settings.ratio)
+    return row_state(*row_keys(seed, *query.shape[:3]), key.shape[2], ratio)
 
 
 def additive_mask_chunks(
@@ -70,14 +72,15 @@ def additive_mask_chunks(
     settings: Settings,
 ) -> Iterator[tuple[Chunk, torch.Tensor]]:
     """`additive_mask`, drawn from `state` chunk by chunk; each chunk is written over the one before it."""
-    if state is None:
+    ratio = settings.ratio
+    if state is None or isinstance(ratio, RatioTensor):
         yield chunks[0], additive_mask(seed, query, key, attention_mask, settings)
         return
     rows, keys = math.prod(state.k1[chunks[0]].shape), key.shape[2]
     scratch = torch.empty(rows, keys, dtype=torch.int32, device=query.device)
     for chunk in chunks:
-        bias = drop_bias_of_rows(RowState(*(tensor[chunk] for tensor in state)), keys, settings.ratio, scratch)
-        yield chunk, protect_bias_rows(bias, settings.pattern, settings.ratio).to(query.dtype)
+        bias = drop_bias_of_rows(RowState(*(tensor[chunk] for tensor in state)), keys, ratio, scratch)
+        yield chunk, protect_bias_rows(bias, settings.pattern, ratio).to(query.dtype)
 
 
 def _joined(pieces: list[tuple[Chunk, torch.Tensor]], whole: torch.Tensor) -> torch.Tensor:

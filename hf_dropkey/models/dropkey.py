@@ -24,6 +24,7 @@ every backend drops the same scores for a seed.
 This file travels with checkpoints: it imports torch and its neighbours only.
 """
 
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -158,6 +159,43 @@ class DropKeyRatioMixin:
 
 
 SITE_SETTINGS = {"dropkey_pattern", "dropkey_ratio", "dropkey_window"}
+
+
+@cache
+def _with_ratio_data(cls: type) -> type:
+    """`cls` with `DropKeyRatioMixin` in front of it, under its own name."""
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        # pickles name classes, and this one has no name of its own
+        return _new_with_ratio_data, (cls,), *super(made, self).__reduce_ex__(protocol)[2:]
+
+    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    made = type(cls.__name__, (DropKeyRatioMixin, cls), {**body, "__reduce_ex__": reduce, "dropkey_plain_class": cls})
+    return made
+
+
+def _new_with_ratio_data(cls: type) -> Any:
+    made: Any = _with_ratio_data(cls)
+    return made.__new__(made)
+
+
+def hold_ratio_data(module: Any) -> None:
+    """Gives a module of another package, which has its settings, what `DropKeyRatioMixin` gives ours.
+
+    Its class becomes a subclass of the same name, as PyTorch's parametrisations do; `release_ratio_data` undoes it.
+    """
+    if not hasattr(module, "dropkey_ratio_tensor"):
+        module.__class__ = _with_ratio_data(type(module))
+        # once more, which now makes the data
+        module.dropkey_ratio = module.dropkey_ratio
+
+
+def release_ratio_data(module: Any) -> None:
+    """Undoes `hold_ratio_data`; does nothing to another module."""
+    plain_class = getattr(type(module), "dropkey_plain_class", None)
+    if plain_class is not None:
+        vars(module).pop("dropkey_ratio_tensor", None)
+        module.__class__ = plain_class
 
 
 def ratio_tensor(pattern: str, ratio: float, window: int) -> RatioTensor | None:

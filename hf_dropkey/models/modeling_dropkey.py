@@ -22,7 +22,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .attention import default_backend, dropkey_attention_forward
 from .configuration_dropkey import RemotePickleMixin
-from .configuration_dropkey_sizes import check_image_side
+from .configuration_dropkey_sizes import check_image_side, height_and_width
 from .dropkey import DropKeyRatioMixin, dropkey_is_active
 
 
@@ -210,30 +210,35 @@ class DropKeyPreNormLayer(GradientCheckpointingLayer):
 
 
 def checked_pixel_values(
-    pixel_values: torch.Tensor | None, config: Any, interpolate: bool | None, dtype: torch.dtype
+    pixel_values: torch.Tensor | None, config: Any, interpolate: bool | None, *, resizable: bool = True
 ) -> torch.Tensor:
-    """`pixel_values` in the model's dtype.
+    """`pixel_values`, if the model of `config` can take them.
+
+    Args:
+        pixel_values: `[B, C, height, width]`.
+        config: With `num_channels`, `image_size` and `check_image_sides(height, width)`.
+        interpolate: Whether position embeddings are resized to images of another size.
+        resizable: Whether the model has `resize_image_size`.
 
     Raises:
         ValueError: They are missing, or not `[B, C, height, width]` of a size that the model can take.
     """
-    expected = (config.num_channels, config.image_size, config.image_size)
-    shape = () if pixel_values is None else tuple(pixel_values.shape)
-    if pixel_values is None or len(shape) != 4 or shape[1] != expected[0]:
+    expected = (config.num_channels, *height_and_width(config.image_size))
+    shape = None if pixel_values is None else tuple(pixel_values.shape)
+    if pixel_values is None or shape is None or len(shape) != 4 or shape[1] != expected[0]:
         raise ValueError(
-            f"`pixel_values` must have the shape [batch, {', '.join(map(str, expected))}], got "
-            f"{shape or None}. "
+            f"`pixel_values` must have the shape [batch, {', '.join(map(str, expected))}], got {shape}. "
             "Make it with the checkpoint's image processor."
         )
-    for side, what in zip(shape[2:], ("An image height", "An image width"), strict=True):
-        check_image_side(side, what)
+    config.check_image_sides(*shape[2:])
     if not interpolate and shape[2:] != expected[1:]:
+        ways = ["Resize them with the image processor", "pass interpolate_pos_encoding=True"]
+        ways += [f"change the model once with resize_image_size({shape[2]})"] if resizable else []
         raise ValueError(
             f"Images of {shape[2]} x {shape[3]} pixels do not match the model's {expected[1]} x {expected[2]}. "
-            "Resize them with the image processor, pass interpolate_pos_encoding=True, or change the model once with "
-            f"resize_image_size({shape[2]})."
+            f"{', '.join(ways[:-1])}, or {ways[-1]}."
         )
-    return pixel_values.to(dtype)
+    return pixel_values
 
 
 def resize_position_grid(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

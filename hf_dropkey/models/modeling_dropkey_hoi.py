@@ -522,11 +522,10 @@ class DropKeyHoiForObjectDetection(DropKeyHoiPreTrainedModel):
         Raises:
             ValueError: An argument is out of range.
         """
-        names = [self.config.id2label[label] for label in range(self.config.num_labels)]
         return find_pairs(
             outputs,
             target_sizes,
-            objects=names,
+            objects=self.config.object_names(),
             verbs=list(self.config.verbs or ()),
             missing_label=self.config.missing_label,
             threshold=threshold,

@@ -246,7 +246,7 @@ class DropKeyT2TViTModel(DropKeyT2TViTPreTrainedModel):
             ValueError: `pixel_values` is missing or of a size that the model cannot take.
         """
         dtype = self.embeddings.projection.weight.dtype
-        pixel_values = checked_pixel_values(pixel_values, self.config, interpolate_pos_encoding, dtype)
+        pixel_values = checked_pixel_values(pixel_values, self.config, interpolate_pos_encoding).to(dtype)
         hidden_states = self.embeddings(pixel_values, **kwargs)
         grid = self.config.grid_of(*pixel_values.shape[-2:])
         for layer in self.layers:

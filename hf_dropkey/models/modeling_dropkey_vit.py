@@ -18,7 +18,7 @@ from transformers.utils.generic import TransformersKwargs
 from .attention import dropkey_attention_forward
 from .configuration_dropkey_vit import DropKeyViTConfig
 from .dropkey import DropKeyRatioMixin, dropkey_is_active, layer_ratios
-from .modeling_dropkey import DropKeyModelMixin, image_classification_loss
+from .modeling_dropkey import DropKeyModelMixin, checked_pixel_values, image_classification_loss
 
 
 # names of layers in checkpoints written before Transformers 5.9, and by `save_pretrained` still
@@ -141,10 +141,10 @@ class DropKeyViTModel(DropKeyViTPreTrainedModel, ViTModel):
         Raises:
             ValueError: `pixel_values` is missing or not `[B, C, height, width]` of the configured size.
         """
-        height, width = self._checked_size(pixel_values, interpolate_pos_encoding)
+        pixel_values = checked_pixel_values(pixel_values, self.config, interpolate_pos_encoding, resizable=False)
         own: dict[str, Any] = {}
         if self.config.dropkey_pattern in ("block", "cross"):
-            own["dropkey_grid"] = self.config.grid_of(height, width)
+            own["dropkey_grid"] = self.config.grid_of(*pixel_values.shape[2:])
         return super().forward(
             pixel_values,
             bool_masked_pos=bool_masked_pos,
@@ -153,22 +153,6 @@ class DropKeyViTModel(DropKeyViTPreTrainedModel, ViTModel):
             **own,
             **kwargs,
         )
-
-    def _checked_size(self, pixel_values: torch.Tensor | None, interpolate: bool | None) -> tuple[int, int]:
-        """The height and width of images that the model can take."""
-        expected = (self.config.num_channels, *self.embeddings.image_size)
-        shape = None if pixel_values is None else tuple(pixel_values.shape)
-        if shape is None or len(shape) != 4 or shape[1] != expected[0]:
-            raise ValueError(
-                f"`pixel_values` must have the shape [batch, {', '.join(map(str, expected))}], got {shape}. "
-                "Make it with the checkpoint's image processor."
-            )
-        if not interpolate and shape[2:] != expected[1:]:
-            raise ValueError(
-                f"Images of {shape[2]} x {shape[3]} pixels do not match the model's {expected[1]} x {expected[2]}. "
-                "Resize them with the image processor, or pass interpolate_pos_encoding=True."
-            )
-        return shape[2], shape[3]
 
 
 class DropKeyViTForImageClassification(DropKeyViTPreTrainedModel, ViTForImageClassification):

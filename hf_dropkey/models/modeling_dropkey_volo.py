@@ -276,7 +276,7 @@ class DropKeyVoloModel(DropKeyVoloPreTrainedModel):
             ValueError: `pixel_values` is missing or of a size that the model cannot take.
         """
         dtype = self.embeddings.projection.weight.dtype
-        pixel_values = checked_pixel_values(pixel_values, self.config, interpolate_pos_encoding, dtype)
+        pixel_values = checked_pixel_values(pixel_values, self.config, interpolate_pos_encoding).to(dtype)
         grid = self.config.grid_of(*pixel_values.shape[-2:])
         patches = self.embeddings(pixel_values)
         if swapped_tokens is not None:

@@ -40,8 +40,14 @@ except ImportError:
     triton = None
 
 
-# Triton's release, as (major, minor)
-RELEASE = (0, 0) if triton is None else tuple(int(part) for part in triton.__version__.split(".")[:2])
+def _release_of(version: str) -> tuple[int, int]:
+    """(major, minor) of a version."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+# of Triton
+RELEASE = (0, 0) if triton is None else _release_of(triton.__version__)
 SUPPORTED_PATTERNS = ("score", "key")
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAXIMUM_WIDTH = 128
@@ -273,8 +279,7 @@ def check_triton(version: str) -> None:
 
     PyTorch brings its own: 3.6 comes with torch 2.11, 3.7 with torch 2.13.
     """
-    release = tuple(int(part) for part in version.split(".")[:2])
-    if not MINIMUM_TRITON <= release < NEXT_TRITON:
+    if not MINIMUM_TRITON <= _release_of(version) < NEXT_TRITON:
         wanted = f"triton>={MINIMUM_TRITON[0]}.{MINIMUM_TRITON[1]},<{NEXT_TRITON[0]}.{NEXT_TRITON[1]}"
         raise ImportError(
             f"The fused attention needs {wanted}, but {version} is installed: run `pip install '{wanted}'` with a torch "

@@ -398,7 +398,7 @@ def _query_kernel(
         b_q = tl.where(m_silent[:, None], 0.0, b_q).to(b_q.dtype)
         b_o = tl.where(m_silent[:, None], 0.0, b_o).to(b_o.dtype)
         b_lse = tl.where(m_silent, float("inf"), b_lse)
-        # the next kernel asks again, and has no registers left to find out
+        # for the next kernel, which has no registers left to find out where heads are wide
         tl.store(p_silent + first_row + o_rows, m_silent.to(tl.int8), mask=m_rows)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     tl.store(p_delta + first_row + o_rows, b_delta, mask=m_rows)
@@ -457,7 +457,11 @@ def _key_value_kernel(
         b_lse, m_undone = _load_statistics(p_lse + first_row, p_undone + first_row, o_rows, m_rows)
         b_delta = tl.load(p_delta + first_row + o_rows, mask=m_rows, other=0.0)
         if HAS_PADDING:
-            m_silent = tl.load(p_silent + first_row + o_rows, mask=m_rows, other=1) != 0
+            # which of the two takes fewer registers depends on the width
+            if VALUE_WIDTH[1] > 64:
+                m_silent = tl.load(p_silent + first_row + o_rows, mask=m_rows, other=1) != 0
+            else:
+                m_silent = tl.max((b_do != 0).to(tl.int32), 1) == 0
             b_q = tl.where(m_silent[:, None], 0.0, b_q).to(b_q.dtype)
             b_lse = tl.where(m_silent, float("inf"), b_lse)
         k1, k2 = _row_pairs(p_seed, image, head, o_rows[None, :], SHARED)

@@ -8,7 +8,7 @@ drop keys; models of this package do so by themselves, and only their settings c
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,9 +19,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..models.attention import DROPKEY_BACKENDS
-from ..models.dropkey import PATTERNS, check_choice, layer_ratios
-from .dispatch import DropKeyConfigView
+from ..models.dropkey import PATTERNS, check_choice, hold_ratio_data, layer_ratios, release_ratio_data
+from .dispatch import WINDOWED_PATTERNS, DropKeyConfigView, SeenPixels, takes_pixels
 from .legacy_names import convert_legacy_names
+from .modes import check_owner, check_threads, held_mode, owned
 from .report import DropKeyReport, RegularisedAttention
 from .sites import AttentionSite, UnreachedAttention, find_attention, idle_reason, transformers_model
 
@@ -29,7 +30,14 @@ from .sites import AttentionSite, UnreachedAttention, find_attention, idle_reaso
 # below Transformers' own logger, whose verbosity users set
 logger = logging.get_logger("transformers.dropkey")
 
-MODULE_STATE = ("config", "dropkey_ratio", "dropkey_pattern", "dropkey_window", "dropkey_mode", "dropkey_base_ratio")
+MODULE_STATE = (
+    "config",
+    "dropkey_ratio",
+    "dropkey_pattern",
+    "dropkey_window",
+    "dropkey_base_ratio",
+    "dropkey_pixels",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +109,7 @@ class _Snapshot:
     @classmethod
     def take(cls, root: PreTrainedModel) -> "_Snapshot":
         sites, _ = find_attention(root)
-        configs = {id(config): config for site in sites for config in _configs(site)} | {id(root.config): root.config}
+        configs = {id(config): config for site in sites for config in site.configs} | {id(root.config): root.config}
         states: list[tuple[Any, dict[str, Any]]] = [(site.module, _read(site.module, MODULE_STATE)) for site in sites]
         return cls(states + [(config, _read(config, CONFIG_STATE)) for config in configs.values()])
 
@@ -115,6 +123,8 @@ class _Snapshot:
                     setattr(owner, name, value)
                 elif name in vars(owner):
                     delattr(owner, name)
+            if "dropkey_ratio" not in vars(owner):
+                release_ratio_data(owner)
 
 
 def _read(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
@@ -123,11 +133,13 @@ def _read(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 @dataclass
 class _Undo:
-    """What `remove_dropkey` needs: the state before the first call, the backends asked for, the loading hook."""
+    """What `remove_dropkey` needs: the state before the first call, the backends asked for, the hooks."""
 
     before: _Snapshot
     backends: list[tuple[PreTrainedConfig, str]]
     hook: RemovableHandle
+    pixels: SeenPixels = field(default_factory=SeenPixels)
+    pixel_hooks: list[RemovableHandle] = field(default_factory=list)
 
     def applied(self) -> dict[int, str]:
         return {id(config): backend for config, backend in self.backends}
@@ -178,10 +190,12 @@ def apply_dropkey(
 
     Raises:
         TypeError: No Transformers model.
+        RuntimeError: Another thread is in a `dropkey` block of the model.
         ValueError: Nothing was reached, a pattern matches nothing, a setting is out of range, or the backend cannot
             leave out single scores. The model is then unchanged.
     """
     root: Any = transformers_model(model)
+    check_owner(root)
     settings = DropKeySettings.resolve(
         root.config,
         ratio=ratio,
@@ -198,17 +212,22 @@ def apply_dropkey(
     _check_backends(chosen, settings, backend)
     _check_attention_dropout(chosen, settings)
     undo: _Undo | None = vars(root).get(UNDO)
+    replaced = undo is not None
     if undo is None:
-        root._dropkey_undo = _Undo(
-            _Snapshot.take(root), [], root.register_load_state_dict_pre_hook(convert_legacy_names)
-        )
+        undo = _Undo(_Snapshot.take(root), [], root.register_load_state_dict_pre_hook(convert_legacy_names))
+        root._dropkey_undo = undo
     else:
         undo.before.restore({})
     if backend is not None:
         _move(root, chosen, backend)
     report = DropKeyReport(
-        type(root).__name__, settings.pattern, tuple(_install(chosen, settings)), tuple(unreached), undo is not None
+        type(root).__name__,
+        settings.pattern,
+        tuple(_install(chosen, settings, undo.pixels)),
+        tuple(unreached),
+        replaced,
     )
+    _watch_pixels(root, undo)
     settings.remember(root.config)
     if int(os.environ.get("RANK", 0)) == 0:
         logger.info("%s", report)
@@ -252,14 +271,8 @@ def _left_out(site: AttentionSite, settings: DropKeySettings) -> str | None:
     return None
 
 
-def _configs(site: AttentionSite) -> list[PreTrainedConfig]:
-    """The configurations that name a site's backend: its own, and that of the model which makes its masks."""
-    own = getattr(site.module, "config", site.owner.config)
-    return [getattr(own, "dropkey_config", own), site.owner.config]
-
-
 def _backend(site: AttentionSite) -> str:
-    return _configs(site)[0]._attn_implementation or "eager"
+    return site.configs[0]._attn_implementation or "eager"
 
 
 def _check_backends(chosen: list[AttentionSite], settings: DropKeySettings, backend: str | None) -> None:
@@ -282,7 +295,7 @@ def _check_backends(chosen: list[AttentionSite], settings: DropKeySettings, back
 
 def _check_attention_dropout(chosen: list[AttentionSite], settings: DropKeySettings) -> None:
     for site in chosen:
-        config = _configs(site)[0]
+        config = site.configs[0]
         for name in ("attention_probs_dropout_prob", "attention_dropout"):
             dropout = getattr(config, name, 0.0)
             # 0.0 where a model has no such number (some keep a module or None under the name)
@@ -300,7 +313,7 @@ def _move(root: PreTrainedModel, chosen: list[AttentionSite], backend: str) -> N
 
     `set_attn_implementation` would move all sub-models, and raises where one is convolutional.
     """
-    configs = {id(config): config for site in chosen for config in _configs(site)}
+    configs = {id(config): config for site in chosen for config in site.configs}
     for config in configs.values():
         setattr(config, BACKEND_FIELD, backend)
     undo: _Undo = vars(root)[UNDO]
@@ -308,7 +321,9 @@ def _move(root: PreTrainedModel, chosen: list[AttentionSite], backend: str) -> N
     undo.backends += [(config, backend) for config in configs.values()]
 
 
-def _install(chosen: list[AttentionSite], settings: DropKeySettings) -> Iterator[RegularisedAttention]:
+def _install(
+    chosen: list[AttentionSite], settings: DropKeySettings, pixels: SeenPixels
+) -> Iterator[RegularisedAttention]:
     """Sets the chosen modules up, stack by stack in order of execution."""
     stacks: dict[str, list[AttentionSite]] = {}
     for site in chosen:
@@ -324,16 +339,38 @@ def _install(chosen: list[AttentionSite], settings: DropKeySettings) -> Iterator
             module.dropkey_window = settings.window
             if not site.native and not isinstance(module.config, DropKeyConfigView):
                 module.config = DropKeyConfigView(module.config, module)
+            if not site.native:
+                hold_ratio_data(module)
+                module.dropkey_pixels = pixels
             yield RegularisedAttention(site.name, depth, site.kind, site.side, ratio, _backend(site))
+
+
+def _watch_pixels(root: PreTrainedModel, undo: _Undo) -> None:
+    """Reads the size of images off the model's calls while a pattern of its stock attentions needs the patch grid."""
+    wanted = any(
+        "dropkey_pixels" in vars(module) and module.dropkey_pattern in WINDOWED_PATTERNS
+        for _, module in dropkey_modules(root)
+    )
+    if wanted and not undo.pixel_hooks:
+        undo.pixel_hooks = [
+            part.register_forward_pre_hook(undo.pixels, with_kwargs=True)
+            for part in root.modules()
+            if isinstance(part, PreTrainedModel) and takes_pixels(part)
+        ]
+    elif not wanted:
+        while undo.pixel_hooks:
+            undo.pixel_hooks.pop().remove()
 
 
 def remove_dropkey(model: nn.Module) -> None:
     """Undoes `apply_dropkey`: modules, configuration and backend are as before the first call.
 
     Raises:
+        RuntimeError: Another thread is in a `dropkey` block of the model.
         ValueError: There is nothing to undo.
     """
     root = transformers_model(model)
+    check_owner(root)
     undo: _Undo | None = vars(root).pop(UNDO, None)
     if undo is None:
         raise ValueError(
@@ -341,26 +378,35 @@ def remove_dropkey(model: nn.Module) -> None:
             "package becomes a plain one through export_plain."
         )
     undo.before.restore(undo.applied())
-    undo.hook.remove()
+    for hook in (undo.hook, *undo.pixel_hooks):
+        hook.remove()
 
 
 @contextmanager
 def dropkey(model: nn.Module, ratio: float | None = None, **settings: Any) -> Iterator[DropKeyReport]:
-    """`apply_dropkey` for the length of a `with` block; afterwards the model is as before, with DropKey or without."""
+    """`apply_dropkey` for the length of a `with` block; afterwards the model is as before, with DropKey or without.
+
+    Settings belong to the model, for all threads, so only one thread at a time may be in such a block of a model.
+
+    Raises:
+        RuntimeError: Another thread is.
+    """
     root = transformers_model(model)
-    undo: _Undo | None = vars(root).get(UNDO)
-    before = _Snapshot.take(root)
-    backends = list(undo.backends) if undo is not None else []
-    report = apply_dropkey(model, ratio, **settings)
-    try:
-        yield report
-    finally:
-        inner: _Undo | None = vars(root).get(UNDO)
-        if undo is None and inner is not None:
-            remove_dropkey(root)
-        elif undo is not None:
-            before.restore(undo.applied())
-            undo.backends = backends
+    with owned(root):
+        undo: _Undo | None = vars(root).get(UNDO)
+        before = _Snapshot.take(root)
+        backends = list(undo.backends) if undo is not None else []
+        report = apply_dropkey(model, ratio, **settings)
+        try:
+            yield report
+        finally:
+            inner: _Undo | None = vars(root).get(UNDO)
+            if undo is None and inner is not None:
+                remove_dropkey(root)
+            elif undo is not None:
+                before.restore(undo.applied())
+                undo.backends = backends
+                _watch_pixels(root, undo)
 
 
 def dropkey_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -402,8 +448,13 @@ def forgotten_ratio(model: nn.Module) -> float | None:
 
 @contextmanager
 def dropkey_disabled(model: nn.Module) -> Iterator[None]:
-    """No attention of the model drops keys in this `with` block, in training mode neither."""
-    with _mode(model, "never"):
+    """No attention of the model drops keys in this `with` block, in training mode neither; other threads are not concerned.
+
+    Raises:
+        ValueError: The model is a `DataParallel` on several devices.
+    """
+    check_threads(model)
+    with held_mode([module for _, module in dropkey_modules(model)], "never"):
         yield
 
 
@@ -411,26 +462,18 @@ def dropkey_disabled(model: nn.Module) -> Iterator[None]:
 def dropkey_active(model: nn.Module) -> Iterator[None]:
     """The attentions of the model drop keys in this `with` block whether or not they are in training mode.
 
-    For Monte-Carlo inference: in eval mode everything else (dropout, stochastic depth, batch norm) stays as it is.
+    For Monte-Carlo inference: in eval mode everything else (dropout, stochastic depth, batch norm) stays as it is. Other
+    threads that use the model are not concerned.
 
     Raises:
-        ValueError: The model has no ratio above 0.
+        ValueError: The model has no ratio above 0, or is a `DataParallel` on several devices.
     """
-    if not any(module.dropkey_ratio > 0 for _, module in dropkey_modules(model)):
+    check_threads(model)
+    modules = [module for _, module in dropkey_modules(model)]
+    if not any(module.dropkey_ratio > 0 for module in modules):
         raise ValueError(
             f"{type(model).__name__} drops no keys: it has no DropKey, or all ratios are 0. Call apply_dropkey(model, "
             "ratio=...) first."
         )
-    with _mode(model, "always"):
+    with held_mode(modules, "always"):
         yield
-
-
-@contextmanager
-def _mode(model: nn.Module, mode: str) -> Iterator[None]:
-    before = [(module, _read(module, ("dropkey_mode",))) for _, module in dropkey_modules(model)]
-    for module, _ in before:
-        module.dropkey_mode = mode
-    try:
-        yield
-    finally:
-        _Snapshot([(module, state) for module, state in before]).restore({})

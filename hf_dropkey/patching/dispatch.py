@@ -1,8 +1,10 @@
 """How one attention module of a stock model comes to drop keys, and no other.
 
-Transformers' attention modules choose their function by `self.config._attn_implementation` at every call. A module that
-drops keys holds a view of its configuration, which names DropKey while the module drops keys and is the configuration
-itself in every other respect. So
+The way of a call: a stock attention module reads `self.config._attn_implementation`; its `config` is a
+`DropKeyConfigView`, which answers "dropkey" while the module drops keys; Transformers' registry of attention functions has
+`dropkey_interface` under that name; it brings masks and groups into one form and calls `dropkey_attention_forward` in
+`models/attention.py` with the backend of the configuration behind the view, which is the configuration itself in every
+other respect. So
 
 * a module that drops nothing (inference, ratio 0) runs the untouched code of the model, whatever its backend;
 * the model's configuration keeps its backend: masks arrive in that backend's form, saving writes nothing new, and
@@ -10,6 +12,7 @@ itself in every other respect. So
 * a model that shares the configuration, or the process, is not concerned.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ DROPKEY_NAME = "dropkey"
 EXCLUDED_BY_MASK = -50.0
 # what an attention may ask for that changes the softmax itself
 FOREIGN_FEATURES = ("softcap", "s_aux", "cache")
+WINDOWED_PATTERNS = ("block", "cross")
 
 
 class DropKeyConfigView:
@@ -163,36 +167,96 @@ def combined_mask(
     return torch.where(visible[:, None, None] if visible.ndim == 2 else visible, position_bias, lowest)
 
 
+class SeenPixels:
+    """Size of the images that a model was last called with: a forward pre-hook of models that take them first.
+
+    The patterns "block" and "cross" take the patch grid from it. The number of keys does not tell: 196 patches are 14 x 14
+    of a square image, and also 7 x 28.
+
+    Attributes:
+        trained: Height and width of the last images in training mode, None before any; kept apart because gradient
+            checkpointing computes layers again in the backward pass.
+        evaluated: The same in eval mode.
+    """
+
+    def __init__(self) -> None:
+        self.trained: tuple[int, int] | None = None
+        self.evaluated: tuple[int, int] | None = None
+
+    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Reads the size off `pixel_values` `[B, C, H, W]`.
+
+        Raises:
+            ValueError: The size changes between training steps under gradient checkpointing, where the backward pass of
+                one step may compute layers again after the forward pass of the next.
+        """
+        pixels: Any = args[0] if args else kwargs.get("pixel_values")
+        is_image = isinstance(pixels, torch.Tensor) and pixels.ndim == 4
+        size = (pixels.shape[-2], pixels.shape[-1]) if is_image else None
+        if not model.training:
+            self.evaluated = size
+            return
+        if self.trained not in (None, size) and checkpoints_layers(model):
+            raise ValueError(
+                f"images of {size} pixels (height, width) after {self.trained} under gradient checkpointing: the patterns "
+                "'block' and 'cross' need one size there. Train without checkpointing, at one size, or with the pattern "
+                "'score', 'key' or 'token'."
+            )
+        self.trained = size
+
+
+def takes_pixels(model: nn.Module) -> bool:
+    """Whether the first argument of a model is `pixel_values`."""
+    return list(inspect.signature(type(model).forward).parameters)[1:2] == ["pixel_values"]
+
+
+def checkpoints_layers(model: nn.Module) -> bool:
+    """Whether layers of a model are computed again in the backward pass."""
+    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+
+
 def known_grid(module: Any, keys: int) -> tuple[int, int] | None:
     """The patch grid behind the keys of a module, which the patterns "block" and "cross" need; else None.
 
-    Known are the patches of square windows (Swin), and of images of the configured size behind at most a class token, a
-    distillation token and the registers.
+    Known are the patches of square windows (Swin), and those of the images that the model was called with, behind at most
+    a class token, a distillation token and the registers.
 
     Raises:
         ValueError: The keys are no such grid.
     """
-    if module.dropkey_pattern not in ("block", "cross"):
+    if module.dropkey_pattern not in WINDOWED_PATTERNS:
         return None
-    config = module.config
-    if hasattr(config, "window_size") and round(keys**0.5) ** 2 == keys:
-        return round(keys**0.5), round(keys**0.5)
-    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    config, seen = module.config, vars(module).get("dropkey_pixels")
+    size = None if seen is None else seen.trained if module.training else seen.evaluated
+    window, patch = getattr(config, "window_size", None), _pair(getattr(config, "patch_size", None))
+    side = round(keys**0.5)
+    if size is not None and isinstance(window, int) and side <= window and side**2 == keys:
+        return side, side
     if size is not None and patch is not None:
-        (height, width), (rows, columns) = _pair(size), _pair(patch)
-        grid = height // rows, width // columns
-        if 0 <= keys - grid[0] * grid[1] <= 2 + (getattr(config, "num_register_tokens", 0) or 0):
+        grid = size[0] // patch[0], size[1] // patch[1]
+        if leading_tokens(config, keys, grid) is not None:
             return grid
     raise ValueError(
         f"The pattern {module.dropkey_pattern!r} needs to know the patch grid, but the {keys} keys of "
-        f"{type(module).__name__} are not one of windows or of an image of the configured size ({size}) in patches "
-        f"({patch}). Use the pattern 'score', 'key' or 'token'."
+        f"{type(module).__name__} are not one of windows or of the images that the model was called with ({size} pixels) in "
+        f"patches of {patch}. Use the pattern 'score', 'key' or 'token'."
     )
 
 
-def _pair(size: Any) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+def leading_tokens(config: Any, keys: int, grid: tuple[int, int]) -> int | None:
+    """How many of `keys` tokens stand in front of the patches of a grid (rows, columns); None if it is not behind them.
+
+    A model puts at most a class token, a distillation token and its registers there.
+    """
+    leading = keys - grid[0] * grid[1]
+    return leading if 0 <= leading <= 2 + (getattr(config, "num_register_tokens", 0) or 0) else None
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    """Height and width from a number or a pair; None where it is neither."""
+    if isinstance(size, int):
+        return size, size
+    return (size[0], size[1]) if isinstance(size, (list, tuple)) and len(size) == 2 else None
 
 
 # functions are stateless, so a second import of this file may replace them

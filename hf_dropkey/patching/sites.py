@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -52,6 +52,12 @@ class AttentionSite:
     kind: Kind
     side: Side
     native: bool
+
+    @property
+    def configs(self) -> tuple[Any, Any]:
+        """The configurations that name the site's backend: its own, and that of the model which makes its masks."""
+        own = getattr(self.module, "config", self.owner.config)
+        return getattr(own, "dropkey_config", own), self.owner.config
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ import inspect
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import Field, asdict, dataclass, field, fields
+from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, PreTrainedModel, TrainerCallback
 
@@ -126,15 +128,92 @@ def parse_arguments(groups: Any, command: Sequence[str]) -> tuple[Any, ...]:
     A recipe's field `about` is for its readers: the command, the machine, the time it took and what came out.
 
     Raises:
-        ValueError: The recipe has a field that is no argument.
+        FileNotFoundError: There is no such recipe.
+        ValueError: The recipe is no JSON object, or has a field that is no argument or of another type.
     """
     parser = HfArgumentParser(groups)
     rest = list(command)
     if rest and rest[0].endswith(".json"):
-        recipe = json.loads(Path(rest.pop(0)).read_text(encoding="utf-8"))
-        recipe.pop("about", None)
-        unknown = sorted(set(recipe) - set(vars(parser.parse_args([]))))
-        if unknown:
-            raise ValueError(f"the recipe {command[0]} has fields that are no arguments: {unknown}; see --help")
-        parser.set_defaults(**recipe)
+        parser.set_defaults(**read_recipe(Path(rest.pop(0)), groups))
     return parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
+
+
+def read_recipe(file: Path, groups: Any) -> dict[str, Any]:
+    """The fields of a recipe for some argument groups, each of the type of its argument.
+
+    Raises:
+        FileNotFoundError, ValueError: As `parse_arguments`.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no recipe {file}; check the path, or pass the arguments themselves")
+    try:
+        # editors on Windows begin a file with a byte order mark
+        recipe = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the recipe {file} cannot be read as JSON ({error}); correct it") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(
+            f"the recipe {file} holds a {type(recipe).__name__}; write an object of arguments and values, such as "
+            '{"learning_rate": 0.001}'
+        )
+    recipe.pop("about", None)
+    hints = {entry.name: hint for group in groups for entry, hint in _hints(group) if entry.init}
+    unknown = sorted(set(recipe) - set(hints))
+    if unknown:
+        raise ValueError(f"the recipe {file} has fields that are no arguments: {unknown}; see --help")
+    for name, value in recipe.items():
+        if not fits(value, hints[name]):
+            raise ValueError(
+                f"the recipe {file} has {name}: {_shortened(value)}, which must be {_shown(hints[name])}; correct it"
+            )
+    return recipe
+
+
+def _hints(group: Any) -> list[tuple[Field, Any]]:
+    hints = get_type_hints(group)
+    return [(entry, hints[entry.name]) for entry in fields(group)]
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value that JSON holds is one of a type, as arguments are annotated with them."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, part) for part in _without_names(parts))
+    if origin is Literal:
+        # 1 is True to Python
+        return value in parts and type(value) in {type(part) for part in parts}
+    if origin is list:
+        return isinstance(value, list) and all(fits(part, parts[0]) for part in value)
+    kind = origin or hint
+    if not isinstance(kind, type) or kind is object:
+        return True
+    if issubclass(kind, Enum):
+        return value in [member.value for member in kind]
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+
+
+def _without_names(parts: Sequence[Any]) -> list[Any]:
+    """Types of a union; without str where an enumeration lists which strings."""
+    listed = any(isinstance(part, type) and issubclass(part, Enum) for part in parts)
+    return [part for part in parts if not (listed and part is str)]
+
+
+def _shortened(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _shown(hint: Any) -> str:
+    """A type as its readers know it."""
+    parts = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_shown(part) for part in _without_names(parts))
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, parts))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return " or ".join(repr(member.value) for member in hint)
+    return {NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", str: "a string"}.get(
+        hint, "a list" if get_origin(hint) is list or hint is list else "an object" if hint is dict else str(hint)
+    )

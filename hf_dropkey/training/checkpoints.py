@@ -1,8 +1,8 @@
 """Whether a folder holds a whole model, a checkpoint to resume from, or another run, found out before training.
 
 `Trainer` takes the newest `checkpoint-*` folder as it is, and a run that was killed while saving leaves half of one.
-Here a checkpoint counts when it is whole, and what is not is moved out of the way of the run, never deleted. May import
-Transformers and safetensors; no model.
+Here a checkpoint counts when it is whole. What is not is moved out of the way of the run, and of what was moved only the
+newest folder is kept, because each is as large as a checkpoint.
 """
 
 import logging
@@ -10,21 +10,18 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import PreTrainedConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..saved import check_model_folder, missing_model_files, read_json, report_missing
+from ..saved import check_model_folder, missing_model_files, missing_weights, read_json, report_missing
+from .lock import FOLDER
+from .record import STATE, check_progress, checksums, recorded
 
 
 logger = logging.getLogger(__name__)
 
-# written last, so that a folder with it was written to the end
-STATE = "trainer_state.json"
 # what each is called by Trainer, by accelerate, and where processes share (FSDP) or DeepSpeed keeps it
 STATE_FILES = (
     (STATE,),
@@ -35,16 +32,6 @@ RANDOM_STATES = ("rng_state*.pth", "random_states_*.pkl")
 # each is a zip archive, whose end says where its parts are
 ARCHIVES = ("optimizer.*", "scheduler.*", "scaler.*", *RANDOM_STATES)
 ASIDE = "aside-"
-# settings of a run that a resumed one may change: what that means
-CHANGES = {
-    "seed": "the images of an epoch come in another order, so that in this one some come twice and some not at all",
-    "data_seed": "the images of an epoch come in another order, so that in this one some come twice and some not at all",
-    "learning_rate": "the optimizer's state in the checkpoint has the old value, which stays in force",
-    "weight_decay": "the optimizer's state in the checkpoint has the old value, which stays in force",
-    "num_train_epochs": "the schedule of the learning rate has another length, so that the rate may jump here",
-    "max_steps": "the schedule of the learning rate has another length, so that the rate may jump here",
-}
-BATCH = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
 # what saving adds, or what a class and a release write differently, without another model behind it
 CONFIG_FIELDS_APART = ("architectures", "auto_map", "dtype", "transformers_version", "_name_or_path")
 
@@ -54,12 +41,52 @@ def check_resumable(folder: Path) -> None:
     missing = [] if not folder.is_dir() else missing_state_files(folder)
     sharded = folder.is_dir() and any(folder.glob("pytorch_model_fsdp_*"))
     report_missing(folder, ([] if sharded else missing_model_files(folder)) + missing)
+    check_state(folder)
     if not sharded:
         check_model_folder(folder)
+        check_weights(folder)
     for file in sorted(found for pattern in ARCHIVES for found in folder.glob(pattern)):
         damage = archive_damage(file)
         if damage:
             raise ValueError(f"{file} is damaged ({damage}); use another checkpoint")
+
+
+def check_state(folder: Path) -> None:
+    """Raises ValueError unless the trainer's state is of the step in the folder's name, within the run's own length."""
+    state = read_json(folder / STATE)
+    step, most = state.get("global_step"), state.get("max_steps", 0)
+    if not isinstance(step, int) or not isinstance(most, int):
+        raise ValueError(f"{folder / STATE} is damaged (global_step {step!r} of max_steps {most!r})")
+    named = step_of(folder)
+    # a run without a length of its own has max_steps 0 or below
+    if (named is not None and step != named) or step < 0 or 0 < most < step:
+        raise ValueError(
+            f"{folder / STATE} is damaged: global_step is {step}, in a folder called {folder.name}, of a run of {most} "
+            "steps; use another checkpoint"
+        )
+    check_progress(folder)
+
+
+def check_weights(folder: Path) -> None:
+    """Raises ValueError if the weights of a checkpoint are not those that were saved, or are not all that the model has.
+
+    Checkpoints keep a checksum of their weights; of one that has none the names of the weights are compared.
+    """
+    saved = recorded(folder, "weights")
+    if saved:
+        found = checksums(folder)
+        wrong = sorted(name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name))
+        if wrong:
+            raise ValueError(
+                f"the weights {folder / wrong[0]} are damaged (their checksum is not that of what was saved); use another "
+                "checkpoint"
+            )
+        return
+    missing = missing_weights(folder)
+    if missing:
+        raise ValueError(
+            f"the weights in {folder} lack {len(missing)} of the model's, such as {missing[0]}; use another checkpoint"
+        )
 
 
 def missing_state_files(folder: Path) -> list[str]:
@@ -72,7 +99,9 @@ def missing_state_files(folder: Path) -> list[str]:
     random_states = [found for pattern in RANDOM_STATES for found in folder.glob(pattern)]
     processes = 1
     if STATE not in missing:
-        processes = recorded_settings(folder).get("world_size", 1)
+        processes = recorded(folder, "settings").get("world_size", 1)
+        if not isinstance(processes, int):
+            raise ValueError(f"{folder / STATE} is damaged (world_size {processes!r}); use another checkpoint")
     if len(random_states) < processes:
         missing.append(
             "rng_state.pth" if processes == 1 else f"{processes - len(random_states)} of {processes} rng_state"
@@ -97,8 +126,8 @@ def prepare_output_folder(output_dir: Path, *, resume: str | None, overwrite: bo
 
     `resume` is None, a checkpoint folder, "true" for the last whole checkpoint in `output_dir`, or "auto", which is
     "true" if there is one and else a new run: the same command starts a run and goes on with it. Checkpoints of later
-    steps, torn ones among them, are kept under another name (`aside-checkpoint-12`), because the run will write these
-    steps again. With `overwrite` the checkpoints of another run are deleted, and only these, because a later resume
+    steps, torn ones among them, get out of the way, because the run will write these steps again: the newest is kept
+    under another name (`aside-checkpoint-12`), the others are deleted. With `overwrite` the checkpoints of another run are deleted, and only these, because a later resume
     would pick them up.
 
     Raises:
@@ -116,10 +145,10 @@ def prepare_output_folder(output_dir: Path, *, resume: str | None, overwrite: bo
         set_aside_later(output_dir, Path(str(resume)))
         return Path(str(resume))
     if wanted != "false":
-        whole, torn = sort_by_wholeness(output_dir)
-        if whole:
-            set_aside_later(output_dir, whole[-1])
-            return whole[-1]
+        last, torn = last_whole(output_dir)
+        if last is not None:
+            set_aside_later(output_dir, last)
+            return last
         if wanted == "true":
             found = "; ".join(torn.values()) or "no checkpoint-* folder"
             raise FileNotFoundError(
@@ -129,7 +158,7 @@ def prepare_output_folder(output_dir: Path, *, resume: str | None, overwrite: bo
         if torn or not (output_dir / "config.json").is_file():
             set_aside_later(output_dir, None)
             return None
-    if output_dir.is_dir() and any(output_dir.iterdir()):
+    if output_dir.is_dir() and any(path.name != FOLDER for path in output_dir.iterdir()):
         if not overwrite:
             raise FileExistsError(
                 f"{output_dir} is not empty, it may hold another run; choose another --output_dir, continue that run "
@@ -163,103 +192,63 @@ def step_of(checkpoint: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def sort_by_wholeness(output_dir: Path) -> tuple[list[Path], dict[Path, str]]:
-    """The whole checkpoints in a run's folder in the order of their steps, and of the others what is wrong with them."""
-    whole, torn = [], {}
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run in the order of their steps, whole or not."""
     folders = [folder for folder in output_dir.glob("checkpoint-*") if folder.is_dir() and step_of(folder) is not None]
-    for folder in sorted(folders, key=lambda folder: step_of(folder) or 0):
-        try:
-            check_resumable(folder)
-            whole.append(folder)
-        # files missing, cut off, or half a JSON file
-        except (FileNotFoundError, ValueError) as error:
-            torn[folder] = str(error)
-    return whole, torn
+    return sorted(folders, key=lambda folder: step_of(folder) or 0)
+
+
+def last_whole(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The last whole checkpoint in a run's folder, and of the later ones what is wrong with them.
+
+    Earlier ones are not looked at, because a checksum reads all weights.
+    """
+    torn: dict[Path, str] = {}
+    for folder in reversed(checkpoints_in(output_dir)):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder, torn
+        torn[folder] = wrong
+    return None, dict(reversed(torn.items()))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if a run can go on from it."""
+    try:
+        check_resumable(folder)
+    # files missing, cut off or unreadable, or half a JSON file
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def set_aside_later(output_dir: Path, checkpoint: Path | None) -> None:
-    """Renames the checkpoints in a run's folder after the one to resume from, or all, so that nothing is mixed or lost.
+    """Gets the checkpoints in a run's folder after the one to resume from, or all, out of the way of the run.
 
-    A run that went on would write into them, and one that is killed there leaves a folder of both runs.
+    A run that went on would write into them, and one that is killed there leaves a folder of both runs. The newest whole
+    one, or the newest, is left under another name, and what an earlier start left so is deleted.
     """
     start = -1 if checkpoint is None else step_of(checkpoint)
     if start is None or (checkpoint and checkpoint.resolve().parent != output_dir.resolve()):
         # of another folder, so that all here are of another run
         start = -1
-    _, torn = sort_by_wholeness(output_dir)
-    for folder in sorted(output_dir.glob("checkpoint-*")):
-        if (step_of(folder) or 0) > start and folder.is_dir():
+    later = [folder for folder in checkpoints_in(output_dir) if (step_of(folder) or 0) > start]
+    if not later:
+        return
+    wrong = {folder: damage(folder) for folder in later}
+    kept = max(later, key=lambda folder: (wrong[folder] is None, step_of(folder) or 0))
+    for old in output_dir.glob(f"{ASIDE}*"):
+        logger.warning("%s is deleted: only the newest checkpoint that is in the way is kept.", old)
+        shutil.rmtree(old)
+    for folder in later:
+        why = f"is not whole ({wrong[folder]})" if wrong[folder] else "is of a later step"
+        if folder == kept:
             place = folder.with_name(f"{ASIDE}{folder.name}")
-            number = 1
-            while place.exists():
-                number += 1
-                place = folder.with_name(f"{ASIDE}{folder.name}-{number}")
             folder.rename(place)
-            why = f"is not whole ({torn[folder]})" if folder in torn else "is of a later step"
             logger.warning("%s %s. It is left to you as %s.", folder, why, place.name)
-
-
-class RunRecord(TrainerCallback, ExportableState):
-    """Keeps in each checkpoint what `tell_changes` compares: processes, batch, seeds, length and learning rate."""
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        """`settings` are those of `run_settings`."""
-        self.settings = dict(settings)
-
-    def state(self) -> dict[str, Any]:
-        """What `Trainer` writes to `trainer_state.json`."""
-        return {"args": {"settings": self.settings}, "attributes": {}}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Makes room in the state of a checkpoint that was written without this callback."""
-        callbacks: Any = state.stateful_callbacks
-        callbacks["RunRecord"] = self.state()
-
-
-def run_settings(training: TrainingArguments) -> dict[str, Any]:
-    """The settings of a run that a resumed one should not change without a word."""
-    return {name: getattr(training, name) for name in (*BATCH, *CHANGES)}
-
-
-def recorded_settings(checkpoint: Path) -> dict[str, Any]:
-    """The settings that a checkpoint was written with; empty if it does not say."""
-    found = read_json(checkpoint / STATE).get("stateful_callbacks", {}).get("RunRecord", {})
-    return dict(found.get("args", {}).get("settings", {}))
-
-
-def tell_changes(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
-    """What differs between a checkpoint's run and this one, and what each difference means; logged as warnings too."""
-    saved, told = recorded_settings(checkpoint), []
-    if not saved:
-        told.append("it does not say how many processes and which batch size wrote it, so they cannot be compared")
-    there, here = ({name: found.get(name, settings[name]) for name in BATCH} for found in (saved, settings))
-    if there != here:
-        step = read_json(checkpoint / STATE)["global_step"]
-        batch = [
-            values["world_size"] * values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
-            for values in (there, here)
-        ]
-        changes = [f"{name} {there[name]} there and {here[name]} here" for name in BATCH if there[name] != here[name]]
-        if batch[0] == batch[1]:
-            meaning = f"{batch[0]} images a step as before, so that the place in the data and the learning rate stay"
         else:
-            meaning = (
-                f"{batch[1]} images a step, {batch[0]} before: step {step} came after {step * batch[0]} images and now "
-                f"counts as {step * batch[1]}, and the learning rate goes on by steps"
-            )
-        if there["world_size"] != here["world_size"]:
-            meaning += "; the random states of the processes do not fit, so that DropKey draws other masks"
-        told.append(f"{', '.join(changes)}: {meaning}")
-    told += [
-        f"{name} {saved[name]!r} there and {settings[name]!r} here: {meaning}"
-        for name, meaning in CHANGES.items()
-        if name in saved and saved[name] != settings[name]
-    ]
-    for change in told:
-        logger.warning("resuming %s: %s.", checkpoint, change)
-    return told
+            logger.warning("%s %s. It is deleted, as %s is newer.", folder, why, kept.name)
+            shutil.rmtree(folder)
 
 
 def check_same_model(config: PreTrainedConfig, checkpoint: Path) -> None:
@@ -267,6 +256,12 @@ def check_same_model(config: PreTrainedConfig, checkpoint: Path) -> None:
 
     `Trainer` loads what fits and only warns about the rest.
     """
+    kind = read_json(checkpoint / "config.json").get("model_type")
+    if kind != config.model_type:
+        raise ValueError(
+            f"{checkpoint} is of a run with another model: model_type {kind!r} there and {config.model_type!r} here. "
+            "Resume with the settings of that run, or choose another --output_dir"
+        )
     saved, current = type(config).from_pretrained(checkpoint).to_dict(), config.to_dict()
     differing = [
         f"{name} {saved[name]!r} there and {current[name]!r} here"

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..extras import needed
-from .checkpoints import sort_by_wholeness
+from .checkpoints import last_whole
 
 
 with needed("train"):
@@ -96,11 +96,11 @@ def note_where_to_resume(output_dir: Path) -> Iterator[None]:
 
 def where_to_resume(output_dir: Path) -> str:
     """How to go on after a run that was stopped."""
-    whole = sort_by_wholeness(output_dir)[0]
-    if not whole:
+    whole = last_whole(output_dir)[0]
+    if whole is None:
         return f"There is no whole checkpoint in {output_dir}, the next start begins anew."
     return (
-        f"The last whole checkpoint is {whole[-1]}. To go on from there, repair what the error names and start "
+        f"The last whole checkpoint is {whole}. To go on from there, repair what the error names and start "
         "the same command with --resume_from_checkpoint auto."
     )
 

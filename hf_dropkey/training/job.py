@@ -9,7 +9,7 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar, get_type_hints
 
@@ -19,8 +19,10 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from ..hub.cards import shown_command
 from ..hub.trainer import check_training_arguments, output_folder
 from .arguments import RunArguments, parse_arguments
-from .checkpoints import check_same_model, prepare_output_folder, run_settings, tell_changes
+from .checkpoints import check_same_model, check_writable, prepare_output_folder
 from .guards import check_devices
+from .lock import forget_complete, is_complete, locked_output, write_complete
+from .record import Fingerprint, run_settings, tell_changes
 from .trainer import GuardedTrainer
 
 
@@ -66,6 +68,13 @@ INDIFFERENT = frozenset(
         "trackio_space_id",
     }
 )
+# with these a run that is complete goes on: what for
+CONTINUES = {
+    "num_train_epochs": "longer with --num_train_epochs or --max_steps",
+    "max_steps": "longer with --num_train_epochs or --max_steps",
+    "do_eval": "evaluated with --do_eval",
+    "push_to_hub": "shared with --push_to_hub",
+}
 
 
 class TrainingJob(ABC, Generic[Data]):
@@ -121,6 +130,10 @@ class TrainingJob(ABC, Generic[Data]):
     def card(self, data: Data) -> dict[str, Any]:
         """The facts of the task for the model card: arguments of `HubTrainer.create_model_card`."""
 
+    def fingerprint(self, data: Data) -> Fingerprint:
+        """Rows and hashes of labels, names and sizes of each split, by which a resumed run notices other data."""
+        return {}
+
     def draw(self, trainer: GuardedTrainer, data: Data) -> None:
         """Draws figures into the output folder; none unless a task does."""
 
@@ -134,14 +147,11 @@ class TrainingJob(ABC, Generic[Data]):
         """The seed of the order of images and of augmentation."""
         return self.training.seed if self.training.data_seed is None else self.training.data_seed
 
-    def begin(self) -> Path | None:
-        """Sets up logging, makes every check that needs no data, and prepares the output folder.
-
-        Returns:
-            The checkpoint to resume from; None for a new run.
+    def begin(self) -> None:
+        """Sets up logging, and makes every check that needs no data.
 
         Raises:
-            ValueError, OSError: As `check` and `prepare_output_folder`.
+            ValueError, OSError: As `check` and `check_writable`.
         """
         logging.basicConfig(
             format="%(levelname)s %(message)s", level=logging.INFO if self.training.should_log else logging.WARNING
@@ -150,13 +160,46 @@ class TrainingJob(ABC, Generic[Data]):
             logging.getLogger(client).setLevel(logging.WARNING)
         self.check_training_arguments()
         self.check()
+        check_writable(self.output)
+
+    def complete(self) -> bool:
+        """Whether the run in the output folder is complete and is to be resumed: nothing is left to do, as the log says.
+
+        Raises:
+            ValueError: It is complete, and had other settings.
+        """
+        resume = str(self.training.resume_from_checkpoint or "false").lower()
+        if not self.training.do_train or resume not in ("true", "auto"):
+            return False
+        done = is_complete(self.output, self.asked(), may_change=CONTINUES)
+        if done:
+            logger.info(
+                "the run in %s is complete, nothing is left to do. Train it further with a larger --num_train_epochs or "
+                "--max_steps, or start another run in another --output_dir.",
+                self.output,
+            )
+        return done
+
+    def prepare_output(self) -> Path | None:
+        """Prepares the output folder, which is locked, for this run.
+
+        Returns:
+            The checkpoint to resume from; None for a new run.
+
+        Raises:
+            ValueError, OSError: As `prepare_output_folder`.
+        """
         if not self.training.do_train:
             return None
         # one process renames and deletes, and the others find it done
         with self.training.main_process_first(self.training.save_on_each_node, desc="preparing the output folder"):
-            return prepare_output_folder(
+            checkpoint = prepare_output_folder(
                 self.output, resume=self.training.resume_from_checkpoint, overwrite=self.run.overwrite_output_dir
             )
+        forget_complete(self.output)
+        if checkpoint is not None:
+            logger.info("going on from %s", checkpoint)
+        return checkpoint
 
     def check_training_arguments(self) -> None:
         """Raises ValueError or PermissionError for arguments of `Trainer` that this job does not allow."""
@@ -175,7 +218,7 @@ class TrainingJob(ABC, Generic[Data]):
         if checkpoint is not None:
             check_same_model(model.config, checkpoint)
             if self.training.should_log:
-                tell_changes(checkpoint, run_settings(self.training))
+                tell_changes(checkpoint, run_settings(self.training), self.fingerprint(data))
         logger.info("%d parameters", model.num_parameters())
         self.describe(data)
         return model, data
@@ -186,7 +229,9 @@ class TrainingJob(ABC, Generic[Data]):
         self.training.remove_unused_columns = False
         # without an accelerator there is nothing to pin for, and every data loader would warn
         self.training.dataloader_pin_memory &= torch.accelerator.is_available()
-        return self.make_trainer(model, data)
+        trainer = self.make_trainer(model, data)
+        trainer.record.data = {split: dict(parts) for split, parts in self.fingerprint(data).items()}
+        return trainer
 
     def settings(self) -> dict[str, str]:
         """The arguments of `Trainer` and of the run that determine the trained weights, by name."""
@@ -199,9 +244,31 @@ class TrainingJob(ABC, Generic[Data]):
         values["world_size"] = self.training.world_size
         return {name: str(getattr(value, "value", value)) for name, value in values.items()}
 
+    def asked(self) -> dict[str, str]:
+        """All that the command asks for, by name, without what concerns one start of a run alone."""
+        values = TrainingJob.settings(self)
+        values["push_to_hub"] = str(self.training.push_to_hub)
+        # the number of processes does not make another run
+        del values["world_size"]
+        own: Any = self
+        groups = [getattr(self, entry.name) for entry in fields(own) if entry.name not in ("run", "training")]
+        return values | {name: str(value) for group in groups for name, value in asdict(group).items()}
+
     def execute(self, command: Sequence[str]) -> None:
-        """Runs the job from beginning to end; `command` is what the model card shows."""
-        checkpoint = self.begin()
+        """Runs the job from beginning to end, once; `command` is what the model card shows."""
+        self.begin()
+        # before the trainer changes arguments to suit itself
+        asked = self.asked()
+        with locked_output(self.training):
+            if self.complete():
+                return
+            self.run_to_the_end(command)
+            if self.training.do_train and self.training.should_save:
+                write_complete(self.output, asked)
+
+    def run_to_the_end(self, command: Sequence[str]) -> None:
+        """Trains, evaluates, draws, describes and shares, in the locked output folder."""
+        checkpoint = self.prepare_output()
         model, data = self.prepare(checkpoint)
         trainer = self.trainer(model, data)
         if self.training.do_train:

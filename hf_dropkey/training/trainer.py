@@ -1,17 +1,31 @@
 """The project's `Trainer`: guards against what goes wrong in a run, different masks on each process, whole checkpoints."""
 
+import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import transformers
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..hub.trainer import HubTrainer
 from .callbacks import DropKeySeedCallback
-from .checkpoints import RunRecord, run_settings
 from .guards import LossGuard, check_engine, named_save, note_where_to_resume
+from .record import RunRecord, run_settings
+
+
+logger = logging.getLogger(__name__)
+
+# a release that calls them otherwise would log other averages and times after a resume, without a word
+for _replaced in ("_finalize_training", "_run_epoch", "_save_checkpoint"):
+    if not hasattr(Trainer, _replaced):
+        raise ImportError(
+            f"Trainer of Transformers {transformers.__version__} has no {_replaced}, which GuardedTrainer needs. Use a "
+            "release that hf_dropkey is tested with (constraints.txt)"
+        )
 
 
 class SkipStep(TrainerCallback):
@@ -30,19 +44,94 @@ class SkipStep(TrainerCallback):
             kwargs["model"].zero_grad(set_to_none=True)
 
 
+class TakeUp(TrainerCallback):
+    """Lets a resumed run go on with the averages and times of the checkpoint, which `Trainer` begins anew."""
+
+    def __init__(self, trainer: "GuardedTrainer") -> None:
+        """`trainer` is the one whose run is resumed."""
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Reads what the checkpoint keeps, before this run's own record takes its place."""
+        callbacks: Any = state.stateful_callbacks
+        found = callbacks.get("RunRecord") if state.global_step else None
+        self.trainer.take_up(found.get("attributes", {}) if isinstance(found, dict) else {})
+
+
 class GuardedTrainer(HubTrainer):
     """`HubTrainer` that names what goes wrong, writes whole checkpoints, and lets processes drop different keys.
 
-    `Trainer` shows the mean of the other losses for one that is NaN, and has all processes draw the same masks.
+    `Trainer` shows the mean of the other losses for one that is NaN, and has all processes draw the same masks. After a
+    resume it averages losses and counts seconds from there, and takes a step too many if there is none left.
     """
 
     def __init__(self, *args: Any, on_nonfinite_loss: str = "stop", **kwargs: Any) -> None:
         """As `Trainer`; `on_nonfinite_loss` is "stop" or "skip"."""
         self.loss_guard = LossGuard(on_nonfinite_loss)
+        self._begun, self._seconds_before = time.time(), 0.0
         super().__init__(*args, **kwargs)
         check_engine(self.accelerator, os.environ)
-        for callback in (DropKeySeedCallback(), RunRecord(run_settings(self.args)), SkipStep(self.loss_guard)):
+        record = RunRecord(run_settings(self.args))
+        for callback in (DropKeySeedCallback(), TakeUp(self), record, SkipStep(self.loss_guard)):
             self.add_callback(callback)
+
+    @property
+    def record(self) -> RunRecord:
+        """What the run keeps of itself in checkpoints."""
+        # `Trainer` may have put another one in its place, from a checkpoint
+        return next(one for one in self.callback_handler.callbacks if isinstance(one, RunRecord))
+
+    def take_up(self, kept: dict[str, Any]) -> None:
+        """Goes on with sums and seconds that a checkpoint has kept; `Trainer` has set its own to 0.
+
+        Raises:
+            ValueError: The checkpoint is of a step after the last one of this run.
+        """
+        step, last = self.state.global_step, self.state.max_steps
+        if step > last:
+            raise ValueError(
+                f"the checkpoint is of step {step}, and this run ends at step {last}; raise --max_steps or "
+                "--num_train_epochs, or resume from an earlier checkpoint"
+            )
+        self._begun, self._seconds_before = time.time(), 0.0
+        if not step:
+            return
+        resumed = kept.get("resumed", [])
+        self.record.resumed = [*(resumed if isinstance(resumed, list) else []), step]
+        progress = kept.get("progress") or {}
+        if not progress:
+            return
+        losses = progress["losses"]
+        # of another number of processes each takes the mean
+        same = len(losses) == self.args.world_size
+        self._tr_loss += losses[self.args.process_index] if same else sum(losses) / len(losses)
+        self._total_loss_scalar = progress["logged_losses"]
+        self._globalstep_last_logged = progress["logged_step"]
+        # in 5.23 and later the steps before are else left out of the averages
+        self._initial_global_step = 0
+        self._seconds_before = progress["seconds"]
+
+    def progress(self) -> dict[str, Any]:
+        """Sums of losses and seconds since step 0; call it on every process."""
+        losses = self.accelerator.gather(self._tr_loss.detach().reshape(1))
+        return {
+            "losses": losses.tolist(),
+            "logged_losses": self._total_loss_scalar,
+            "logged_step": self._globalstep_last_logged,
+            "seconds": self._seconds_before + time.time() - self._begun,
+        }
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # `Trainer` looks only after a step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; an error says which checkpoint to go on from."""
@@ -74,6 +163,7 @@ class GuardedTrainer(HubTrainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.record.progress, self.record.folder = self.progress(), folder
         with named_save(folder):
             if self.is_fsdp_enabled and self.args.should_save:
                 # beside the parts of the weights, of which `Trainer` saves nothing else

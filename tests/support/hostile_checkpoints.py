@@ -68,8 +68,9 @@ def _references() -> dict[str, tuple[str, dict[str, Any]]]:
             made[f"nested {part} {form}"] = (PROCESSOR, {part: {"auto_map": {"AutoImageProcessor": forms[form]}}})
         made[f"deep {form}"] = (PROCESSOR, {"a": {"b": [{"c": {"auto_map": {"AutoModel": forms[form]}}}]}})
         made[f"backbone {form}"] = (CONFIG, {"backbone_config": {"auto_map": {"AutoConfig": forms[form]}}})
-    made["auto_map as a list"] = (TOKENIZER, {"auto_map": [EVIL, None]})
-    made["auto_map as text"] = (PREPROCESSOR, {"auto_map": EVIL})
+    whole: dict[str, Any] = {"list": [EVIL, None], "text": EVIL}
+    made["auto_map as a list"] = (TOKENIZER, {"auto_map": whole["list"]})
+    made["auto_map as text"] = (PREPROCESSOR, {"auto_map": whole["text"]})
     return made
 
 
@@ -178,7 +179,7 @@ def _write(name: str, content: bytes | str) -> Callable[[Path], None]:
     return attack
 
 
-def _shards(change: Callable[[Path, dict[str, Any]], None]) -> Callable[[Path], None]:
+def _shards(change: Callable[[Path, dict[str, Any]], Any]) -> Callable[[Path], None]:
     """Two shards and their index instead of one file, then a change."""
 
     def attack(folder: Path) -> None:
@@ -209,7 +210,7 @@ def _point(value: Any, make: Callable[[Path], None] | None = None) -> Callable[[
     return _shards(change)
 
 
-def _weights(change: Callable[[dict[str, np.ndarray]], None]) -> Callable[[Path], None]:
+def _weights(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
     def attack(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
@@ -306,7 +307,7 @@ FOLDER_ATTACKS: dict[str, Callable[[Path], None]] = {
             "LICENSE",
         )
     },
-    "pickle only": lambda folder: (_pickled("pytorch_model.bin")(folder), (folder / "model.safetensors").unlink())[0],
+    "pickle only": _move("model.safetensors", "pytorch_model.bin"),
     "program": _program("notes.txt"),
     "elf": _write("x.png", b"\x7fELF\x02"),
     "script": _write("LICENSE", "#!/bin/sh\n"),
@@ -354,8 +355,8 @@ FOLDER_ATTACKS: dict[str, Callable[[Path], None]] = {
     "unrelated weights": lambda folder: save_file({"x": np.zeros(3)}, folder / "model.safetensors"),
     "other name": _move("model.safetensors", "other.safetensors"),
     "capital name": _move("model.safetensors", "model.SAFETENSORS"),
-    "a key is missing": _weights(lambda tensors: tensors.pop(sorted(tensors)[0])),
-    "a key has another name": _weights(lambda tensors: tensors.update({"x": tensors.pop(sorted(tensors)[0])})),
+    "a key is missing": _weights(lambda tensors: tensors.pop(min(tensors))),
+    "a key has another name": _weights(lambda tensors: tensors.update({"x": tensors.pop(min(tensors))})),
     "another shape": _weights(lambda tensors: tensors.update({"classifier.bias": np.zeros(7, np.float32)})),
     "no keys": _weights(lambda tensors: tensors.clear()),
     "cut weights": lambda folder: os.truncate(folder / "model.safetensors", 1000),
