@@ -624,9 +624,9 @@ def read_rows(rows: datasets.Dataset, name: str, *, skip: bool) -> HoiSplit:
     undecoded = rows.cast_column("image", datasets.Image(decode=False))
     columns = [column for column in ("width", "height", *needed) if column in rows.features]
     records = []
-    for number, row in enumerate(tqdm(rows.select_columns(columns), desc=f"Reading {name}")):
-        found: Any = row
-        size = sized_record(found, None if "width" in row and "height" in row else undecoded[number]["image"])
+    found: Any
+    for number, found in enumerate(tqdm(rows.select_columns(columns), desc=f"Reading {name}")):
+        size = sized_record(found, None if "width" in found and "height" in found else undecoded[number]["image"])
         boxes = [
             {"bbox": two_corners(one["bbox"]), "category_id": one["category"]} for one in as_records(found["objects"])
         ]

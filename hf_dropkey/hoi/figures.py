@@ -60,8 +60,8 @@ def draw_pairs(axis: Axes, image: Image.Image, pairs: Sequence[Mapping[str, Any]
             xs, ys = zip(*centers, strict=True)
             axis.plot(xs, ys, "-o", color=color, lw=1.2, ms=2.5, path_effects=OUTLINE)
         # numbers of pairs that share a person stand side by side
-        place = (pair["person_box"][0] + (number - 1) * 0.05 * image.width, pair["person_box"][1])
-        axis.text(*place, str(number), fontsize=7, color=color, weight="bold", path_effects=OUTLINE, clip_on=True)
+        corner = (pair["person_box"][0] + (number - 1) * 0.05 * image.width, pair["person_box"][1])
+        axis.text(*corner, str(number), fontsize=7, color=color, weight="bold", path_effects=OUTLINE, clip_on=True)
         lines.append((textwrap.shorten(f"{number} {pair_text(pair)}", LONGEST_LINE, placeholder=" ..."), color))
     # boxes at the border would widen the view
     axis.set_xlim(-0.5, image.width - 0.5)

@@ -93,7 +93,9 @@ def make_scene(seed: int, row: int) -> Scene:
     """The scene of a row."""
     generator = np.random.default_rng((seed, row))
     people = 2 if generator.random() < TWO_PEOPLE else 1
-    figures, things, acts = [], [], []
+    figures: list[Figure] = []
+    things: list[Thing] = []
+    acts: list[tuple[int, int, str]] = []
     for number in range(people):
         if people == 1:
             center, height = generator.uniform(0.4, 0.6), generator.uniform(0.6, 0.7)
@@ -109,8 +111,8 @@ def make_scene(seed: int, row: int) -> Scene:
         acts += [(number, len(things), name) for name in verbs]
         things.append(thing)
     if generator.random() < DISTRACTOR:
-        thing = distractor(generator, [part.box() for part in (*figures, *things)])
-        things += [thing] if thing is not None else []
+        idle = distractor(generator, [one.box() for one in figures] + [one.box() for one in things])
+        things += [idle] if idle is not None else []
     background = tuple(int(value) for value in generator.integers(190, 250, 3))
     return Scene(background, tuple(figures), tuple(things), tuple(acts))  # type: ignore[arg-type]  # three numbers
 
@@ -227,8 +229,8 @@ def scaled(box: Box, size: int) -> Box:
 def scene_record(role: str, row: int, size: int) -> dict[str, Any]:
     """An image record of a scene, with `boxes` in pixels, their `labels` and `pairs`."""
     scene = make_scene(SEEDS[role], row)
-    parts = [*scene.figures, *scene.things]
-    boxes = [np.clip(scaled(part.box(), size), 0, size).tolist() for part in parts]
+    shares = [one.box() for one in scene.figures] + [one.box() for one in scene.things]
+    boxes = [np.clip(np.array(scaled(box, size)), 0, size).tolist() for box in shares]
     labels = [0] * len(scene.figures) + [SCENE_OBJECTS.index(thing.kind) for thing in scene.things]
     pairs = [
         (person, len(scene.figures) + thing, SCENE_VERBS.index(verb)) for person, thing, verb in sorted(scene.acts)

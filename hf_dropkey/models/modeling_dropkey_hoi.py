@@ -99,10 +99,10 @@ class DropKeyDetrAttentionMixin(DropKeyRatioMixin):
     def __init__(self, config: DropKeyHoiConfig, num_attention_heads: int, dropkey_ratio: float):
         # the classes behind this one are Transformers', and take these names
         super().__init__(
-            config=config,  # type: ignore[call-arg]  # the attention this is mixed into has it, as the next ones
-            hidden_size=config.d_model,  # type: ignore[call-arg]
-            num_attention_heads=num_attention_heads,  # type: ignore[call-arg]
-            dropout=config.attention_dropout,  # type: ignore[call-arg]
+            config=config,  # type: ignore[call-arg]  # the attention this is mixed into has these
+            hidden_size=config.d_model,
+            num_attention_heads=num_attention_heads,
+            dropout=config.attention_dropout,
         )
         self.dropkey_ratio = dropkey_ratio
         self.dropkey_pattern = config.dropkey_pattern
@@ -113,13 +113,15 @@ class DropKeyDetrAttentionMixin(DropKeyRatioMixin):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention with DropKey between tokens `[B, N, C]` and `[B, M, C]`, from before the projections."""
         module: Any = self
-        projected = (
+        projected = [
             project(tokens).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
             for project, tokens in ((module.q_proj, query), (module.k_proj, key), (module.v_proj, value))
-        )
+        ]
         output, weights = dropkey_attention_forward(
             module,
-            *projected,
+            projected[0],
+            projected[1],
+            projected[2],
             attention_mask,
             implementation=module.config._attn_implementation,
             scaling=module.scaling,
@@ -209,11 +211,8 @@ class DropKeyHoiDecoderLayer(DetrDecoderLayer):
 
 def scheduled(config: DropKeyHoiConfig, enabled: Sequence[bool]) -> list[float]:
     """The drop ratios of one stack's attentions in order of execution: the schedule over the enabled ones, 0 elsewhere."""
-    ratios = iter(())
-    if any(enabled):
-        ratios = iter(
-            layer_ratios(sum(enabled), config.dropkey_ratio, config.dropkey_final_ratio, config.dropkey_schedule)
-        )
+    settings = config.dropkey_ratio, config.dropkey_final_ratio, config.dropkey_schedule
+    ratios = iter(layer_ratios(sum(enabled), *settings) if any(enabled) else [])
     return [next(ratios) if chosen else 0.0 for chosen in enabled]
 
 
@@ -290,10 +289,10 @@ class DropKeyHoiDecoder(DropKeyHoiPreTrainedModel, DetrDecoder):
     @capture_outputs
     def forward(
         self,
-        inputs_embeds: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: Any = None,
+        attention_mask: Any = None,
         encoder_hidden_states: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
+        encoder_attention_mask: Any = None,
         spatial_position_embeddings: torch.Tensor | None = None,
         object_queries_position_embeddings: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -376,8 +375,10 @@ class DropKeyHoiModel(DropKeyHoiPreTrainedModel, DetrModel):
         # the parts of DetrModel, in its order, without building its encoder and decoder first
         DetrPreTrainedModel.__init__(self, config)
         self.backbone = DetrConvEncoder(config)
-        if config.backbone_config.model_type in RESNET_TYPES:
+        backbone: Any = config.backbone_config
+        if backbone.model_type in RESNET_TYPES:
             freeze_first_stage(self.backbone)
+        self.position_embedding: nn.Module
         if config.position_embedding_type == "sine":
             self.position_embedding = DropKeyHoiSinePositionEmbedding(config.d_model // 2, normalize=True)
         elif config.position_embedding_type == "learned":
@@ -430,7 +431,7 @@ class DropKeyHoiForObjectDetection(DropKeyHoiPreTrainedModel):
         super().__init__(config)
         self.model = DropKeyHoiModel(config)
         width = config.d_model
-        self.class_labels_classifier = nn.Linear(width, config.num_labels + 1)
+        self.class_labels_classifier = nn.Linear(width, len(config.object_names()) + 1)
         self.verb_classifier = DropKeyHoiVerbClassifier(width, config.num_verbs)
         self.person_bbox_predictor = DetrMLPPredictionHead(width, width, 4, num_layers=3)
         self.object_bbox_predictor = DetrMLPPredictionHead(width, width, 4, num_layers=3)
