@@ -428,6 +428,11 @@ def test_first_values_are_those_of_the_original() -> None:
     model = tiny_model(num_queries=100)
     assert model.model.query_position_embeddings.weight.std().item() == pytest.approx(1, abs=0.1)
     assert model.verb_classifier.bias.sigmoid().tolist() == pytest.approx([0.01] * 2)
+    # torch's own in the heads, Xavier's in the transformer: uniform up to a bound, so the standard deviation is known
+    head, attention = model.person_bbox_predictor.layers[0], model.model.decoder.layers[0].self_attn.q_proj
+    assert head.weight.std().item() == pytest.approx((1 / 32 / 3) ** 0.5, rel=0.1)
+    assert attention.weight.std().item() == pytest.approx((6 / 64 / 3) ** 0.5, rel=0.1)
+    assert not attention.bias.any()
 
 
 def test_only_the_first_stage_of_a_resnet_is_frozen() -> None:
