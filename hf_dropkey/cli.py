@@ -20,6 +20,7 @@ TASKS = {
     "classification": ("classification.job", "ClassificationJob"),
     "detection": ("detection.job", "DetectionJob"),
     "mesh": ("mesh.job", "MeshJob"),
+    "hoi": ("hoi.job", "HoiJob"),
 }
 
 

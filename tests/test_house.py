@@ -30,8 +30,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOADER_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)", re.MULTILINE)
 # whoever can load the checkpoint has these; transformers itself needs huggingface_hub
 TRAVELLING_IMPORTS = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
-# the loader of remote code does not ask for what a `try` imports
-OPTIONAL = {"triton", "PIL"}
+# inside a `try`, of which the loader of remote code takes no notice
+OPTIONAL = {"triton", "PIL", "scipy"}
 
 
 def imports(source: str) -> Iterator[tuple[str, bool]]:
@@ -213,6 +213,8 @@ def test_the_public_names() -> None:
     others |= {"drop_keys", "DropKey", "dropkey_attention"}
     others |= {"DropKeyFeaturesConfig", "DropKeyFeaturesForImageClassification"}
     others |= {f"DropKeyMesh{part}" for part in ("Config", "Model", "ForBodyMesh", "PreTrainedModel")}
+    others |= {"HoiPipeline", *(f"DropKeyHoi{part}" for part in ("Config", "Model", "PreTrainedModel"))}
+    others |= {"DropKeyHoiForObjectDetection"}
     assert set(hf_dropkey.__all__) == models | patching | inference | training | others
     for name in hf_dropkey.__all__:
         assert getattr(hf_dropkey, name) is not None and name in dir(hf_dropkey)

@@ -35,6 +35,13 @@ METRICS = {
         "accuracy, training images minus these", "accuracy, training minus these images", "accuracy gap", None
     ),
 }
+# mean average precision of pairs, HICO-DET's protocol
+METRICS |= {
+    f"mAP{setting}{group}": MetricName(f"mAP{words}{what}", f"mAP{words}{what}", f"mAP{words}{what}", True)
+    for setting, words in (("", ""), ("_known_object", ", known object"))
+    for group, what in (("", ""), ("_rare", ", rare classes"), ("_non_rare", ", other classes"))
+}
+METRICS["mean_max_recall"] = MetricName("mean of the largest recalls", "mean recall", "mean recall", True)
 METRICS |= {
     f"accuracy_at_occlusion_{fraction:g}": MetricName(
         f"accuracy, {100 * fraction:g} % of patches hidden",

@@ -2,6 +2,7 @@
 
 from .configuration_dropkey_ceit import DropKeyCeitConfig
 from .configuration_dropkey_features import DropKeyFeaturesConfig
+from .configuration_dropkey_hoi import DropKeyHoiConfig
 from .configuration_dropkey_mesh import DropKeyMeshConfig
 from .configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
 from .configuration_dropkey_vit import DropKeyViTConfig
@@ -12,6 +13,11 @@ from .modeling_dropkey_ceit import (
     DropKeyCeitPreTrainedModel,
 )
 from .modeling_dropkey_features import DropKeyFeaturesForImageClassification
+from .modeling_dropkey_hoi import (
+    DropKeyHoiForObjectDetection,
+    DropKeyHoiModel,
+    DropKeyHoiPreTrainedModel,
+)
 from .modeling_dropkey_mesh import (
     DropKeyMeshForBodyMesh,
     DropKeyMeshModel,
@@ -33,6 +39,7 @@ from .modeling_dropkey_volo import (
     DropKeyVoloModel,
     DropKeyVoloPreTrainedModel,
 )
+from .pipeline_dropkey_hoi import HoiPipeline
 
 
 __all__ = [
@@ -42,6 +49,10 @@ __all__ = [
     "DropKeyCeitPreTrainedModel",
     "DropKeyFeaturesConfig",
     "DropKeyFeaturesForImageClassification",
+    "DropKeyHoiConfig",
+    "DropKeyHoiForObjectDetection",
+    "DropKeyHoiModel",
+    "DropKeyHoiPreTrainedModel",
     "DropKeyMeshConfig",
     "DropKeyMeshForBodyMesh",
     "DropKeyMeshModel",
@@ -59,4 +70,5 @@ __all__ = [
     "DropKeyVoloForImageClassification",
     "DropKeyVoloModel",
     "DropKeyVoloPreTrainedModel",
+    "HoiPipeline",
 ]

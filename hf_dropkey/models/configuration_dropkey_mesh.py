@@ -143,7 +143,6 @@ class DropKeyMeshConfig(DropKeyConfigMixin, PreTrainedConfig):
     }
 
     def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("custom_pipelines", {name: dict(about) for name, about in self.family_pipelines.items()})
         # a configuration class of its own for every kind of backbone
         if self.backbone_config is None:
             stages = ["stage3", "stage4"] if self.use_grid_tokens else ["stage4"]
@@ -260,8 +259,6 @@ class DropKeyMeshConfig(DropKeyConfigMixin, PreTrainedConfig):
         # a loaded checkpoint may be saved onto the very files it was loaded from
         if not target.exists() or not os.path.samefile(source, target):
             shutil.copyfile(source, target)
-        # `pipeline()` puts classes, which are no JSON, into the configuration it loads
-        self.custom_pipelines = {name: dict(about) for name, about in type(self).family_pipelines.items()}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
