@@ -222,11 +222,11 @@ class MeshTrainer(GuardedTrainer):
         whole: Any = self.accelerator.unwrap_model(model)
         found = outputs["vertices"].float().cpu().numpy()
         arrays = {name: inputs[name].float().cpu().numpy() for name in TARGETS}
-        errors = [person_errors(whole, found, arrays)]
-        mean = np.full_like(errors[0], np.nan)
+        errors = person_errors(whole, found, arrays)
+        mean = np.full_like(errors, np.nan)
         if self.mean_body is not None:
             mean = person_errors(whole, np.broadcast_to(self.mean_body, found.shape), arrays)
-        return loss, *(torch.tensor(one, device=loss.device) for one in (errors[0], mean))
+        return loss, torch.tensor(errors, device=loss.device), torch.tensor(mean, device=loss.device)
 
 
 def person_errors(model: Any, vertices: np.ndarray, arrays: dict[str, np.ndarray]) -> np.ndarray:

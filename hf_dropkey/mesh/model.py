@@ -122,7 +122,7 @@ def published_levels(vertices: int) -> tuple[int, int]:
 
 def backbone_config(model: MeshModelArguments) -> Any:
     """The configuration of a pretrained backbone, with the feature maps that the system takes."""
-    config = AutoConfig.from_pretrained(model.backbone)
+    config = AutoConfig.from_pretrained(str(model.backbone))
     names = list(getattr(config, "stage_names", []))
     if not names:
         raise ValueError(f"--backbone {model.backbone} ({config.model_type}) is no backbone that AutoBackbone knows.")
@@ -167,7 +167,8 @@ def make_model(
     made = DropKeyMeshForBodyMesh(config)
     made.set_body(**topology.tensors())
     if model.backbone is not None:
-        weights = AutoBackbone.from_pretrained(model.backbone, out_features=config.backbone_config.out_features)
+        backbone: Any = config.backbone_config
+        weights = AutoBackbone.from_pretrained(model.backbone, out_features=backbone.out_features)
         made.mesh.backbone.load_state_dict(weights.state_dict())
     return made
 

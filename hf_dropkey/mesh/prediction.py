@@ -188,7 +188,8 @@ def predict(arguments: PredictionArguments) -> dict[str, Any]:
     """
     files = image_files(arguments.images)
     bodies, boxes = load_bodies(arguments.model_name_or_path), Boxes(arguments)
-    faces = bodies.model.mesh.body.faces.cpu().numpy()
+    model: Any = bodies.model
+    faces = model.mesh.body.faces.cpu().numpy()
     arguments.out.mkdir(parents=True, exist_ok=True)
     counts = {"images": len(files), "persons": 0, "images_without_persons": 0}
     for file in files:

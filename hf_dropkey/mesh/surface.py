@@ -60,7 +60,7 @@ def surface_nets(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         Vertices `[V, 3]` in grid steps, and quadrilaterals `[Q, 4]` that are seen counter-clockwise from outside, in a
         right-handed frame.
     """
-    inside = np.less(values, 0)
+    inside = values < 0
     corners = [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)]
     size = np.array(values.shape) - 1
 
@@ -68,7 +68,7 @@ def surface_nets(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return array[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
 
     number = sum(corner(inside, offset).astype(np.int64) for offset in corners)
-    crossed = (number > 0) & (number < 8)
+    crossed: np.ndarray = np.asarray((number > 0) & (number < 8))
     cells = np.argwhere(crossed)
     index = np.full(crossed.shape, -1)
     index[crossed] = np.arange(len(cells))

@@ -5,8 +5,6 @@ from .compatibility import check_transformers as check_transformers  # first: th
 # isort: on
 
 import inspect
-import os
-import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -243,23 +241,12 @@ class DropKeyMeshConfig(DropKeyConfigMixin, PreTrainedConfig):
 
         return Path(inspect.getfile(DropKeyMeshModel))
 
-    def pipeline_file(self) -> Path:
-        """The source file of the pipeline of this family."""
-        # read by the loader, as above
+    def pipeline_class(self) -> type:
+        """The pipeline of the family."""
+        # as above: Transformers looks for pipelines by task, no model imports them
         from .pipeline_dropkey_mesh import BodyMeshPipeline
 
-        return Path(inspect.getfile(BodyMeshPipeline))
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As `DropKeyConfigMixin.save_pretrained`, with the pipeline's code."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        source = type(self).pipeline_file(self)
-        target = folder / source.name
-        # a loaded checkpoint may be saved onto the very files it was loaded from
-        if not target.exists() or not os.path.samefile(source, target):
-            shutil.copyfile(source, target)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        return BodyMeshPipeline
 
 
 __all__ = ["DropKeyMeshConfig"]
