@@ -30,6 +30,10 @@ from .models import (
     DropKeyHoiForObjectDetection,
     DropKeyHoiModel,
     DropKeyHoiPreTrainedModel,
+    DropKeyMeshConfig,
+    DropKeyMeshForBodyMesh,
+    DropKeyMeshModel,
+    DropKeyMeshPreTrainedModel,
     DropKeyT2TViTConfig,
     DropKeyT2TViTForImageClassification,
     DropKeyT2TViTModel,
@@ -82,6 +86,10 @@ if HOI_TASK not in PIPELINE_REGISTRY.get_supported_tasks():
     )
 AutoModelForMaskedImageModeling.register(DropKeyViTConfig, DropKeyViTForMaskedImageModeling, exist_ok=True)
 
+# one class: the mesh is what people load
+AutoConfig.register(DropKeyMeshConfig.model_type, DropKeyMeshConfig, exist_ok=True)
+AutoModel.register(DropKeyMeshConfig, DropKeyMeshForBodyMesh, exist_ok=True)
+
 moved.install()
 
 # public names whose modules need more than the core, or that only some programs need: loaded when asked for
@@ -108,6 +116,10 @@ __all__ = [
     "DropKeyHoiModel",
     "DropKeyHoiPreTrainedModel",
     "DropKeyLogCallback",
+    "DropKeyMeshConfig",
+    "DropKeyMeshForBodyMesh",
+    "DropKeyMeshModel",
+    "DropKeyMeshPreTrainedModel",
     "DropKeyReport",
     "DropKeyScheduleCallback",
     "DropKeySeedCallback",

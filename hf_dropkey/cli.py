@@ -20,6 +20,7 @@ TASKS = {
     "classification": ("classification.job", "ClassificationJob"),
     "detection": ("detection.job", "DetectionJob"),
     "hoi": ("hoi.job", "HoiJob"),
+    "mesh": ("mesh.job", "MeshJob"),
 }
 
 

@@ -1,6 +1,7 @@
-"""Converts an official checkpoint of T2T-ViT, VOLO, CeiT or QPIC into a folder that Transformers loads.
+"""Converts an official checkpoint of T2T-ViT, VOLO, CeiT, QPIC, METRO or MeshGraphormer into a saved folder.
 
     python scripts/convert_checkpoint.py --family volo --checkpoint d1_224_84.2.pth.tar --out outputs/volo_d1
+    python scripts/convert_checkpoint.py --family metro --checkpoint metro.bin --body_file smpl.npz --out outputs/metro
     python scripts/convert_checkpoint.py --family qpic --checkpoint qpic_resnet50_hico.pth --out outputs/qpic_hico
 
 The size, the image size and the number of classes are read off the shapes. Every tensor is reported, none may be left
@@ -24,8 +25,11 @@ from transformers import DetrImageProcessorPil, HfArgumentParser
 
 from hf_dropkey.classification.families import image_processor
 from hf_dropkey.hoi.qpic_weights import convert_tensors, read_config
+from hf_dropkey.mesh.model import image_processor as mesh_image_processor
+from hf_dropkey.mesh.official import LICENCE, convert_official
 from hf_dropkey.models.configuration_dropkey_ceit import DropKeyCeitConfig
 from hf_dropkey.models.configuration_dropkey_hoi import DropKeyHoiConfig
+from hf_dropkey.models.configuration_dropkey_mesh import DropKeyMeshConfig
 from hf_dropkey.models.configuration_dropkey_sizes import PATCH_SIZE
 from hf_dropkey.models.configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
 from hf_dropkey.models.configuration_dropkey_volo import DropKeyVoloConfig
@@ -132,11 +136,15 @@ FAMILIES = {
 }
 
 
+# human bodies: one family of models for both, whose names `hf_dropkey.mesh.official` has
+MESH_FAMILIES = ("metro", "graphormer")
+
+
 @dataclass
 class ConversionArguments:
     """The checkpoint, its architecture, the output."""
 
-    family: str = field(metadata={"help": "The architecture.", "choices": [*FAMILIES, QPIC]})
+    family: str = field(metadata={"help": "The architecture.", "choices": [*FAMILIES, QPIC, *MESH_FAMILIES]})
     checkpoint: Path = field(metadata={"help": "The official checkpoint, a torch file or safetensors."})
     out: Path = field(metadata={"help": "The folder to write, new or empty."})
     size: str | None = field(
@@ -147,6 +155,17 @@ class ConversionArguments:
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Resizes the position embeddings to images of this many pixels."}
+    )
+    body_file: Path | None = field(
+        default=None,
+        metadata={
+            "help": "METRO and MeshGraphormer: an npz file of yours with template, faces, joint_regressor, downsample_mid, "
+            "downsample_coarse and, for MeshGraphormer, adjacency. SMPL's are bound by its licence."
+        },
+    )
+    new_backbone: bool = field(
+        default=False,
+        metadata={"help": "METRO and MeshGraphormer: leave the checkpoint's CNN out, take a new ResNet-50."},
     )
 
 
@@ -407,6 +426,8 @@ def convert(arguments: ConversionArguments) -> str:
     weights, entry = read_checkpoint(arguments.checkpoint)
     if arguments.family == QPIC:
         return convert_qpic(arguments, weights, entry)
+    if arguments.family in MESH_FAMILIES:
+        return convert_mesh(arguments, weights, entry)
     match = find_size(arguments, weights)
     family = FAMILIES[match.family]
     model = family.model_class(copy.deepcopy(match.config)).eval()
@@ -419,6 +440,30 @@ def convert(arguments: ConversionArguments) -> str:
     model.save_pretrained(arguments.out)
     image_processor(match.family, match.size, model.config.image_size).save_pretrained(arguments.out)
     return "\n".join([*lines, f"Written to {arguments.out}."])
+
+
+def convert_mesh(arguments: ConversionArguments, weights: dict[str, torch.Tensor], entry: str) -> str:
+    """As `convert`, for METRO and MeshGraphormer.
+
+    Raises:
+        ConversionError, OfficialError: The checkpoint or the body is not what was asked for.
+    """
+    if arguments.body_file is None:
+        raise ConversionError(
+            f"--family {arguments.family} needs --body_file: template, regressor and down-sampling are not in the "
+            f"checkpoint. {LICENCE}"
+        )
+    unused = [name for name in ("size", "image_size") if getattr(arguments, name) is not None]
+    if unused:
+        raise ConversionError(f"--{unused[0]} means nothing for {arguments.family}; its shapes say all of it.")
+    found = "graphormer" if any("graph_conv" in name for name in weights) else "metro"
+    if found != arguments.family:
+        raise ConversionError(f"The checkpoint is one of --family {found}, not of {arguments.family}.")
+    config = None if arguments.config is None else DropKeyMeshConfig.from_pretrained(arguments.config)
+    model, about = convert_official(weights, arguments.body_file, config=config, new_backbone=arguments.new_backbone)
+    model.save_pretrained(arguments.out)
+    mesh_image_processor(model.config).save_pretrained(arguments.out)
+    return f"{about}\nWeights from {entry}. Written to {arguments.out}."
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from hf_dropkey import DropKey, drop_keys, dropkey_active, dropkey_disabled, ref
 from hf_dropkey.models import dropkey
 from hf_dropkey.models.attention_mask import real_keys
 from hf_dropkey.models.counter_hash import draw_seed
-from hf_dropkey.models.dropkey import layer_ratios
+from hf_dropkey.models.dropkey import layer_ratios, ratio_tensor
 from hf_dropkey.models.patterns import PATTERNS, dropped_scores, kept_tokens, patch_grid, protect_rows, token_order
 from hf_dropkey.reference import reference_attention, reference_mask, score_is_dropped
 
@@ -242,6 +242,12 @@ def test_copies_of_the_module_keep_their_settings() -> None:
         other.dropkey_ratio = 0.1
         assert module.dropkey_ratio == 0.3
         assert not torch.equal(other.dropkey_ratio_tensor.thresholds, module.dropkey_ratio_tensor.thresholds)
+
+
+def test_ratios_as_data_compare_by_value() -> None:
+    """Settings of modules are compared, to put them back."""
+    first, second, other = ratio_tensor("score", 0.3, 3), ratio_tensor("score", 0.3, 3), ratio_tensor("score", 0.2, 3)
+    assert first == second and first != other and first != 0.3 and ratio_tensor("score", 0.0, 3) is None
 
 
 # --- the oracle -------------------------------------------------------------------------------------------------------

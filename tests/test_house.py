@@ -30,8 +30,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOADER_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)", re.MULTILINE)
 # whoever can load the checkpoint has these; transformers itself needs huggingface_hub
 TRAVELLING_IMPORTS = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
-# inside a `try`: nothing but speed or training needs them
-OPTIONAL_IMPORTS = {"triton", "scipy"}
+# the loader of remote code does not ask for what a `try` imports
+OPTIONAL = {"triton", "PIL", "scipy"}
 
 
 def imports(source: str) -> Iterator[tuple[str, bool]]:
@@ -53,8 +53,7 @@ def forbidden_imports(source: str, neighbours: set[str]) -> list[str]:
     found = []
     for module, in_try in imports(source):
         top = module.split(".")[0]
-        optional = top in OPTIONAL_IMPORTS and in_try
-        allowed = module[1:] in neighbours if not top else top in TRAVELLING_IMPORTS or optional
+        allowed = module[1:] in neighbours if not top else top in TRAVELLING_IMPORTS or (top in OPTIONAL and in_try)
         if not allowed:
             found.append(module)
     return found
@@ -215,6 +214,7 @@ def test_the_public_names() -> None:
     others |= {"DropKeyFeaturesConfig", "DropKeyFeaturesForImageClassification"}
     others |= {"HoiPipeline", *(f"DropKeyHoi{part}" for part in ("Config", "Model", "PreTrainedModel"))}
     others |= {"DropKeyHoiForObjectDetection"}
+    others |= {f"DropKeyMesh{part}" for part in ("Config", "Model", "ForBodyMesh", "PreTrainedModel")}
     assert set(hf_dropkey.__all__) == models | patching | inference | training | others
     for name in hf_dropkey.__all__:
         assert getattr(hf_dropkey, name) is not None and name in dir(hf_dropkey)

@@ -39,6 +39,7 @@ CODE = {
     "triton_attention.py",
     "triton_kernels.py",
     "triton_launches.py",
+    "triton_mask.py",
 }
 TINY = {
     "hidden_size": 32,

@@ -90,6 +90,16 @@ def test_a_run_holds_its_folder_until_it_ends(tmp_path: Path) -> None:
         pass
 
 
+def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    for written in (False, True):
+        with locked_output(arguments(tmp_path / "run")):
+            assert (tmp_path / "run" / FOLDER / "0.owner").is_file()
+            if written:
+                (tmp_path / "run" / "config.json").touch()
+        assert (tmp_path / "run").exists() is written
+        assert not list(tmp_path.rglob("*.owner"))
+
+
 def test_what_a_killed_run_left_behind_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / FOLDER
     folder.mkdir()

@@ -15,6 +15,7 @@ from ..images.boxes import BoxAugmentation
 from ..training.arguments import RunArguments
 from ..training.detr import DetrTrainer
 from ..training.job import TrainingJob, public_name
+from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import (
     FIGURE,
@@ -98,6 +99,10 @@ class DetectionJob(TrainingJob[DetectionData]):
             on_nonfinite_loss=self.run.on_nonfinite_loss,
             backbone_learning_rate=self.detection.backbone_learning_rate,
         )
+
+    def fingerprint(self, data: DetectionData) -> Fingerprint:
+        """Rows and hashes of names, labels and sizes of each split."""
+        return data.fingerprint()
 
     def describe(self, data: DetectionData) -> None:
         """Logs the number of classes, images and boxes."""

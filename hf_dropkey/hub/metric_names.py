@@ -51,6 +51,19 @@ METRICS |= {
     )
     for fraction in (0.25, 0.5, 0.75)
 }
+METRICS |= {
+    f"{prefix}{key}": MetricName(f"{full}{of} (mm)", f"{label}{of}, mm", f"{label}{of}", False)
+    for prefix, of in (("", ""), ("mean_body_", " of the mean body"))
+    for key, full, label in (
+        ("mpvpe", "mean error of vertices, MPVPE", "MPVPE"),
+        ("mpjpe", "mean error of joints, MPJPE", "MPJPE"),
+        ("pa_mpjpe", "mean error of joints after alignment, PA-MPJPE", "PA-MPJPE"),
+        ("pa_mpvpe", "mean error of vertices after alignment, PA-MPVPE", "PA-MPVPE"),
+    )
+}
+METRICS["mpvpe_to_mean_body"] = MetricName(
+    "MPVPE as a fraction of the mean body's", "MPVPE / mean body's", "MPVPE relative to the mean body's", False
+)
 
 
 def full_name(metric: str) -> str:

@@ -3,6 +3,7 @@
 from .configuration_dropkey_ceit import DropKeyCeitConfig
 from .configuration_dropkey_features import DropKeyFeaturesConfig
 from .configuration_dropkey_hoi import DropKeyHoiConfig
+from .configuration_dropkey_mesh import DropKeyMeshConfig
 from .configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
 from .configuration_dropkey_vit import DropKeyViTConfig
 from .configuration_dropkey_volo import DropKeyVoloConfig
@@ -16,6 +17,11 @@ from .modeling_dropkey_hoi import (
     DropKeyHoiForObjectDetection,
     DropKeyHoiModel,
     DropKeyHoiPreTrainedModel,
+)
+from .modeling_dropkey_mesh import (
+    DropKeyMeshForBodyMesh,
+    DropKeyMeshModel,
+    DropKeyMeshPreTrainedModel,
 )
 from .modeling_dropkey_t2t_vit import (
     DropKeyT2TViTForImageClassification,
@@ -47,6 +53,10 @@ __all__ = [
     "DropKeyHoiForObjectDetection",
     "DropKeyHoiModel",
     "DropKeyHoiPreTrainedModel",
+    "DropKeyMeshConfig",
+    "DropKeyMeshForBodyMesh",
+    "DropKeyMeshModel",
+    "DropKeyMeshPreTrainedModel",
     "DropKeyT2TViTConfig",
     "DropKeyT2TViTForImageClassification",
     "DropKeyT2TViTModel",
