@@ -1,8 +1,8 @@
-"""Converts an official checkpoint of T2T-ViT, VOLO, CeiT, QPIC, METRO or MeshGraphormer into a folder that Transformers loads.
+"""Converts an official checkpoint of T2T-ViT, VOLO, CeiT, QPIC, METRO or MeshGraphormer into a saved folder.
 
     python scripts/convert_checkpoint.py --family volo --checkpoint d1_224_84.2.pth.tar --out outputs/volo_d1
-    python scripts/convert_checkpoint.py --family qpic --checkpoint qpic_resnet50_hico.pth --out outputs/qpic_hico
     python scripts/convert_checkpoint.py --family metro --checkpoint metro.bin --body_file smpl.npz --out outputs/metro
+    python scripts/convert_checkpoint.py --family qpic --checkpoint qpic_resnet50_hico.pth --out outputs/qpic_hico
 
 The size, the image size and the number of classes are read off the shapes. Every tensor is reported, none may be left
 over or missing, and the logits are compared with those of timm's VOLO where timm can be imported.
@@ -424,10 +424,10 @@ def convert(arguments: ConversionArguments) -> str:
     if arguments.out.exists() and any(arguments.out.iterdir()):
         raise FileExistsError(f"{arguments.out} is not empty. Choose a new folder for the converted model.")
     weights, entry = read_checkpoint(arguments.checkpoint)
-    if arguments.family in MESH_FAMILIES:
-        return convert_mesh(arguments, weights, entry)
     if arguments.family == QPIC:
         return convert_qpic(arguments, weights, entry)
+    if arguments.family in MESH_FAMILIES:
+        return convert_mesh(arguments, weights, entry)
     match = find_size(arguments, weights)
     family = FAMILIES[match.family]
     model = family.model_class(copy.deepcopy(match.config)).eval()

@@ -39,8 +39,6 @@ TASKS = {
     "ForBodyMesh": ("image-to-3d", "AutoModel"),
     "Model": ("image-feature-extraction", "AutoModel"),
 }
-# tasks whose pipeline a card shows, and what it calls it
-PIPELINES = {"image-classification": "classify", HOI_TASK: "find_pairs"}
 SETTINGS = {
     "dropkey_ratio": "largest drop ratio of a layer",
     "dropkey_final_ratio": "ratio at the other end of the schedule",
@@ -347,12 +345,11 @@ def _usage(folder: Path, config: dict[str, Any], repo_id: str | None, revision: 
     lines.append("Without any package but Transformers:" if carries_code else "It is a plain Transformers checkpoint:")
     lines += ["```python", f"from transformers import {auto}", ""]
     lines += [f"model = {auto}.from_pretrained({source}{pin}{trust})", "```"]
-    if task in PIPELINES and (folder / "preprocessor_config.json").is_file():
-        call = f"pipeline({json.dumps(task)}, model={source}{pin}{trust})"
-        name = PIPELINES[task]
-        lines += ["```python", "from transformers import pipeline", "", f"{name} = {call}"]
-        lines += [f'print({name}("image.jpg"))', "```"]
-    elif "custom_pipelines" in config and (folder / "preprocessor_config.json").is_file():
+    if task == "image-classification" and (folder / "preprocessor_config.json").is_file():
+        call = f'pipeline("image-classification", model={source}{pin}{trust})'
+        lines += ["```python", "from transformers import pipeline", "", f"classify = {call}"]
+        lines += ['print(classify("image.jpg"))', "```"]
+    if "custom_pipelines" in config and (folder / "preprocessor_config.json").is_file():
         # the pipelines of a family travel with its checkpoints
         (name,) = config["custom_pipelines"]
         call = f'pipeline("{name}", model={source}{pin}{trust})'
