@@ -26,7 +26,8 @@ BOUND = 1e-9
 def fixture_images(fixture: Fixture) -> tuple[list[FoundPairs], list[TruePairs]]:
     """Predictions and annotations of a fixture's images."""
     arrays = {name: value.numpy() for name, value in fixture.tensors.items()}
-    predictions, truths = [], []
+    predictions: list[Any] = []
+    truths: list[Any] = []
     while f"gt/{len(truths)}.boxes" in arrays:
         image = len(truths)
         given = {name.split(".")[1]: arrays[name] for name in arrays if name.startswith(f"pred/{image}.")}
@@ -149,7 +150,8 @@ def test_known_object_agrees_with_a_slow_implementation() -> None:
 
 def test_known_object_of_random_images_agrees_too() -> None:
     generator = np.random.default_rng(0)
-    predictions, truths = [], []
+    predictions: list[Any] = []
+    truths: list[Any] = []
     for _ in range(12):
         corner = generator.uniform(0, 50, (5, 2))
         boxes = np.concatenate([corner, corner + generator.uniform(20, 60, (5, 2))], axis=1)
@@ -270,8 +272,8 @@ def test_overlaps_count_edge_pixels() -> None:
 
 
 def test_average_precision_of_ties_keeps_the_order() -> None:
-    assert eleven_point_ap([True, False], [0.5, 0.5], 1) == (pytest.approx(1.0), 1.0)
-    assert eleven_point_ap([False, True], [0.5, 0.5], 1) == (pytest.approx(0.5), 1.0)
+    assert eleven_point_ap([True, False], [0.5, 0.5], 1) == pytest.approx((1.0, 1.0))
+    assert eleven_point_ap([False, True], [0.5, 0.5], 1) == pytest.approx((0.5, 1.0))
 
 
 def test_different_numbers_of_images_are_refused() -> None:

@@ -143,7 +143,7 @@ def test_all_gradient_norms() -> None:
     model = official_model()
     model(**official_inputs()).loss.backward()
     gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
-    compared = set()
+    compared: set[str] = set()
     for official, expected in fixture().about["grad_l2_f64_focal_weighted_total"].items():
         parts = convert_tensors({official: fixture().tensors[f"weights/{official}"]})[official]
         if expected is None:
@@ -225,7 +225,8 @@ def test_ratio_zero_in_training_is_the_plain_model() -> None:
     plain, dropping = tiny_model(dropkey_ratio=0.0, dropout=0.0), tiny_model(dropkey_ratio=0.4, dropout=0.0)
     dropping.load_state_dict(plain.state_dict())
     inputs = tiny_inputs()
-    for module in dropping.modules():
+    modules: Any = dropping.modules()
+    for module in modules:
         if hasattr(module, "dropkey_ratio"):
             module.dropkey_ratio = 0.0
     with torch.no_grad():

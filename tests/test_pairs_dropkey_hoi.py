@@ -27,7 +27,7 @@ def outputs(
     )
 
 
-def pairs(found: Any, **options: Any) -> list[dict[str, Any]]:
+def pairs(found: Any, **options: Any) -> Any:
     return find_pairs(found, [[100, 200]], objects=OBJECTS, verbs=VERBS, missing_label=2, **options)[0]
 
 

@@ -28,7 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(folder: Path, **options: Any) -> HoiPipeline:
-    return pipeline(TASK, model=str(folder), trust_remote_code=True, **options)
+    make: Any = pipeline
+    made_pipeline: HoiPipeline = make(TASK, model=str(folder), trust_remote_code=True, **options)
+    return made_pipeline
 
 
 def test_pairs_of_one_image_and_of_several(folder: Path) -> None:

@@ -623,14 +623,14 @@ def read_rows(rows: datasets.Dataset, name: str, *, skip: bool) -> HoiSplit:
             raise ValueError(f"`{column}` of {name} has {sorted(kinds[column])}; it lacks {lacking}")
     undecoded = rows.cast_column("image", datasets.Image(decode=False))
     columns = [column for column in ("width", "height", *needed) if column in rows.features]
-    records = []
+    records: list[dict[str, Any]] = []
     found: Any
     for number, found in enumerate(tqdm(rows.select_columns(columns), desc=f"Reading {name}")):
         size = sized_record(found, None if "width" in found and "height" in found else undecoded[number]["image"])
-        boxes = [
+        boxes: list[Any] = [
             {"bbox": two_corners(one["bbox"]), "category_id": one["category"]} for one in as_records(found["objects"])
         ]
-        pairs = [
+        pairs: list[Any] = [
             {"subject_id": one["person"], "object_id": one["object"], "category_id": one["verb"]}
             for one in as_records(found["interactions"])
         ]

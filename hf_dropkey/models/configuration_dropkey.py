@@ -221,7 +221,7 @@ class DropKeyConfigMixin(RemotePickleMixin):
         finally:
             self.auto_map = before  # type: ignore[misc]  # as above
             if pipelines is not None:
-                self.custom_pipelines = pipelines
+                self.custom_pipelines = pipelines  # type: ignore[misc]  # as above
 
 
 def _parts(reference: Any, folder: Path) -> tuple[str, str]:

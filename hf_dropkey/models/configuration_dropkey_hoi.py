@@ -86,14 +86,14 @@ class DropKeyHoiConfig(DropKeyConfigMixin, DetrConfig):
     verbs: list[str] | tuple[str, ...] | None = None
     missing_object: bool = False
     person_label: int = 0
-    class_cost: float | int = weight_field(default=1)
-    verb_cost: float | int = weight_field(default=1)
-    bbox_cost: float | int = weight_field(default=2.5)
-    giou_cost: float | int = weight_field(default=1)
-    class_loss_coefficient: float | int = weight_field(default=1)
-    verb_loss_coefficient: float | int = weight_field(default=1)
-    bbox_loss_coefficient: float | int = weight_field(default=2.5)
-    giou_loss_coefficient: float | int = weight_field(default=1)
+    class_cost: float | int = weight_field(default=1)  # type: ignore[assignment]  # DetrConfig has whole numbers
+    verb_cost: float | int = weight_field(default=1)  # type: ignore[assignment]  # DetrConfig has whole numbers
+    bbox_cost: float | int = weight_field(default=2.5)  # type: ignore[assignment]  # DetrConfig has whole numbers
+    giou_cost: float | int = weight_field(default=1)  # type: ignore[assignment]  # DetrConfig has whole numbers
+    class_loss_coefficient: float | int = weight_field(default=1)  # type: ignore[assignment]  # DetrConfig has whole numbers
+    verb_loss_coefficient: float | int = weight_field(default=1)  # type: ignore[assignment]  # DetrConfig has whole numbers
+    bbox_loss_coefficient: float | int = weight_field(default=2.5)  # type: ignore[assignment]  # DetrConfig has whole numbers
+    giou_loss_coefficient: float | int = weight_field(default=1)  # type: ignore[assignment]  # DetrConfig has whole numbers
     verb_loss: str = verb_loss_field(default="focal")
     auxiliary_loss: bool = True
     dropkey_encoder: bool = True

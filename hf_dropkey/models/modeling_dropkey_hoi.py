@@ -402,7 +402,7 @@ class DropKeyHoiModel(DropKeyHoiPreTrainedModel, DetrModel):
         if backbone.model_type in RESNET_TYPES:
             freeze_first_stage(self.backbone)
         if config.position_embedding_type == "sine":
-            self.position_embedding = DropKeyHoiSinePositionEmbedding(config.d_model // 2, normalize=True)
+            self.position_embedding: Any = DropKeyHoiSinePositionEmbedding(config.d_model // 2, normalize=True)
         elif config.position_embedding_type == "learned":
             self.position_embedding = DetrLearnedPositionEmbedding(config.d_model // 2)
         else:

@@ -155,7 +155,8 @@ class DropKeyMeshSelfAttention(DropKeyRatioMixin, BertSelfAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of `[B, N, C]` tokens to each other; returns the output, and the weights on `eager`."""
         if not dropkey_is_active(self):
-            return super().forward(hidden_states, attention_mask, **kwargs)
+            plain: Any = super().forward(hidden_states, attention_mask, **kwargs)
+            return plain
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
@@ -330,7 +331,8 @@ class DropKeyMeshEmbeddings(nn.Module):
         if self.config.use_grid_tokens:
             grid = feature_maps[-2]
             if list(grid.shape[-2:]) != list(self.config.feature_grid):
-                grid = nn.functional.adaptive_avg_pool2d(grid, self.config.feature_grid)
+                rows, columns = self.config.feature_grid
+                grid = nn.functional.adaptive_avg_pool2d(grid, (rows, columns))
             tokens = torch.cat((tokens, self.grid_projection(grid.flatten(2).transpose(1, 2))), dim=1)
         return tokens
 
@@ -383,7 +385,8 @@ class DropKeyMeshPreTrainedModel(DropKeyModelMixin, PreTrainedModel):
             # torch's own start, which the official model keeps for the mixture of positions
             bound = module.in_channels**-0.5
             init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
             return
         super()._init_weights(module)
         if isinstance(module, DropKeyMeshBody):
@@ -571,6 +574,7 @@ class DropKeyMeshForBodyMesh(DropKeyMeshPreTrainedModel):
             check_shape(name, value, getattr(body, name))
         for name, value in given.items():
             getattr(body, name).copy_(torch.as_tensor(value))
+        linear: Any
         for linear, weight in zip(self.upsampling, upsampling or (), strict=bool(upsampling)):
             check_shape("upsampling", weight, linear.weight)
             linear.weight.copy_(torch.as_tensor(weight))
@@ -625,7 +629,8 @@ class DropKeyMeshForBodyMesh(DropKeyMeshPreTrainedModel):
             "coarse_vertices": coarse,
         }
         given = (joints_3d, joints_2d, vertices, has_joints_3d, has_vertices)
-        loss, losses = None, None
+        loss: Any = None
+        losses = None
         if any(value is not None for value in given):
             loss, losses = self._losses(found, given)
         return BodyMeshOutput(

@@ -18,10 +18,12 @@ class HoiPipeline(Pipeline):
     wait for an image of a URL.
     """
 
-    _load_processor = False
-    _load_image_processor = True
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    # the base class declares them as None only
+    _load_processor: Any = False
+    _load_image_processor: Any = True
+    _load_feature_extractor: Any = False
+    _load_tokenizer: Any = False
+    image_processor: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -44,14 +46,14 @@ class HoiPipeline(Pipeline):
         after = {name: value for name, value in kwargs.items() if allowed[name] == 1}
         return before, {}, after
 
-    def preprocess(self, input_: Any, timeout: float | None = None) -> dict[str, Any]:
+    def preprocess(self, input_: Any, timeout: float | None = None, **parameters: Any) -> Any:
         """One image as the model takes it, and its size."""
         image = load_image(input_, timeout=timeout).convert("RGB")
         inputs = self.image_processor(images=[image], return_tensors="pt").to(self.dtype)
         inputs["target_size"] = torch.tensor([[image.height, image.width]])
         return inputs
 
-    def _forward(self, input_tensors: dict[str, Any], **parameters: Any) -> dict[str, Any]:
+    def _forward(self, input_tensors: dict[str, Any], **parameters: Any) -> Any:
         target_size = input_tensors.pop("target_size")
         outputs = self.model(**input_tensors)
         names = ("logits", "verb_logits", "person_boxes", "object_boxes")
@@ -61,7 +63,9 @@ class HoiPipeline(Pipeline):
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> list[dict[str, Any]]:
         """The pairs of one image, the best first."""
-        return self.model.post_process(model_outputs, model_outputs["target_size"], **parameters)[0]
+        model: Any = self.model
+        found: list[dict[str, Any]] = model.post_process(model_outputs, model_outputs["target_size"], **parameters)[0]
+        return found
 
 
 __all__ = ["HoiPipeline"]

@@ -99,10 +99,12 @@ class BodyMeshPipeline(Pipeline):
         camera: (scale, x, y): a point is drawn at pixel `scale * xy + (x, y)` of the whole image.
     """
 
-    _load_processor = False
-    _load_image_processor = True
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    # the base class declares them as None only
+    _load_processor: Any = False
+    _load_image_processor: Any = True
+    _load_feature_extractor: Any = False
+    _load_tokenizer: Any = False
+    image_processor: Any
 
     def _sanitize_parameters(  # type: ignore[override]  # each pipeline has its own parameters
         self, boxes: Sequence[Sequence[float]] | None = None, timeout: float | None = None

@@ -13,8 +13,8 @@ from hf_dropkey.hoi.metrics import FoundPairs, TruePairs
 
 def found(persons: Sequence[Any], things: Sequence[Any], labels: Sequence[int], scores: Any) -> FoundPairs:
     """Predictions of one image."""
-    boxes = (np.array(part, dtype=np.float64).reshape(-1, 4) for part in (persons, things))
-    return FoundPairs(*boxes, np.array(labels, dtype=np.int64), np.array(scores, dtype=np.float64))
+    first, second = (np.array(part, dtype=np.float64).reshape(-1, 4) for part in (persons, things))
+    return FoundPairs(first, second, np.array(labels, dtype=np.int64), np.array(scores, dtype=np.float64))
 
 
 def truth(boxes: Sequence[Any], labels: Sequence[int], pairs: Sequence[Any]) -> TruePairs:
