@@ -87,11 +87,11 @@ class DropKeyHoiConfig(DropKeyConfigMixin, DetrConfig):
     missing_object: bool = False
     person_label: int = 0
     class_cost: float | int = weight_field(default=1)  # type: ignore[assignment]  # DetrConfig has whole numbers
-    verb_cost: float | int = weight_field(default=1)  # type: ignore[assignment]  # DetrConfig has whole numbers
+    verb_cost: float | int = weight_field(default=1)
     bbox_cost: float | int = weight_field(default=2.5)  # type: ignore[assignment]  # DetrConfig has whole numbers
     giou_cost: float | int = weight_field(default=1)  # type: ignore[assignment]  # DetrConfig has whole numbers
-    class_loss_coefficient: float | int = weight_field(default=1)  # type: ignore[assignment]  # DetrConfig has whole numbers
-    verb_loss_coefficient: float | int = weight_field(default=1)  # type: ignore[assignment]  # DetrConfig has whole numbers
+    class_loss_coefficient: float | int = weight_field(default=1)
+    verb_loss_coefficient: float | int = weight_field(default=1)
     bbox_loss_coefficient: float | int = weight_field(default=2.5)  # type: ignore[assignment]  # DetrConfig has whole numbers
     giou_loss_coefficient: float | int = weight_field(default=1)  # type: ignore[assignment]  # DetrConfig has whole numbers
     verb_loss: str = verb_loss_field(default="focal")

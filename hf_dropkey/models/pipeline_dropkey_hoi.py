@@ -46,7 +46,9 @@ class HoiPipeline(Pipeline):
         after = {name: value for name, value in kwargs.items() if allowed[name] == 1}
         return before, {}, after
 
-    def preprocess(self, input_: Any, timeout: float | None = None, **parameters: Any) -> Any:
+    def preprocess(  # type: ignore[override]  # each pipeline has its own parameters
+        self, input_: Any, timeout: float | None = None
+    ) -> Any:
         """One image as the model takes it, and its size."""
         image = load_image(input_, timeout=timeout).convert("RGB")
         inputs = self.image_processor(images=[image], return_tensors="pt").to(self.dtype)
