@@ -182,9 +182,15 @@ def read_coco(folder: Path, file: Path, *, skip_bad_annotations: bool = False) -
         ValueError: The file is no JSON, lacks something, or has annotations that cannot be used.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"the image folder {folder} is not there")
+        raise FileNotFoundError(
+            f"the image folder {folder} is {'a file' if folder.exists() else 'not there'}; check --train_images and "
+            "--validation_images"
+        )
     if not file.is_file():
-        raise FileNotFoundError(f"the annotation file {file} is not there")
+        raise FileNotFoundError(
+            f"the annotation file {file} is {'a folder' if file.exists() else 'not there'}; check --train_annotations and "
+            "--validation_annotations"
+        )
     try:
         # from bytes, so that a byte order mark is read for what it is
         document = json.loads(file.read_bytes())
@@ -197,7 +203,12 @@ def read_coco(folder: Path, file: Path, *, skip_bad_annotations: bool = False) -
 
 
 def check_file_names(images: Sequence[dict[str, Any]], folder: Path, source: str) -> None:
-    """Raises ValueError if records name files that do not lie in the image folder, or no files."""
+    """Checks the file names of records.
+
+    Raises:
+        FileNotFoundError: None of the files is there, as in another folder than that of the annotations.
+        ValueError: Records name files that do not lie in the image folder, or no files.
+    """
     root = os.path.abspath(folder)
     outside = []
     for image in images:
@@ -211,6 +222,11 @@ def check_file_names(images: Sequence[dict[str, Any]], folder: Path, source: str
         raise ValueError(
             f"{source}: {len(outside)} of {len(images)} images have a file_name outside the image folder {folder}: "
             f"{name_some(outside)}; name files relative to that folder, or give the folder that holds them all"
+        )
+    if images and not any((folder / image["file_name"]).exists() for image in images):
+        raise FileNotFoundError(
+            f"{source}: none of its {len(images)} images is there, such as {folder / images[0]['file_name']}; give the "
+            "folder that its file names start from with --train_images or --validation_images"
         )
 
 
