@@ -12,6 +12,7 @@ from small_runs import SHAPE
 import hf_dropkey
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
 from hf_dropkey.cli import main
+from hf_dropkey.training.job import started_command
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,6 +124,11 @@ def test_a_pip_user_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert main() == 0
     card = (tmp_path / "run" / "README.md").read_text()
     assert "hf-dropkey train --do_train" in card and "--output_dir run" in card
+
+
+def test_a_card_shows_how_the_module_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/env/site-packages/hf_dropkey/__main__.py", "train", "--do_train"])
+    assert started_command() == ["python", "-m", "hf_dropkey", "train", "--do_train"]
 
 
 def test_a_mistake_is_one_line_and_debug_shows_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
