@@ -10,7 +10,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 
 from .version import __version__
 
@@ -37,11 +37,13 @@ def main(command: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.run(arguments)
         return code
-    except (OSError, ValueError, HFValidationError, ImportError) as error:
+    except (OSError, ValueError, HFValidationError, ImportError, StrictDataclassError) as error:
         if debug:
             raise
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
-        print(f"hf-dropkey {arguments.command}: {error}{notes}", file=sys.stderr)
+        # a field of a configuration that is not allowed is told over two lines
+        told = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else error
+        print(f"hf-dropkey {arguments.command}: {told}{notes}", file=sys.stderr)
         return 2
 
 

@@ -131,6 +131,22 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
+def check_model_source(source: str) -> None:
+    """Checks what stands for a model, a folder or an id of the Hub: a folder is whole, and a path that is none is told.
+
+    Raises:
+        FileNotFoundError: It is a path, which no id of the Hub is, and no folder lies there; or the folder lacks files.
+        ValueError: As `check_model_folder`.
+    """
+    if Path(source).is_dir():
+        check_model_folder(Path(source))
+    elif Path(source).is_file() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise FileNotFoundError(
+            f"--model_name_or_path {source} is {'a file' if Path(source).is_file() else 'not there'}; give the folder of a "
+            "saved model, or an id of the Hub such as owner/name"
+        )
+
+
 def missing_model_files(folder: Path) -> list[str]:
     """Names of files that the model in `folder` needs and does not have: configuration, weights, its own code."""
     if not folder.is_dir():

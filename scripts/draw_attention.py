@@ -48,7 +48,7 @@ from hf_dropkey.inspection.analysis import (
 from hf_dropkey.inspection.figures import drop_fractions, entropy_and_distance, maps_over_images, uncertain_images
 from hf_dropkey.inspection.recording import AttentionRecord, UnreadableAttentionError, record_attention
 from hf_dropkey.patching.apply import dropkey_modules
-from hf_dropkey.saved import check_model_folder
+from hf_dropkey.saved import check_model_source
 
 
 logger = logging.getLogger(__name__)
@@ -174,9 +174,7 @@ class Notebook:
 
 def load_model(arguments: DrawingArguments) -> Any:
     """The model in float32 and eval mode, with DropKey as in the arguments, else as in its configuration."""
-    folder = Path(arguments.model_name_or_path)
-    if folder.is_dir():
-        check_model_folder(folder)
+    check_model_source(arguments.model_name_or_path)
     source = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
     config = AutoConfig.from_pretrained(arguments.model_name_or_path, **source)
     classifies = any("ForImageClassification" in name for name in config.architectures or ())

@@ -28,7 +28,7 @@ from hf_dropkey.classification.data import load_image_data
 from hf_dropkey.classification.metrics import classification_metrics
 from hf_dropkey.classification.transform import ImageTransform, collate_images
 from hf_dropkey.images.classes import check_id2label, class_names
-from hf_dropkey.saved import check_model_folder
+from hf_dropkey.saved import check_model_source
 
 
 @dataclass
@@ -59,8 +59,7 @@ def main() -> None:
     logging.getLogger("httpx").setLevel("WARN")
 
     folder = Path(arguments.model_name_or_path)
-    if folder.is_dir():
-        check_model_folder(folder)
+    check_model_source(arguments.model_name_or_path)
     source = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
     found, _ = PreTrainedConfig.get_config_dict(arguments.model_name_or_path, revision=arguments.revision)
     check_id2label(found, arguments.model_name_or_path)

@@ -181,6 +181,12 @@ def test_columns_that_are_not_there_are_told(find, features, wanted, told):
         find(Features(features), wanted)
 
 
+def test_one_column_for_images_and_labels_is_told(tmp_path):
+    file = table_of(tmp_path / "train.parquet", ["cat", "dog"])
+    with pytest.raises(ValueError, match="'image' cannot hold the images and the labels"):
+        load(train_file=str(file), label_column_name="image")
+
+
 @pytest.mark.parametrize(
     ("labels", "evaluation", "told"),
     [
@@ -269,6 +275,8 @@ def test_a_repaired_file_is_good_again(tmp_path):
     ("arguments", "kind", "told"),
     [
         ({"train_dir": "gone"}, FileNotFoundError, "train folder gone is not there"),
+        ({"train_dir": "README.md"}, FileNotFoundError, "README.md is a file, which --train_file"),
+        ({"train_file": "tests"}, ValueError, "tests is a folder; name a folder of images with --train_dir"),
         ({"train_file": "gone*.parquet"}, FileNotFoundError, r"no train file matches gone\*.parquet"),
         ({"train_file": "README.md"}, ValueError, r"data files end in \['.md'\]; use files of one kind"),
         ({"validation_dir": "tests"}, ValueError, "no label column|no split 'train'"),

@@ -113,6 +113,12 @@ def test_another_image_size_resizes_the_positions_once(name: str, tmp_path: Path
             assert torch.isclose(value.mean(), old.mean(), atol=0.02) and value.std() < 1.5 * old.std()
 
 
+@pytest.mark.parametrize("side", ["0", "-48"])
+def test_an_image_size_that_is_none_is_told(side: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"--image_size {side} is below 1"):
+        job(saved("dinov2", tmp_path / "source"), tmp_path / "run", "--image_size", side).check()
+
+
 def test_a_native_vit_takes_another_image_size_too(tmp_path: Path) -> None:
     source = saved("vit", tmp_path / "source")
     words = ["--model_name_or_path", str(source), "--image_size", "48", "--output_dir", str(tmp_path / "run")]

@@ -12,6 +12,7 @@ from small_runs import SHAPE
 import hf_dropkey
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
 from hf_dropkey.cli import main
+from hf_dropkey.training.job import started_command
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +67,7 @@ def test_info_lists_every_attention_with_its_ratio(folder, capsys):
     ("command", "told"),
     [
         (["check", "gone/a/b"], "gone/a/b is no folder"),
+        (["check", "./gone"], "./gone is no folder"),
         (["export", "gone", "x"], "gone is not a folder"),
         (["push", "gone", "me/x"], "gone is not a folder"),
         (["push", "saved", "a--b"], "Cannot have -- or .."),
@@ -124,6 +126,11 @@ def test_a_pip_user_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "hf-dropkey train --do_train" in card and "--output_dir run" in card
 
 
+def test_a_card_shows_how_the_module_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/env/site-packages/hf_dropkey/__main__.py", "train", "--do_train"])
+    assert started_command() == ["python", "-m", "hf_dropkey", "train", "--do_train"]
+
+
 def test_a_mistake_is_one_line_and_debug_shows_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "--output_dir", str(tmp_path), "--do_train", "--image_size", "9", "--patch_size", "2"]
     assert main(words) == 2
@@ -134,6 +141,30 @@ def test_a_mistake_is_one_line_and_debug_shows_more(tmp_path: Path, capsys: pyte
     )
     with pytest.raises(ValueError, match="image_size=9"):
         main([*words, "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--dropkey_ratio", "1.5"], "'dropkey_ratio': ValueError: `a DropKey ratio` must lie in [0, 1), got 1.5"),
+        (["--dropkey_pattern", "blok"], "Known values: 'score', 'key', 'token', 'block', 'cross'."),
+        (["--attention_probs_dropout_prob", "0.1"], "are both above 0"),
+        (
+            ["--model_name_or_path", "./gone"],
+            "--model_name_or_path ./gone is not there; give the folder of a saved model",
+        ),
+        (["--model_name_or_path", __file__], "test_cli.py is a file; give the folder of a saved model"),
+    ],
+)
+def test_settings_that_are_not_allowed_are_one_line(
+    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *RUN, "--output_dir", str(tmp_path / "run"), *words]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("hf-dropkey train: ") and told in error
+
+
+def test_unknown_arguments_of_a_command_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["info", str(tmp_path), "--unknown"])
     assert "unknown arguments: --unknown" in capsys.readouterr().err

@@ -155,6 +155,12 @@ def test_a_file_that_is_not_json_is_named(files, content):
 
 
 def test_missing_files_and_folders_are_named(files):
+    with pytest.raises(FileNotFoundError, match=r"image folder .* is a file; check --train_images"):
+        read_coco(files / "boxes.json", files / "images")
+    with pytest.raises(FileNotFoundError, match=r"annotation file .* is a folder; check --train_annotations"):
+        read_coco(files / "images", files / "images")
+    with pytest.raises(FileNotFoundError, match=r"none of its \d+ images is there, such as .*; give the folder"):
+        read_coco(files, files / "boxes.json")
     with pytest.raises(FileNotFoundError, match=r"image folder .*absent is not there"):
         read_coco(files / "absent", files / "boxes.json")
     with pytest.raises(FileNotFoundError, match=r"annotation file .*absent.json is not there"):

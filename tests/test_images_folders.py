@@ -71,6 +71,7 @@ def test_every_class_is_told_with_its_counts_and_what_is_left_out(tmp_path: Path
         load(train_dir=str(train), validation_dir=str(validation))
     assert "class cat: 4 images to train on, 1 images to evaluate on" in caplog.text
     assert "class dog: 4 images to train on, 0 images to evaluate on" in caplog.text
+    assert "1 classes have no image to evaluate on, so that the metrics say nothing of them: 'dog'" in caplog.text
     assert f"3 files in the train folder {train} are left out" in caplog.text
     assert ".heic 2, without ending 1" in caplog.text
 

@@ -137,6 +137,13 @@ def tell_classes(data: ImageData) -> None:
     untrained = [name for number, name in enumerate(data.label_names) if not counts["train"][number]]
     if data.train is not None and untrained:
         logger.warning("%d classes have no image to train on: %s", len(untrained), name_some(map(repr, untrained)))
+    unseen = [name for number, name in enumerate(data.label_names) if not counts["evaluation"][number]]
+    if unseen:
+        logger.warning(
+            "%d classes have no image to evaluate on, so that the metrics say nothing of them: %s",
+            len(unseen),
+            name_some(map(repr, unseen)),
+        )
 
 
 def choose_splits(

@@ -8,7 +8,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfi
 
 from ..images.classes import check_id2label, renew_class_scores
 from ..images.classes import fit_classes as images_fit_classes
-from ..saved import check_model_folder
+from ..saved import check_model_source
 from .arguments import SHAPE_FIELDS, ClassificationDropKeyArguments, ModelArguments
 from .data import ImageData
 from .families import FAMILIES, SMALLEST, Family, family_of, image_processor
@@ -26,8 +26,7 @@ def make_config(model: ModelArguments, dropkey: ClassificationDropKeyArguments, 
         ValueError: A value is not allowed, the folder lacks files, or the pretrained model cannot classify images.
     """
     if model.model_name_or_path:
-        if Path(model.model_name_or_path).is_dir():
-            check_model_folder(Path(model.model_name_or_path))
+        check_model_source(model.model_name_or_path)
         found, _ = PreTrainedConfig.get_config_dict(model.model_name_or_path, revision=model.revision)
         name = family_of(found.get("model_type"))
         check_id2label(found, model.model_name_or_path)

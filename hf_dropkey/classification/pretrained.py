@@ -44,6 +44,10 @@ def pretrained_config(model: ModelArguments, dropkey: ClassificationDropKeyArgum
     Raises:
         ValueError: The model is neither, or a value is not allowed.
     """
+    if model.image_size is not None and model.image_size < 1:
+        raise ValueError(
+            f"--image_size {model.image_size} is below 1; give the side of the images in pixels, such as 224"
+        )
     source = str(model.model_name_or_path)
     found, _ = PreTrainedConfig.get_config_dict(source, revision=model.revision)
     kind = found.get("model_type")

@@ -104,9 +104,8 @@ def load_directories(arguments: DataArguments) -> Mapping[str, Dataset]:
     given = {split: Path(folder) for split, folder in folders.items() if folder}
     for split, folder in given.items():
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"the {split} folder {folder} is not there; check --train_dir and --validation_dir"
-            )
+            advice = "a file, which --train_file and --validation_file take" if folder.is_file() else "not there"
+            raise FileNotFoundError(f"the {split} folder {folder} is {advice}; check --train_dir and --validation_dir")
     tables = {
         split: [str(folder / name) for name in METADATA_FILES if (folder / name).is_file()]
         for split, folder in given.items()
@@ -154,6 +153,12 @@ def load_files(patterns: Mapping[str, str | None], arguments: DataArguments) -> 
             raise FileNotFoundError(
                 f"no {split} file matches {patterns[split]}; check --train_file and --validation_file"
             )
+    folders = [file for found in files.values() for file in found if Path(file).is_dir()]
+    if folders:
+        raise ValueError(
+            f"--train_file and --validation_file take files, and {folders[0]} is a folder; name a folder of images with "
+            f"--train_dir, or the files in it, such as {Path(folders[0]) / '*.parquet'}"
+        )
     suffixes = {Path(file).suffix.lower() for found in files.values() for file in found}
     if len(suffixes) > 1 or not suffixes <= FILE_LOADERS.keys():
         raise ValueError(f"data files end in {sorted(suffixes)}; use files of one kind among {sorted(FILE_LOADERS)}")
@@ -207,6 +212,11 @@ def with_usual_columns(split: Dataset, arguments: DataArguments, *, base: Path) 
     """The split with the columns `image` and `label`; relative paths of image files start at `base`."""
     image_column = find_image_column(split.features, arguments.image_column_name)
     label_column = find_label_column(split.features, arguments.label_column_name)
+    if image_column == label_column:
+        raise ValueError(
+            f"the column {image_column!r} cannot hold the images and the labels; the data has {list(split.features)}, "
+            "choose with --image_column_name and --label_column_name"
+        )
     split = split.select_columns([image_column, label_column])
     if is_text(split.features[image_column]):
         paths = [str(base / path) if path else None for path in split[image_column]]

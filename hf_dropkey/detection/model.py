@@ -27,7 +27,7 @@ from transformers import (
 from ..images.classes import check_id2label, renew_class_scores
 from ..images.classes import fit_classes as images_fit_classes
 from ..models.modeling_dropkey_hoi import RESNET_TYPES, freeze_first_stage
-from ..saved import check_model_folder
+from ..saved import check_model_source
 from ..training.detr import BACKBONE_WIDTHS, small_backbone
 from .arguments import DEFAULT_SHAPE, MASKED_TYPES, MODEL_TYPES, DetectionModelArguments
 from .data import DetectionData
@@ -54,8 +54,7 @@ def make_config(arguments: DetectionModelArguments) -> PreTrainedConfig:
     if not arguments.model_name_or_path:
         return config_from_scratch(arguments)
     source = arguments.model_name_or_path
-    if Path(source).is_dir():
-        check_model_folder(Path(source))
+    check_model_source(source)
     found, _ = PreTrainedConfig.get_config_dict(source, revision=arguments.revision)
     kinds: dict[str, Any] = {
         "detr": DetrConfig,

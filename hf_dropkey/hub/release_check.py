@@ -165,7 +165,8 @@ def _located(target: Path | str, revision: str | None, token: str | bool | None)
         return folder, None, [entry.name for entry in entries(folder)]
     if folder.exists() or folder.is_symlink():
         raise NotADirectoryError(f"{folder} is a file; give the folder it lies in")
-    if len(PurePosixPath(str(target)).parts) > 2:
+    # pathlib drops a leading "./", which no repository's name has
+    if len(PurePosixPath(str(target)).parts) > 2 or str(target).startswith((".", "/", "~")):
         raise FileNotFoundError(f"{target} is no folder, and no name of a repository, 'owner/name'")
     return _download(str(target), revision, token)
 

@@ -93,9 +93,15 @@ def read_annotations(folder: Path, file: Path, kind: str) -> Any:
         ValueError: The file is no JSON.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"the image folder {folder} is not there")
+        raise FileNotFoundError(
+            f"the image folder {folder} is {'a file' if folder.exists() else 'not there'}; check --train_images and "
+            "--validation_images"
+        )
     if not file.is_file():
-        raise FileNotFoundError(f"the annotation file {file} is not there")
+        raise FileNotFoundError(
+            f"the annotation file {file} is {'a folder' if file.exists() else 'not there'}; check --train_annotations and "
+            "--validation_annotations"
+        )
     try:
         # from bytes, so that a byte order mark is read for what it is
         return json.loads(file.read_bytes())
@@ -199,7 +205,12 @@ def file_sizes(cell: dict[str, Any] | None) -> tuple[tuple[int, int], tuple[int,
 
 
 def check_file_names(images: Sequence[dict[str, Any]], folder: Path, source: str) -> None:
-    """Raises ValueError if records name files that do not lie in the image folder, or no files."""
+    """Checks the file names of records.
+
+    Raises:
+        FileNotFoundError: None of the files is there, as in another folder than that of the annotations.
+        ValueError: Records name files that do not lie in the image folder, or no files.
+    """
     root = os.path.abspath(folder)
     outside = []
     for image in images:
@@ -213,6 +224,11 @@ def check_file_names(images: Sequence[dict[str, Any]], folder: Path, source: str
         raise ValueError(
             f"{source}: {len(outside)} of {len(images)} images have a file_name outside the image folder {folder}: "
             f"{name_some(outside)}; name files relative to that folder, or give the folder that holds them all"
+        )
+    if images and not any((folder / image["file_name"]).exists() for image in images):
+        raise FileNotFoundError(
+            f"{source}: none of its {len(images)} images is there, such as {folder / images[0]['file_name']}; give the "
+            "folder that its file names start from with --train_images or --validation_images"
         )
 
 

@@ -1,7 +1,6 @@
 """From arguments to a body, a checked configuration, a model with that body, and an image processor."""
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from ..models.configuration_dropkey_mesh import DropKeyMeshConfig
 from ..models.modeling_dropkey_mesh import DropKeyMeshForBodyMesh
-from ..saved import check_model_folder
+from ..saved import check_model_source
 from ..training.arguments import DropKeyArguments
 from .anny_body import anny_body
 from .arguments import MeshModelArguments
@@ -137,8 +136,7 @@ def trained_config(model: MeshModelArguments, given: dict[str, Any]) -> DropKeyM
         ValueError: It is of another family.
     """
     source = str(model.model_name_or_path)
-    if Path(source).is_dir():
-        check_model_folder(Path(source))
+    check_model_source(source)
     found, _ = DropKeyMeshConfig.get_config_dict(source, revision=model.revision)
     if found.get("model_type") != DropKeyMeshConfig.model_type:
         raise ValueError(

@@ -14,7 +14,7 @@ from transformers import ViTImageProcessorPil, pipeline
 
 from ..models.modeling_dropkey_mesh import DropKeyMeshForBodyMesh
 from ..models.pipeline_dropkey_mesh import BodyMeshPipeline, check_box
-from ..saved import check_model_folder
+from ..saved import check_model_source
 from .figures import alone, overlay, with_joints, write_glb, write_obj
 
 
@@ -113,8 +113,7 @@ def person_boxes(detections: Sequence[dict[str, Any]], threshold: float) -> list
 
 def load_bodies(model: str) -> BodyMeshPipeline:
     """The pipeline of a trained model."""
-    if Path(model).is_dir():
-        check_model_folder(Path(model))
+    check_model_source(model)
     return BodyMeshPipeline(
         model=DropKeyMeshForBodyMesh.from_pretrained(model),
         image_processor=ViTImageProcessorPil.from_pretrained(model),

@@ -290,8 +290,10 @@ class TrainingJob(ABC, Generic[Data]):
 
 
 def started_command() -> list[str]:
-    """The command line of this process, as a reader of the model card would start it: a script from a clone, or hf-dropkey."""
+    """The command line of this process, as a reader of the model card would start it: a script from a clone, hf-dropkey, or a module."""
     program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return ["python", "-m", program.parent.name, *sys.argv[1:]]
     return [*(["python", f"scripts/{program.name}"] if program.suffix == ".py" else [program.name]), *sys.argv[1:]]
 
 
