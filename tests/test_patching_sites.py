@@ -7,11 +7,13 @@ import torch
 import transformers as hf
 from stock_architectures import (
     ARCHITECTURES,
+    DETR,
     REFUSED,
     TEXT,
     build,
     markdown_table,
     measure,
+    pixels,
     quiet,
     ratios,
     tiny_vit,
@@ -71,23 +73,62 @@ def test_depth_runs_over_the_sites_of_each_stack() -> None:
     assert [site.depth for site in towers.sites] == [0, 1, 2, 0, 1, 2]
 
 
-def test_detrs_first_decoder_self_attention_is_inert() -> None:
-    model, inputs = build("detr").double().eval(), ARCHITECTURES["detr"].inputs()
-    inputs["pixel_values"] = inputs["pixel_values"].double()
-    del inputs["labels"]
+def maskformer() -> Any:
+    """A tiny MaskFormer, whose decoder is DETR's."""
+    torch.manual_seed(0)
+    backbone = hf.SwinConfig(
+        image_size=64,
+        patch_size=4,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    decoder = hf.DetrConfig(**DETR)
+    return hf.MaskFormerForInstanceSegmentation(
+        hf.MaskFormerConfig(
+            backbone_config=backbone, decoder_config=decoder, fpn_feature_size=32, mask_feature_size=32, num_labels=3
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "decoder"),
+    [
+        (lambda: build("detr"), "model.decoder"),
+        (lambda: build("conditional_detr"), "model.decoder"),
+        (maskformer, "model.transformer_module.decoder"),
+    ],
+    ids=["detr", "conditional_detr", "maskformer"],
+)
+def test_a_decoder_that_starts_from_zeros_ignores_its_first_self_attention(make: Any, decoder: str) -> None:
+    """Which is why the first site of each is skipped, and only that one."""
+    model, images = make().double().eval(), pixels(64)["pixel_values"].double()
+    report = quiet(model, 0.3)
+    assert [site.name for site in report.sites if site.side == "decoder"] == [f"{decoder}.layers.1.self_attn"]
+    (reason,) = [part.reason for part in report.unreached if part.name == f"{decoder}.layers.0.self_attn"]
+    assert "queries start at zero" in reason
     with torch.no_grad():
-        plain = model(**inputs).logits
+        plain = class_logits(model, images)
         for layer, changes in ((0, False), (1, True)):
-            module = model.model.decoder.layers[layer].self_attn
+            module = model.get_submodule(f"{decoder}.layers.{layer}.self_attn")
             keep = module.forward
             # all queries attend to the first one only
             module.forward = lambda hidden_states, keep=keep, **kwargs: keep(
                 hidden_states,
                 **{**kwargs, "attention_mask": torch.arange(12)[None, None, None].expand(2, 1, 12, 12) == 0},
             )
-            difference = (model(**inputs).logits - plain).abs().max()
+            difference = (class_logits(model, images) - plain).abs().max()
             del module.forward
-            assert (difference > 1e-6) == changes
+            # the scores of MaskFormer's random weights change by 1e-6, in float64
+            assert (difference > 1e-9) == changes
+
+
+def class_logits(model: Any, images: torch.Tensor) -> torch.Tensor:
+    """The scores of the classes for each query."""
+    output = model(pixel_values=images)
+    return output.logits if "logits" in output else output.class_queries_logits
 
 
 @pytest.mark.parametrize(
