@@ -11,6 +11,7 @@ from stock_architectures import (
     REFUSED,
     TEXT,
     build,
+    llama,
     markdown_table,
     measure,
     pixels,
@@ -28,7 +29,7 @@ from hf_dropkey.models.modeling_dropkey_ceit import DropKeyCeitForImageClassific
 from hf_dropkey.models.modeling_dropkey_t2t_vit import DropKeyT2TViTForImageClassification
 from hf_dropkey.models.modeling_dropkey_volo import DropKeyVoloForImageClassification
 from hf_dropkey.patching.apply import dropkey_modules, remove_dropkey
-from hf_dropkey.patching.sites import kind_of
+from hf_dropkey.patching.sites import find_attention, kind_of, side_of, stack_of
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -163,6 +164,20 @@ class Mixing(nn.Module):
         return hidden_states
 
 
+class FromEncoder(nn.Module):
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+class FromContext(nn.Module):
+    def forward(self, hidden_states: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+class CrossAttention(Mixing):
+    pass
+
+
 @pytest.mark.parametrize(
     ("name", "module", "kind"),
     [
@@ -171,10 +186,51 @@ class Mixing(nn.Module):
         ("layers.0.encoder_attn", Mixing(), "cross"),
         ("layers.0.crossattention.self", Mixing(), "cross"),
         ("encoder.attention.layers.0.self_attn", Mixing(), "self"),
+        # only the last two parts of a name and the class count
+        ("cross_attention_tower.layers.0.self_attn", Mixing(), "self"),
+        ("layers.0.attn", FromEncoder(), "cross"),
+        ("layers.0.attn", FromContext(), "cross"),
+        ("layers.0.attn", CrossAttention(), "cross"),
     ],
 )
 def test_cross_attention_is_known_by_its_names_or_its_inputs(name: str, module: nn.Module, kind: str) -> None:
     assert kind_of(name, module) == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "stack"),
+    [
+        ("model.encoder.layers.0.self_attn", "model.encoder.layers"),
+        ("model.encoder.layers.0.blocks.1.attention", "model.encoder.layers"),
+        ("head.attention", "head"),
+        ("attention", ""),
+    ],
+)
+def test_a_stack_is_what_stands_before_the_first_number(name: str, stack: str) -> None:
+    assert stack_of(name) == stack
+
+
+@pytest.mark.parametrize(
+    ("stack", "is_decoder", "side"),
+    [
+        ("model.decoder.layers", False, "decoder"),
+        ("model.encoder.layers", True, "encoder"),
+        # the last part that says so
+        ("encoder.decoder.layers", False, "decoder"),
+        ("decoder.encoder.layers", True, "encoder"),
+        ("layers", True, "decoder"),
+        ("layers", False, "encoder"),
+    ],
+)
+def test_the_side_is_that_of_the_stack_or_of_the_configuration(stack: str, is_decoder: bool, side: str) -> None:
+    assert side_of(stack, is_decoder) == side
+
+
+@pytest.mark.parametrize(("is_decoder", "side"), [(True, "decoder"), (False, "encoder")])
+def test_a_configuration_says_which_side_a_stack_is(is_decoder: bool, side: str) -> None:
+    model = llama()
+    model.config.is_decoder = is_decoder
+    assert {site.side for site in find_attention(model)[0]} == {side}
 
 
 @pytest.mark.parametrize("name", REFUSED)
