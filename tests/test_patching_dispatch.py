@@ -26,7 +26,13 @@ from torch import nn
 
 from hf_dropkey.patching import dispatch
 from hf_dropkey.patching.apply import dropkey, dropkey_active, dropkey_disabled, remove_dropkey
-from hf_dropkey.patching.dispatch import dropkey_interface, leading_tokens
+from hf_dropkey.patching.dispatch import (
+    DropKeyConfigView,
+    causal_mask,
+    combined_mask,
+    dropkey_interface,
+    leading_tokens,
+)
 
 
 # in training these draw random numbers of their own: dropout, random masks, noisy queries, random scales of positions
@@ -182,6 +188,57 @@ def test_scores_are_scaled_by_the_head_width_unless_told() -> None:
         weights.append(dropkey_interface(module, query, key, value, None, scaling=scaling)[1])
     assert torch.equal(weights[0], weights[1])
     assert not torch.allclose(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 4), (2, 2), (3, 3), (2, 4)])
+def test_a_causal_mask_hides_later_keys(queries: int, keys: int) -> None:
+    """A single query, as in decoding with a cache, attends to all keys."""
+    query, key = torch.zeros(1, 1, queries, 2), torch.zeros(1, 1, keys, 2)
+    mask = causal_mask(query, key)
+    if queries == 1:
+        assert mask is None
+        return
+    assert mask.tolist() == [[[[key <= query for key in range(keys)] for query in range(queries)]]]
+
+
+def test_masks_and_position_biases_become_one() -> None:
+    """Hidden keys get the lowest float of the mask or the bias; everything else stays as it is."""
+    lowest = torch.finfo(torch.float32).min
+    bias = torch.tensor([[1.0, -80.0, 3.0]]).expand(1, 1, 2, 3)
+    assert combined_mask(None, None, 3) is None
+    assert combined_mask(None, bias, 3) is bias
+    padding = torch.tensor([[1, 1, 0]])
+    assert combined_mask(padding, None, 3) is padding
+    hidden = [[[[1.0, -80.0, lowest]] * 2]]
+    for visible in (padding, padding.bool(), padding.bool()[:, None, None]):
+        assert combined_mask(visible, bias, 3).tolist() == hidden
+    # a float mask may be longer than the keys, and hides what is at -50 or below
+    additive = torch.tensor([[[[0.5, -49.0, -50.0, -100.0, 0.0]]]])
+    assert combined_mask(additive, None, 4).tolist() == [[[[0.5, -49.0, lowest, lowest]]]]
+    assert combined_mask(additive[..., 1:], bias, 3).tolist() == [[[[-48.0, lowest, lowest]] * 2]]
+    half = combined_mask(additive.half(), None, 3)
+    assert half.dtype == torch.float16 and half[0, 0, 0, 2] == torch.finfo(torch.float16).min
+
+
+def test_a_view_reads_and_writes_the_configuration_itself() -> None:
+    model = tiny_vit().train()
+    quiet(model, 0.5)
+    module = model.vit.layers[0].attention
+    view = module.config
+    assert isinstance(view, DropKeyConfigView) and view.dropkey_config is model.config
+    assert (
+        view._attn_implementation == "dropkey" and view.dropkey_backend == model.config._attn_implementation == "sdpa"
+    )
+    module.eval()
+    assert view._attn_implementation == "sdpa"
+    view._attn_implementation = "eager"
+    view.some_setting = 3
+    assert model.config._attn_implementation == "eager" and model.config.some_setting == view.some_setting == 3
+    del model.config.some_setting
+    model.config._attn_implementation_internal = None
+    assert view.dropkey_backend == "eager"
+    with pytest.raises(AttributeError, match="no_such_setting"):
+        _ = view.no_such_setting
 
 
 def test_an_attention_that_caps_its_scores_is_refused_in_training() -> None:

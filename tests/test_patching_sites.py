@@ -20,6 +20,7 @@ from stock_architectures import (
     tiny_vit,
 )
 from torch import nn
+from transformers.models.vit.modeling_vit import ViTAttention
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
 from hf_dropkey.models.configuration_dropkey_ceit import DropKeyCeitConfig
@@ -29,7 +30,15 @@ from hf_dropkey.models.modeling_dropkey_ceit import DropKeyCeitForImageClassific
 from hf_dropkey.models.modeling_dropkey_t2t_vit import DropKeyT2TViTForImageClassification
 from hf_dropkey.models.modeling_dropkey_volo import DropKeyVoloForImageClassification
 from hf_dropkey.patching.apply import dropkey_modules, remove_dropkey
-from hf_dropkey.patching.sites import find_attention, kind_of, side_of, stack_of
+from hf_dropkey.patching.sites import (
+    dispatch_code,
+    find_attention,
+    is_closed_attention,
+    kind_of,
+    refusal,
+    side_of,
+    stack_of,
+)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -195,6 +204,88 @@ class CrossAttention(Mixing):
 )
 def test_cross_attention_is_known_by_its_names_or_its_inputs(name: str, module: nn.Module, kind: str) -> None:
     assert kind_of(name, module) == kind
+
+
+class Deferring(ViTAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class Replacing(ViTAttention):
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        return hidden_states, None
+
+
+def test_a_subclass_dispatches_where_it_calls_the_forward_that_does() -> None:
+    config = tiny_vit().config
+    assert refusal(Deferring(config)) is None and dispatch_code(Deferring(config)) == dispatch_code(
+        ViTAttention(config)
+    )
+    assert dispatch_code(Replacing(config)) is None
+    assert refusal(Replacing(config)) == (
+        "Replacing computes its own softmax, not through Transformers' attention interface"
+    )
+
+
+class OwnAttention(nn.Module):
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
+        return nn.Softmax(-1)(scores)
+
+
+class FunctionAttention(nn.Module):
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores.softmax(-1)
+
+
+class FusedAttention(nn.Module):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(states, states, states)
+
+
+class MultiHeadAttention(nn.Module):
+    def forward(self, states: torch.Tensor) -> Any:
+        return nn.functional.multi_head_attention_forward(states)  # type: ignore[call-arg]  # is only read
+
+
+class HoldingAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalise = nn.Softmax(-1)
+
+
+class AttentionMlp(nn.Module):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states.relu()
+
+
+class Scores(nn.Module):
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores.softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("module", "closed"),
+    [
+        (OwnAttention(), True),
+        (FunctionAttention(), True),
+        (FusedAttention(), True),
+        (MultiHeadAttention(), True),
+        (HoldingAttention(), True),
+        (nn.MultiheadAttention(8, 2), True),
+        # without a softmax, or by another name
+        (AttentionMlp(), False),
+        (Scores(), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_attention_with_its_own_softmax_is_recognised(module: nn.Module, closed: bool) -> None:
+    assert is_closed_attention(module) == closed
+
+
+def test_attention_around_one_that_can_be_reached_is_open() -> None:
+    outer = OwnAttention()
+    outer.inner = ViTAttention(tiny_vit().config)
+    assert not is_closed_attention(outer)
 
 
 @pytest.mark.parametrize(
