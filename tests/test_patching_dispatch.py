@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,9 +29,11 @@ from hf_dropkey.patching import dispatch
 from hf_dropkey.patching.apply import dropkey, dropkey_active, dropkey_disabled, remove_dropkey
 from hf_dropkey.patching.dispatch import (
     DropKeyConfigView,
+    SeenPixels,
     causal_mask,
     combined_mask,
     dropkey_interface,
+    known_grid,
     leading_tokens,
 )
 
@@ -561,6 +564,39 @@ def test_the_patch_grid_of_a_vision_tower_and_of_wrapped_models(grids: Any) -> N
     wrapped = torch.nn.ModuleList([model])
     wrapped[0].get_image_features(torch.randn(1, 3, 32, 32))
     assert grids[-1] == (4, 4)
+
+
+@pytest.mark.parametrize("pattern", ["block", "cross"])
+@pytest.mark.parametrize(("patch", "grid"), [(8, (4, 8)), ([8, 16], (4, 4)), ((16, 8), (2, 8))])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_grid_is_that_of_the_images_of_the_mode(pattern: str, patch: Any, grid: Any, training: bool) -> None:
+    """With a patch size of one number or of two; the images of the other mode do not count."""
+    seen, other = SeenPixels(), (160, 160)
+    seen.trained, seen.evaluated = ((32, 64), other) if training else (other, (32, 64))
+    module = SimpleNamespace(
+        dropkey_pattern=pattern, training=training, dropkey_pixels=seen, config=SimpleNamespace(patch_size=patch)
+    )
+    keys = grid[0] * grid[1]
+    assert known_grid(module, keys + 1) == known_grid(module, keys) == grid
+    with pytest.raises(ValueError, match=rf"the {keys + 3} keys .* \(\(32, 64\) pixels\)"):
+        known_grid(module, keys + 3)
+    module.dropkey_pattern = "score"
+    assert known_grid(module, keys + 3) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "grid"), [(16, (4, 4)), (9, (3, 3)), (1, (1, 1)), (25, None), (12, None), (15, None)]
+)
+def test_windows_are_square_and_at_most_the_configured_size(keys: int, grid: tuple[int, int] | None) -> None:
+    seen = SeenPixels()
+    seen.trained = 32, 32
+    config = SimpleNamespace(patch_size=2, window_size=4)
+    module = SimpleNamespace(dropkey_pattern="block", training=True, dropkey_pixels=seen, config=config)
+    if grid is not None:
+        assert known_grid(module, keys) == grid
+        seen.trained = None
+    with pytest.raises(ValueError, match="needs to know the patch grid"):
+        known_grid(module, keys)
 
 
 def test_a_copy_sees_its_own_images(grids: Any) -> None:
