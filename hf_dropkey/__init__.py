@@ -7,7 +7,14 @@ loads their checkpoints without `trust_remote_code`. `__all__` is the public int
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    AutoModelForObjectDetection,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import moved
 from .export import export_plain
@@ -19,6 +26,14 @@ from .models import (
     DropKeyCeitPreTrainedModel,
     DropKeyFeaturesConfig,
     DropKeyFeaturesForImageClassification,
+    DropKeyHoiConfig,
+    DropKeyHoiForObjectDetection,
+    DropKeyHoiModel,
+    DropKeyHoiPreTrainedModel,
+    DropKeyMeshConfig,
+    DropKeyMeshForBodyMesh,
+    DropKeyMeshModel,
+    DropKeyMeshPreTrainedModel,
     DropKeyT2TViTConfig,
     DropKeyT2TViTForImageClassification,
     DropKeyT2TViTModel,
@@ -32,8 +47,10 @@ from .models import (
     DropKeyVoloForImageClassification,
     DropKeyVoloModel,
     DropKeyVoloPreTrainedModel,
+    HoiPipeline,
 )
 from .models.attention import default_backend, dropkey_attention
+from .models.configuration_dropkey_hoi import HOI_TASK
 from .models.dropkey import DropKey, drop_keys, layer_ratios
 from .patching import DropKeyReport, apply_dropkey, dropkey, dropkey_active, dropkey_disabled, remove_dropkey
 from .version import __version__
@@ -60,7 +77,18 @@ for _config, _model, _classifier in (
     AutoModelForImageClassification.register(_config, _classifier, exist_ok=True)
 AutoConfig.register(DropKeyFeaturesConfig.model_type, DropKeyFeaturesConfig, exist_ok=True)
 AutoModelForImageClassification.register(DropKeyFeaturesConfig, DropKeyFeaturesForImageClassification, exist_ok=True)
+AutoConfig.register(DropKeyHoiConfig.model_type, DropKeyHoiConfig, exist_ok=True)
+AutoModel.register(DropKeyHoiConfig, DropKeyHoiModel, exist_ok=True)
+AutoModelForObjectDetection.register(DropKeyHoiConfig, DropKeyHoiForObjectDetection, exist_ok=True)
+if HOI_TASK not in PIPELINE_REGISTRY.get_supported_tasks():
+    PIPELINE_REGISTRY.register_pipeline(
+        HOI_TASK, pipeline_class=HoiPipeline, pt_model=AutoModelForObjectDetection, type="image"
+    )
 AutoModelForMaskedImageModeling.register(DropKeyViTConfig, DropKeyViTForMaskedImageModeling, exist_ok=True)
+
+# one class: the mesh is what people load
+AutoConfig.register(DropKeyMeshConfig.model_type, DropKeyMeshConfig, exist_ok=True)
+AutoModel.register(DropKeyMeshConfig, DropKeyMeshForBodyMesh, exist_ok=True)
 
 moved.install()
 
@@ -83,7 +111,15 @@ __all__ = [
     "DropKeyFeaturesConfig",
     "DropKeyFeaturesForImageClassification",
     "DropKeyGuardCallback",
+    "DropKeyHoiConfig",
+    "DropKeyHoiForObjectDetection",
+    "DropKeyHoiModel",
+    "DropKeyHoiPreTrainedModel",
     "DropKeyLogCallback",
+    "DropKeyMeshConfig",
+    "DropKeyMeshForBodyMesh",
+    "DropKeyMeshModel",
+    "DropKeyMeshPreTrainedModel",
     "DropKeyReport",
     "DropKeyScheduleCallback",
     "DropKeySeedCallback",
@@ -100,6 +136,7 @@ __all__ = [
     "DropKeyVoloForImageClassification",
     "DropKeyVoloModel",
     "DropKeyVoloPreTrainedModel",
+    "HoiPipeline",
     "HubTrainer",
     "MonteCarloPrediction",
     "__version__",

@@ -19,6 +19,8 @@ from .version import __version__
 TASKS = {
     "classification": ("classification.job", "ClassificationJob"),
     "detection": ("detection.job", "DetectionJob"),
+    "hoi": ("hoi.job", "HoiJob"),
+    "mesh": ("mesh.job", "MeshJob"),
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .models.modeling_dropkey_hoi import DropKeyHoiForObjectDetection
 from .patching.apply import UNDO, remove_dropkey
 from .patching.sites import transformers_model
 from .saved import PROCESSOR_FILES, load_config, one_error, saved_class
@@ -122,16 +123,29 @@ def plain_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
         # bases without a forward are families, not models
         if base.__module__.startswith("transformers.models.") and "forward" in vars(base):
             return base
+    inside = ""
+    if issubclass(cls, DropKeyHoiForObjectDetection):
+        inside = (
+            " Its heads for verbs and pairs are of no model of Transformers, but the DETR inside is: "
+            "export_plain(model.model, out) writes that, without the heads."
+        )
     raise ValueError(
         f"{cls.__name__} extends no model of Transformers, so there is no plain architecture to export it to. Its own "
-        "checkpoint opens anywhere with trust_remote_code=True."
+        f"checkpoint opens anywhere with trust_remote_code=True.{inside}"
     )
 
 
 def plain_config(config: PreTrainedConfig, cls: type[PreTrainedConfig]) -> PreTrainedConfig:
     """The configuration without DropKey's fields and without the code of a checkpoint, as an instance of `cls`."""
     fields = {name: value for name, value in config.to_dict().items() if not name.startswith("dropkey_")}
-    for name in ("auto_map", "model_type", "architectures"):
+    # what this package's own class declares, also where it has another default or type than the plain one
+    own = {
+        name
+        for base in type(config).__mro__
+        if not issubclass(cls, base)
+        for name in vars(base).get("__annotations__", ())
+    }
+    for name in ("auto_map", "custom_pipelines", "model_type", "architectures", *own):
         fields.pop(name, None)
     return cls.from_dict(fields)
 

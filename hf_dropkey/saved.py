@@ -142,10 +142,10 @@ def missing_model_files(folder: Path) -> list[str]:
         missing += sorted(shard for shard in _indexed(folder) if not (folder / shard).is_file())
     elif not any((folder / name).is_file() for name in WEIGHTS):
         missing.append(WEIGHTS[0])
-    auto_map = read_json(folder / "config.json").get("auto_map") or {}
-    references = auto_map.values() if isinstance(auto_map, dict) else []
-    # "repo--module.Class" is code of another repository
-    modules = {name.split(".")[0] for name in references if isinstance(name, str) and "--" not in name}
+    auto_map: Any = read_json(folder / "config.json").get("auto_map")
+    names = auto_map.values() if isinstance(auto_map, dict) else ()
+    # "repo--module.Class" is code of another repository; image processors also have lists and objects here
+    modules = {name.split(".")[0] for name in names if isinstance(name, str) and "--" not in name}
     return missing + [f"{module}.py" for module in missing_modules(folder, modules)]
 
 

@@ -1,6 +1,8 @@
-"""Converts an official checkpoint of T2T-ViT, VOLO or CeiT into a folder that Transformers loads.
+"""Converts an official checkpoint of T2T-ViT, VOLO, CeiT, QPIC, METRO or MeshGraphormer into a saved folder.
 
     python scripts/convert_checkpoint.py --family volo --checkpoint d1_224_84.2.pth.tar --out outputs/volo_d1
+    python scripts/convert_checkpoint.py --family metro --checkpoint metro.bin --body_file smpl.npz --out outputs/metro
+    python scripts/convert_checkpoint.py --family qpic --checkpoint qpic_resnet50_hico.pth --out outputs/qpic_hico
 
 The size, the image size and the number of classes are read off the shapes. Every tensor is reported, none may be left
 over or missing, and the logits are compared with those of timm's VOLO where timm can be imported.
@@ -19,18 +21,27 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
-from transformers import HfArgumentParser
+from transformers import DetrImageProcessorPil, HfArgumentParser
 
 from hf_dropkey.classification.families import image_processor
+from hf_dropkey.hoi.qpic_weights import convert_tensors, read_config
+from hf_dropkey.mesh.model import image_processor as mesh_image_processor
+from hf_dropkey.mesh.official import LICENCE, convert_official
 from hf_dropkey.models.configuration_dropkey_ceit import DropKeyCeitConfig
+from hf_dropkey.models.configuration_dropkey_hoi import DropKeyHoiConfig
+from hf_dropkey.models.configuration_dropkey_mesh import DropKeyMeshConfig
 from hf_dropkey.models.configuration_dropkey_sizes import PATCH_SIZE
 from hf_dropkey.models.configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
 from hf_dropkey.models.configuration_dropkey_volo import DropKeyVoloConfig
 from hf_dropkey.models.modeling_dropkey_ceit import DropKeyCeitForImageClassification
+from hf_dropkey.models.modeling_dropkey_hoi import DropKeyHoiForObjectDetection
 from hf_dropkey.models.modeling_dropkey_t2t_vit import DropKeyT2TViTForImageClassification
 from hf_dropkey.models.modeling_dropkey_volo import DropKeyVoloForImageClassification
 
 
+QPIC = "qpic"
+# shortest and longest side of the images that QPIC was published with
+QPIC_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 # what training scripts call their weights, the averaged ones first, which the published accuracies are from
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
 # the largest difference that two implementations may show in float32, relative to the largest logit
@@ -125,11 +136,15 @@ FAMILIES = {
 }
 
 
+# human bodies: one family of models for both, whose names `hf_dropkey.mesh.official` has
+MESH_FAMILIES = ("metro", "graphormer")
+
+
 @dataclass
 class ConversionArguments:
     """The checkpoint, its architecture, the output."""
 
-    family: str = field(metadata={"help": "The architecture.", "choices": list(FAMILIES)})
+    family: str = field(metadata={"help": "The architecture.", "choices": [*FAMILIES, QPIC, *MESH_FAMILIES]})
     checkpoint: Path = field(metadata={"help": "The official checkpoint, a torch file or safetensors."})
     out: Path = field(metadata={"help": "The folder to write, new or empty."})
     size: str | None = field(
@@ -140,6 +155,17 @@ class ConversionArguments:
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Resizes the position embeddings to images of this many pixels."}
+    )
+    body_file: Path | None = field(
+        default=None,
+        metadata={
+            "help": "METRO and MeshGraphormer: an npz file of yours with template, faces, joint_regressor, downsample_mid, "
+            "downsample_coarse and, for MeshGraphormer, adjacency. SMPL's are bound by its licence."
+        },
+    )
+    new_backbone: bool = field(
+        default=False,
+        metadata={"help": "METRO and MeshGraphormer: leave the checkpoint's CNN out, take a new ResNet-50."},
     )
 
 
@@ -348,6 +374,45 @@ def check_logits(model: Any, match: Match, weights: dict[str, torch.Tensor]) -> 
     return f"Logits agree with timm's to {difference:.2g} of the largest one."
 
 
+def convert_qpic(arguments: ConversionArguments, weights: dict[str, torch.Tensor], entry: str) -> str:
+    """Converts the weights of a QPIC and returns the report.
+
+    Raises:
+        ConversionError: Tensors are missing or left over, or an argument means nothing for this family.
+    """
+    for name in ("size", "image_size"):
+        if getattr(arguments, name) is not None:
+            raise ConversionError(f"--{name} means nothing for QPIC, which takes images of any size; leave it out.")
+    try:
+        config = (
+            DropKeyHoiConfig.from_pretrained(arguments.config)
+            if arguments.config is not None
+            else read_config(weights)
+        )
+        model = DropKeyHoiForObjectDetection(config).eval()
+        parts = convert_tensors(weights)
+    except (ValueError, KeyError) as error:
+        raise ConversionError(f"The checkpoint is none of QPIC: {error}") from error
+    found = {name: value for own in parts.values() for name, value in own.items()}
+    wanted = model.state_dict()
+    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    reshaped = [name for name, value in found.items() if name in wanted and value.shape != wanted[name].shape]
+    if missing or unexpected or reshaped:
+        lines = [f"{len(names)} {title}: {', '.join(names[:8])}" for title, names in (
+            ("missing", missing), ("not in the model", unexpected), ("of another shape", reshaped)
+        ) if names]  # fmt: skip
+        raise ConversionError("The checkpoint does not fit QPIC:\n" + "\n".join(lines))
+    model.load_state_dict(found, strict=True)
+    width = max(map(len, weights))
+    lines = [f"{name:<{width}}  ->  {', '.join(parts[name])}  {tuple(value.shape)}" for name, value in weights.items()]
+    values = sum(value.numel() for value in weights.values())
+    model.save_pretrained(arguments.out)
+    DetrImageProcessorPil(size=QPIC_SIZE).save_pretrained(arguments.out)
+    lines.append(f"{len(weights)} tensors, {values:,} values, all placed; weights from {entry}.")
+    lines.append(f"{config.num_labels} object classes, {config.num_verbs} verbs, {config.num_queries} queries.")
+    return "\n".join([*lines, f"Written to {arguments.out}."])
+
+
 def convert(arguments: ConversionArguments) -> str:
     """Converts one checkpoint and returns the report.
 
@@ -359,6 +424,10 @@ def convert(arguments: ConversionArguments) -> str:
     if arguments.out.exists() and any(arguments.out.iterdir()):
         raise FileExistsError(f"{arguments.out} is not empty. Choose a new folder for the converted model.")
     weights, entry = read_checkpoint(arguments.checkpoint)
+    if arguments.family == QPIC:
+        return convert_qpic(arguments, weights, entry)
+    if arguments.family in MESH_FAMILIES:
+        return convert_mesh(arguments, weights, entry)
     match = find_size(arguments, weights)
     family = FAMILIES[match.family]
     model = family.model_class(copy.deepcopy(match.config)).eval()
@@ -371,6 +440,30 @@ def convert(arguments: ConversionArguments) -> str:
     model.save_pretrained(arguments.out)
     image_processor(match.family, match.size, model.config.image_size).save_pretrained(arguments.out)
     return "\n".join([*lines, f"Written to {arguments.out}."])
+
+
+def convert_mesh(arguments: ConversionArguments, weights: dict[str, torch.Tensor], entry: str) -> str:
+    """As `convert`, for METRO and MeshGraphormer.
+
+    Raises:
+        ConversionError, OfficialError: The checkpoint or the body is not what was asked for.
+    """
+    if arguments.body_file is None:
+        raise ConversionError(
+            f"--family {arguments.family} needs --body_file: template, regressor and down-sampling are not in the "
+            f"checkpoint. {LICENCE}"
+        )
+    unused = [name for name in ("size", "image_size") if getattr(arguments, name) is not None]
+    if unused:
+        raise ConversionError(f"--{unused[0]} means nothing for {arguments.family}; its shapes say all of it.")
+    found = "graphormer" if any("graph_conv" in name for name in weights) else "metro"
+    if found != arguments.family:
+        raise ConversionError(f"The checkpoint is one of --family {found}, not of {arguments.family}.")
+    config = None if arguments.config is None else DropKeyMeshConfig.from_pretrained(arguments.config)
+    model, about = convert_official(weights, arguments.body_file, config=config, new_backbone=arguments.new_backbone)
+    model.save_pretrained(arguments.out)
+    mesh_image_processor(model.config).save_pretrained(arguments.out)
+    return f"{about}\nWeights from {entry}. Written to {arguments.out}."
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def test_what_decided_about_the_weights_is_told(parse: Any, tmp_path: Path) -> N
     file = "some-data/train.parquet"
     assert parse("--train_file", file, "--train_split_name", "train").settings()["train_file"] == "train.parquet"
     names, contents = set(), {}
-    for place, held in (("one", b"a"), ("two", b"a"), ("three", b"b")):
+    for place, held in (("one", b"a"), ("two [v2]", b"a"), ("three", b"b")):
         there = tmp_path / place / "train-0.parquet"
         there.parent.mkdir()
         there.write_bytes(held)
@@ -72,7 +72,8 @@ def test_what_decided_about_the_weights_is_told(parse: Any, tmp_path: Path) -> N
             contents[place, given] = told["train_file_contents"]
     assert names == {"train-0.parquet", "train-*.parquet"}
     assert (
-        len(set(contents.values())) == 2 and contents["one", "train-0.parquet"] == contents["two", "train-*.parquet"]
+        len(set(contents.values())) == 2
+        and contents["one", "train-0.parquet"] == contents["two [v2]", "train-*.parquet"]
     )
     # images that are held out come from the training rows
     held_out = ["--train_file", str(tmp_path / "one" / "train-0.parquet"), "--hold_out_validation", "True"]

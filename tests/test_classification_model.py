@@ -273,3 +273,8 @@ def test_one_name_for_two_classes_matters_where_the_data_has_it(tmp_path: Path) 
     # as ImageNet's crane, bird and machine
     arguments = classifier(tmp_path, {"0": "crane", "1": "crane", "2": "cat"})
     assert fitted(arguments, ["cat"])[0].label_ids == {0: 2}
+
+
+def test_one_class_is_no_classification(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the data has one class, 'cat', which any model gets right"):
+        fitted(ModelArguments(), ["cat"], training=False)

@@ -109,7 +109,7 @@ def test_push_and_check_a_repository(folder, tmp_path):
         done = hub.run(code, tmp_path)
         assert done.stdout.splitlines()[-1] == "0 0 0"
         assert hub.repositories["tester/cli"].private and hub.messages("tester/cli")[1:] == ["By hand"]
-    assert "nothing new, no commit made" in done.stdout and "left at home: training_args.bin" in done.stdout
+    assert "nothing new, no commit made" in done.stdout and "  training_args.bin (0 bytes)" in done.stdout
     assert done.stdout.count("load it with revision=") == 3
 
 

@@ -133,7 +133,7 @@ def test_results_are_cut_at_the_border_and_unannotated_classes_left_out():
 def test_metrics_of_a_trainer_are_those_of_the_images_it_evaluated():
     document = truth(MEDIUM, images=2)
     boxes = {0: document["annotations"], 1: [{**document["annotations"][0], "image_id": 1}]}
-    split = DetectionSplit("two", document["images"], boxes, document["categories"], lambda image: image)
+    split = DetectionSplit("two", document["images"], lambda image: image, boxes, document["categories"])
     right = [[0.9, 0, 10, 10, 60, 70], [0.1, 0, 0, 0, 9, 9]]
     compute = CocoMetrics(split, [7])
     assert compute(EvalPrediction(np.array([right]), np.array([1])))["AP"] == pytest.approx(1)

@@ -21,8 +21,9 @@ from transformers import (
 from hf_dropkey import apply_dropkey
 from hf_dropkey.detection.arguments import MODEL_TYPES, DetectionDropKeyArguments, DetectionModelArguments
 from hf_dropkey.detection.data import DetectionData, DetectionSplit
-from hf_dropkey.detection.job import DetectionTrainer, backbone_parameters
+from hf_dropkey.detection.job import DetectionTrainer
 from hf_dropkey.detection.model import MASKED_TYPES, fit_classes, make_config, make_model, make_processor
+from hf_dropkey.training.detr import backbone_parameters
 
 
 TINY = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_queries": 5, "encoder_layers": 1}

@@ -10,7 +10,8 @@ from PIL import Image
 from transformers import DetrImageProcessorPil, RTDetrImageProcessorPil
 
 from hf_dropkey.detection.data import DetectionSplit
-from hf_dropkey.detection.transform import BoxAugmentation, DetectionCollator, DetectionDataset
+from hf_dropkey.detection.transform import DetectionCollator, DetectionDataset
+from hf_dropkey.images.boxes import BoxAugmentation
 
 
 NUMBERS = {3: 0, 9: 1}
@@ -34,7 +35,7 @@ def split(tmp_path: Path) -> DetectionSplit:
     images = [{"id": number, "file_name": f"{number}.png", "width": 40, "height": 30} for number in boxes]
     categories = [{"id": 3, "name": "cat"}, {"id": 9, "name": "dog"}]
     return DetectionSplit(
-        "three", images, boxes, categories, lambda image: {"bytes": None, "path": str(tmp_path / image["file_name"])}
+        "three", images, lambda image: {"bytes": None, "path": str(tmp_path / image["file_name"])}, boxes, categories
     )
 
 

@@ -15,7 +15,7 @@ from hf_dropkey import DropKey, drop_keys, dropkey_active, dropkey_disabled, ref
 from hf_dropkey.models import dropkey
 from hf_dropkey.models.attention_mask import real_keys
 from hf_dropkey.models.counter_hash import byte_thresholds, draw_seed
-from hf_dropkey.models.dropkey import layer_ratios
+from hf_dropkey.models.dropkey import layer_ratios, ratio_tensor
 from hf_dropkey.models.patterns import (
     PATTERNS,
     dropped_scores,
@@ -297,6 +297,22 @@ def test_data_of_a_ratio_is_made_where_the_module_knows_its_settings() -> None:
     assert module.dropkey_ratio_tensor is None
 
 
+@pytest.mark.parametrize("pattern", ["score", "token"])
+def test_the_compiled_module_drops_what_it_drops(pattern: str) -> None:
+    """Compiled, it reads its ratio from data ("token": from the number), which may be None or change."""
+    module, scores = DropKey(0.4, pattern), torch.randn(2, 2, 9, 26)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    for ratio in (0.4, 0.0, 0.2):
+        module.dropkey_ratio = ratio
+        results = []
+        for run in (module, compiled):
+            torch.manual_seed(0)
+            results.append(run(scores))
+        assert torch.equal(*results) and bool((results[0] == -torch.inf).any()) == (ratio > 0)
+    module.eval()
+    assert torch.equal(compiled(scores), scores)
+
+
 def test_the_module_belongs_to_the_packages_contexts() -> None:
     """In a plain model, as the layers of this package do."""
     model, scores = nn.Sequential(DropKey(0.5)), torch.zeros(1, 2, 30, 30)
@@ -314,6 +330,12 @@ def test_copies_of_the_module_keep_their_settings() -> None:
         other.dropkey_ratio = 0.1
         assert module.dropkey_ratio == 0.3
         assert not torch.equal(other.dropkey_ratio_tensor.thresholds, module.dropkey_ratio_tensor.thresholds)
+
+
+def test_ratios_as_data_compare_by_value() -> None:
+    """Settings of modules are compared, to put them back."""
+    first, second, other = ratio_tensor("score", 0.3, 3), ratio_tensor("score", 0.3, 3), ratio_tensor("score", 0.2, 3)
+    assert first == second and first != other and first != 0.3 and ratio_tensor("score", 0.0, 3) is None
 
 
 # --- the oracle -------------------------------------------------------------------------------------------------------

@@ -441,3 +441,11 @@ def test_links_within_and_links_that_stay(saved, tmp_path):
 def test_foreign_code_that_a_configuration_names_is_told(saved):
     (saved / "preprocessor_config.json").write_text('{"auto_map": {"AutoImageProcessor": {"pil": "evil/x--m.P"}}}')
     assert "preprocessor_config.json (60 bytes): runs code of another repository, evil/x--m.P" in str(plan_push(saved))
+
+
+@pytest.mark.parametrize("value", [{"pil": "evil/x--m.P"}, ["evil/x--m.P", None], [{"pil": "modeling_dropkey_vit.X"}]])
+def test_references_in_lists_and_objects_are_no_error_of_ours(saved, value):
+    config = json.loads((saved / "config.json").read_text())
+    config["auto_map"]["AutoImageProcessor"] = value
+    (saved / "config.json").write_text(json.dumps(config))
+    assert {file.name for file in plan_push(saved).files} >= CODE

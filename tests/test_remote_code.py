@@ -4,15 +4,14 @@ Fresh processes run with an empty modules cache and without the repository on th
 """
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import pytest
 import torch
 from transformers import AutoModelForImageClassification
@@ -28,6 +27,7 @@ CODE = {
     "compatibility.py",
     "configuration_dropkey.py",
     "configuration_dropkey_sizes.py",
+    "configuration_dropkey_values.py",
     "configuration_dropkey_vit.py",
     "counter_hash.py",
     "cpu_attention.py",
@@ -40,6 +40,7 @@ CODE = {
     "triton_attention.py",
     "triton_kernels.py",
     "triton_launches.py",
+    "triton_mask.py",
 }
 TINY = {
     "hidden_size": 32,
@@ -57,7 +58,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 folder = sys.argv[1]
 images = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
 """
-NO_PACKAGE = "import importlib.util\nassert importlib.util.find_spec('hf_dropkey') is None, 'the package is visible'\n"
+fresh = partial(fresh_process.fresh, preamble=PREAMBLE)
 
 
 def model_of(cls: type, **kwargs: Any) -> torch.nn.Module:
@@ -74,30 +75,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("made") / "my-model.v1"
     model_of(DropKeyViTForImageClassification).save_pretrained(path)
     return path
-
-
-def fresh(code: str, *arguments: Path, cache: Path, package: bool = False, **environment: str) -> str:
-    """Runs `code` in a new Python process and returns what it prints; the package is visible only if asked for."""
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    own |= {"HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1", **environment}
-    if package:
-        own["PYTHONPATH"] = str(REPOSITORY)
-        script = PREAMBLE + textwrap.dedent(code)
-    else:
-        # an editable install finds the package through a hook or a path entry of its own
-        script = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
-        script += f"sys.path[:] = [p for p in sys.path if p != {str(REPOSITORY)!r}]\n"
-        script += NO_PACKAGE + PREAMBLE + textwrap.dedent(code)
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=own,
-        cwd=arguments[0].parent if arguments else None,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.parametrize("saved", [DropKeyViTForImageClassification, DropKeyViTForMaskedImageModeling])

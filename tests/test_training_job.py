@@ -112,8 +112,8 @@ def test_a_mistake_stops_the_job_before_any_data_is_read(tmp_path: Path) -> None
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file of a run, but those of its lock, with its time and content."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".owner")]
+    """Every file of a run with its time and content."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 

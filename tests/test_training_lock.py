@@ -54,7 +54,9 @@ def other_process(folder: Path, number: int) -> Iterator[subprocess.Popen]:
         process.wait(timeout=60)
 
 
-def test_a_second_run_is_told_at_once_and_a_killed_one_gives_way(tmp_path: Path, caplog) -> None:
+def test_a_second_run_is_told_at_once_and_a_killed_one_gives_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     training = arguments(tmp_path / "run")
     # process 1: the launcher and process 0 are gone, and this one goes on writing
     with other_process(tmp_path / "run", 1) as process:
@@ -90,6 +92,16 @@ def test_a_run_holds_its_folder_until_it_ends(tmp_path: Path) -> None:
         pass
 
 
+def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    for written in (False, True):
+        with locked_output(arguments(tmp_path / "run")):
+            assert (tmp_path / "run" / FOLDER / "0.owner").is_file()
+            if written:
+                (tmp_path / "run" / "config.json").touch()
+        assert (tmp_path / "run").exists() is written
+        assert not list(tmp_path.rglob("*.owner"))
+
+
 def test_what_a_killed_run_left_behind_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / FOLDER
     folder.mkdir()
@@ -110,7 +122,9 @@ def test_what_a_killed_run_left_behind_is_waited_for(tmp_path: Path, monkeypatch
         pass
 
 
-def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     class Unlockable:
         def __init__(self, path: Path) -> None:
             pass

@@ -504,10 +504,10 @@ def test_eager_mode_and_the_operator_give_the_same_bits() -> None:
 
 
 def test_thresholds_are_made_once_for_each_ratio() -> None:
-    first = triton_attention._limits(0.3, DEVICE)
-    assert first is triton_attention._limits(0.3, DEVICE) and first is not triton_attention._limits(0.4, DEVICE)
+    first = triton_attention.limits_of(0.3, DEVICE)
+    assert first is triton_attention.limits_of(0.3, DEVICE) and first is not triton_attention.limits_of(0.4, DEVICE)
     with torch.inference_mode():
-        made = triton_attention._limits(0.123, DEVICE)
+        made = triton_attention.limits_of(0.123, DEVICE)
     assert not made.is_inference(), "an inference tensor could not be saved for a backward pass"
 
 

@@ -42,11 +42,8 @@ def without_the_packages_own_imports() -> None:
 def compile_kernel(
     name: str, architecture: int, width: int, keys: int, padded: bool, shared: bool, columns: int | None = None
 ) -> dict[str, Any]:
-    """Registers, spilled bytes and shared memory of one kernel as `triton_attention` would launch it."""
+    """What a kernel of the fused attention needs, as `triton_attention` would launch it."""
     import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from hf_dropkey.models.triton_attention import KERNELS, RELEASE, _key_blocks, launch_configuration
 
@@ -68,6 +65,28 @@ def compile_kernel(
     }
     if not padded:
         constants |= {"p_padding": None, "p_silent": None}
+    about = f"{name} {columns or width} of {width}, {keys} keys, {padded=}, {shared=}, {launch}"
+    return resources(about, architecture, kernel, constants, warps=launch.warps, stages=launch.stages)
+
+
+def compile_mask(architecture: int, padded: bool) -> dict[str, Any]:
+    """What the kernel that draws a mask alone needs, as `triton_mask` would launch it."""
+    from hf_dropkey.models.triton_kernels import draw_mask_kernel
+    from hf_dropkey.models.triton_mask import ROWS
+
+    constants: dict[str, Any] = {"HAS_PADDING": padded, "PROTECT": padded, "TILE": ROWS}
+    constants |= {} if padded else {"p_padding": None}
+    return resources(f"mask, {padded=}", architecture, draw_mask_kernel, constants, warps=4, stages=1)
+
+
+def resources(
+    about: str, architecture: int, kernel: Any, constants: dict[str, Any], *, warps: int, stages: int
+) -> dict[str, Any]:
+    """Registers, spilled bytes and shared memory of a kernel, compiled with these constants."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     types = {
         "p_lse": "*fp32",
         "p_delta": "*fp32",
@@ -100,7 +119,7 @@ def compile_kernel(
         },
         attrs=attributes,
     )
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
     cubin.write_bytes(binary.asm["cubin"])
@@ -110,7 +129,7 @@ def compile_kernel(
     assert found is not None, usage
     registers, stack, local = map(int, found.groups())
     return {
-        "case": f"{name} sm_{architecture} {columns or width} of {width}, {keys} keys, {padded=}, {shared=}, {launch}",
+        "case": f"sm_{architecture} {about}",
         "triton": triton.__version__,
         "registers": registers,
         "spilled_bytes": stack + local,
@@ -135,6 +154,9 @@ def main(architecture: int, width: int) -> None:
     cases += [("short_full", keys, padded, False, None) for keys, padded in ((256, False), (255, False), (9, True))]
     for name, keys, padded, shared, columns in cases:
         print(json.dumps(compile_kernel(name, architecture, width, keys, padded, shared, columns)), flush=True)
+    # masks have no head width
+    for padded in (False, True) if width == 64 else ():
+        print(json.dumps(compile_mask(architecture, padded)), flush=True)
 
 
 def folder_of(release: str) -> Path:
@@ -192,7 +214,7 @@ def installed() -> str:
 def test_no_kernel_spills_registers(release: str, architecture: int, width: int, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="the fused kernels need Triton, which is not installed")
     results = compiled(release, architecture, width, tmp_path)
-    assert len(results) == (23 if width == 128 else 15)
+    assert len(results) == {32: 15, 64: 17, 128: 23}[width]
     for result in results:
         assert result["triton"] == release, result
         assert result["spilled_bytes"] == 0, result

@@ -37,6 +37,7 @@ with needed("train"):
 logger = logging.getLogger(__name__)
 
 CLASSES_TOLD = 200
+FINGERPRINT_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ class ImageData:
 
     def _identities(self, split: Dataset) -> Iterator[tuple[str, str, int]]:
         undecoded = split.with_format(None).cast_column("image", datasets.Image(decode=False))
-        for row in undecoded:
-            cell = row["image"]
-            name = image_name(cell and cell["path"], row["row"])
-            yield name, self.label_names[self.label_ids[row["label"]]], image_bytes(cell)
+        for batch in undecoded.iter(FINGERPRINT_ROWS):
+            for cell, label, row in zip(batch["image"], batch["label"], batch["row"], strict=True):
+                name = image_name(cell and cell["path"], row)
+                yield name, self.label_names[self.label_ids[label]], image_bytes(cell)
 
     def class_counts(self, split: str) -> Counter[int]:
         """Number of images of each class id in `train` or `evaluation`."""

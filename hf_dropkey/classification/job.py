@@ -4,7 +4,6 @@
 that its command names.
 """
 
-import glob
 import hashlib
 import logging
 from dataclasses import asdict, dataclass
@@ -15,8 +14,10 @@ from typing import Any
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..images.augmentation import Augmentation, AugmentationEpoch
+from ..images.tables import matching_files
 from ..training.arguments import RampArguments, RunArguments
 from ..training.job import TrainingJob, public_name
+from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import AugmentationArguments, ClassificationDropKeyArguments, DataArguments, ModelArguments
 from .data import ImageData, load_image_data
@@ -42,7 +43,7 @@ def _contents(pattern: str) -> str:
         )
         return hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
     found = hashlib.sha256()
-    files = sorted(glob.glob(pattern))
+    files = matching_files(pattern)
     for file in files:
         with Path(file).open("rb") as data:
             found.update(hashlib.file_digest(data, "sha256").digest())
@@ -110,6 +111,10 @@ class ClassificationJob(TrainingJob[ImageData]):
             callbacks=[AugmentationEpoch(transform), *self.callbacks],
             on_nonfinite_loss=self.run.on_nonfinite_loss,
         )
+
+    def fingerprint(self, data: ImageData) -> Fingerprint:
+        """Rows and hashes of names, labels and sizes of each split."""
+        return data.fingerprint()
 
     def describe(self, data: ImageData) -> None:
         """Logs the number of classes and of images."""

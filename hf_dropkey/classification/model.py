@@ -154,7 +154,7 @@ def fit_classes(data: ImageData, config: PreTrainedConfig, model: ModelArguments
     """The data with the model's class numbers; a model that does not know the classes gets them, if that was asked for.
 
     Raises:
-        ValueError: As `hf_dropkey.images.classes.fit_classes`.
+        ValueError: As `hf_dropkey.images.classes.fit_classes`; or there is one class only.
     """
     fitted = images_fit_classes(
         data,
@@ -163,6 +163,11 @@ def fit_classes(data: ImageData, config: PreTrainedConfig, model: ModelArguments
         has_head=has_head(config.architectures),
         new_head=model.ignore_mismatched_sizes,
     )
+    if len(fitted.label_names) < 2:
+        raise ValueError(
+            f"the data has one class, {fitted.label_names[0]!r}, which any model gets right; give images of two classes or "
+            "more, or a model that knows others too"
+        )
     # what the first loss would find out: a checkpoint says so and must match
     config.problem_type = "single_label_classification"
     return fitted

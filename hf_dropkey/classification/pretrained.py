@@ -150,7 +150,7 @@ def pretrained_model(
     check_weights(report["missing_keys"], str(model.model_name_or_path))
     resize_positions(loaded, report["mismatched_keys"], auto, model)
     if model.ignore_mismatched_sizes and not new_classifier:
-        found, _ = PreTrainedConfig.get_config_dict(model.model_name_or_path, revision=model.revision)
+        found, _ = PreTrainedConfig.get_config_dict(str(model.model_name_or_path), revision=model.revision)
         renew_class_scores(loaded, config, found, auto.from_config)
     made: PreTrainedModel = loaded
     if new_classifier:

@@ -6,11 +6,10 @@ https://cocodataset.org/#format-data.
 import logging
 import math
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..images.checks import name_some
+from ..images.annotated import check_unique, is_box, is_whole, report_problems
 from ..images.tables import is_whole_text
 
 
@@ -132,18 +131,6 @@ def check_boxes(boxes: Sequence[dict[str, Any]], source: str) -> None:
         )
 
 
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, 0 or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def check_unique(values: Sequence[Any], what: str, source: str) -> None:
-    """Raises ValueError naming the values that stand twice."""
-    twice = [repr(value) for value, count in Counter(map(str, values)).items() if count > 1]
-    if twice:
-        raise ValueError(f"{source}: {what} must be unique, these repeat: {name_some(twice)}")
-
-
 def check_pixels(annotations: Sequence[dict[str, Any]], source: str) -> None:
     """Raises ValueError if all boxes together look like shares of the image instead of pixels."""
     boxes = [annotation["bbox"] for annotation in annotations if is_box(annotation.get("bbox"))]
@@ -152,15 +139,6 @@ def check_pixels(annotations: Sequence[dict[str, Any]], source: str) -> None:
             f"{source}: no number in any bbox is above 1, for example {boxes[0]}, so these are shares of the image; "
             "COCO's boxes are [x, y, width, height] in pixels, multiply by the width and height of the image"
         )
-
-
-def is_box(box: Any) -> bool:
-    """Whether a value is a list of four finite numbers."""
-    return (
-        isinstance(box, (list, tuple))
-        and len(box) == 4
-        and all(isinstance(number, (int, float)) and abs(number) <= sys.float_info.max for number in box)
-    )
 
 
 def annotation_problem(
@@ -222,14 +200,3 @@ def usual_annotation(annotation: dict[str, Any], image: dict[str, Any]) -> dict[
         "area": float(annotation.get("area") or box[2] * box[3]),
         "iscrowd": int(float(annotation.get("iscrowd") or 0) != 0),
     }
-
-
-def report_problems(problems: Sequence[tuple[str, str]], total: int, source: str, *, skip: bool) -> None:
-    """Logs how many annotations are left out and why, or raises ValueError naming them."""
-    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(kind for kind, _ in problems).items()))
-    message = f"{source}: {len(problems)} of {total} annotations cannot be used ({kinds}): " + name_some(
-        text for _, text in problems
-    )
-    if not skip:
-        raise ValueError(f"{message}. Repair them, or leave them out with --skip_bad_annotations")
-    logger.warning("%s. They are left out.", message)

@@ -7,82 +7,62 @@ format whatever went in: category ids as they are, boxes `[x, y, width, height]`
 https://cocodataset.org/#format-data.
 """
 
-import io
 import json
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from transformers.utils.logging import tqdm
 
 from ..extras import needed
-from ..images.checks import (
-    READER_ERRORS,
-    Transparency,
-    look_at_image,
-    name_some,
-    read_checked_image,
-    warn_of_transparency,
+from ..images.annotated import (
+    AnnotatedImages,
+    as_records,
+    check_file_names,
+    choose,
+    file_cell,
+    object_fields,
+    read_annotations,
+    row_cell,
+    sized_record,
+    usable_images,
 )
-from ..images.sources import CHOICE_SEED, EVALUATION_SPLITS, check_known, data_fingerprint, image_bytes, load_named
+from ..images.checks import name_some
+from ..images.sources import EVALUATION_SPLITS, check_known, data_fingerprint, load_named
 from .annotations import TEXT_ID, checked_annotations
 from .arguments import DetectionDataArguments
 
 
 with needed("train"):
     import datasets
-    from datasets import ClassLabel, Features
+    from datasets import ClassLabel
 
 
 logger = logging.getLogger(__name__)
 
-EXIF_ORIENTATION = 0x0112
-EXIF_TURNED = (5, 6, 7, 8)
 CATEGORY_COLUMNS = ("category", "categories", "category_id", "label", "labels")
 
 
 @dataclass(frozen=True)
-class DetectionSplit:
+class DetectionSplit(AnnotatedImages):
     """Checked images with boxes.
 
     Attributes:
-        name: What messages call it.
-        images: COCO's image records: `id`, `file_name`, `width`, `height`.
         boxes: COCO's annotations of each image id, all usable; an image may have none.
         categories: COCO's categories, in the order of their ids.
-        cell: Gives the undecoded image, `{"bytes": ..., "path": ...}`, of an image record.
     """
 
-    name: str
-    images: list[dict[str, Any]]
     boxes: dict[int, list[dict[str, Any]]]
     categories: list[dict[str, Any]]
-    cell: Callable[[dict[str, Any]], dict[str, Any]]
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def open(self, row: int) -> Image.Image:
-        """The image of a row, in RGB, turned as its file says.
-
-        Raises:
-            ValueError: It cannot be used; names it.
-        """
-        image = self.images[row]
-        return read_checked_image(self.cell(image), image.get("row", image["id"])).convert("RGB")
-
-    def identities(self) -> Iterator[tuple[str, str, int]]:
-        """Name, boxes with their categories as text, and size in bytes of each image."""
+    def annotations_as_text(self, row: int) -> str:
+        """The boxes of an image with their categories."""
         names = {category["id"]: category["name"] for category in self.categories}
-        for image in self.images:
-            boxes = [(names[box["category_id"]], box["bbox"], box["iscrowd"]) for box in self.boxes[image["id"]]]
-            yield str(image["file_name"]), json.dumps(boxes), image_bytes(self.cell(image))
+        boxes = self.boxes[self.images[row]["id"]]
+        return json.dumps([(names[box["category_id"]], box["bbox"], box["iscrowd"]) for box in boxes])
 
     def box_counts(self) -> tuple[int, int]:
         """Number of boxes that are trained on or looked for, and of crowd regions, which are not."""
@@ -146,7 +126,8 @@ def load_detection_data(arguments: DetectionDataArguments, *, training: bool, ev
         if not wanted[role]:
             continue
         limit = arguments.max_train_samples if role == "train" else arguments.max_eval_samples
-        splits[role] = usable_images(choose(reader(), limit), arguments)
+        chosen = choose(reader(), limit)
+        splits[role] = with_boxes(usable_images(chosen, check=arguments.check_images, skip=arguments.skip_bad_images))
     for role in wanted:
         if wanted[role] and role not in splits:
             raise ValueError(
@@ -181,42 +162,10 @@ def read_coco(folder: Path, file: Path, *, skip_bad_annotations: bool = False) -
         FileNotFoundError: The folder or the file is not there.
         ValueError: The file is no JSON, lacks something, or has annotations that cannot be used.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the image folder {folder} is not there")
-    if not file.is_file():
-        raise FileNotFoundError(f"the annotation file {file} is not there")
-    try:
-        # from bytes, so that a byte order mark is read for what it is
-        document = json.loads(file.read_bytes())
-    # bytes that are no text, text that is no JSON, and JSON that is nested too deeply
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}; give an annotation file in COCO's format") from error
+    document = read_annotations(folder, file, "COCO's format")
     images, boxes, categories = checked_annotations(document, str(file), skip=skip_bad_annotations)
     check_file_names(images, folder, str(file))
-    return DetectionSplit(str(file), images, boxes, categories, partial(file_cell, folder))
-
-
-def check_file_names(images: Sequence[dict[str, Any]], folder: Path, source: str) -> None:
-    """Raises ValueError if records name files that do not lie in the image folder, or no files."""
-    root = os.path.abspath(folder)
-    outside = []
-    for image in images:
-        name = image["file_name"]
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"{source}: image {image['id']} has the file_name {name!r}; give the name of its file")
-        # links inside the folder are the user's own
-        if os.path.commonpath([root, os.path.abspath(os.path.join(root, name))]) != root:
-            outside.append(name)
-    if outside:
-        raise ValueError(
-            f"{source}: {len(outside)} of {len(images)} images have a file_name outside the image folder {folder}: "
-            f"{name_some(outside)}; name files relative to that folder, or give the folder that holds them all"
-        )
-
-
-def file_cell(folder: Path, image: dict[str, Any]) -> dict[str, Any]:
-    """The undecoded image of a record whose file lies in `folder`."""
-    return {"bytes": None, "path": str(folder / image["file_name"])}
+    return DetectionSplit(str(file), images, partial(file_cell, folder), boxes, categories)
 
 
 def hub_splits(arguments: DetectionDataArguments) -> dict[str, Callable[[], DetectionSplit]]:
@@ -267,12 +216,7 @@ def read_rows(rows: datasets.Dataset, name: str, *, skip_bad_annotations: bool =
     images, annotations = [], []
     for number, row in enumerate(tqdm(rows.select_columns(columns), desc=f"Reading {name}")):
         image = {"id": row.get("image_id", number), "file_name": f"row {number}", "row": number}
-        if "width" in row and "height" in row:
-            image |= {"width": row["width"], "height": row["height"]}
-        else:
-            size = file_size(undecoded[number]["image"])
-            # the check of the images tells what is wrong with one that has no size
-            image |= dict(zip(("width", "height"), size or (1, 1), strict=True))
+        image |= sized_record(row, undecoded[number]["image"])
         images.append(image)
         for found in as_records(row["objects"]):
             annotation = {"image_id": image["id"], "category_id": found[category_field], "bbox": found["bbox"]}
@@ -283,32 +227,7 @@ def read_rows(rows: datasets.Dataset, name: str, *, skip_bad_annotations: bool =
         "categories": hub_categories(kinds[category_field], annotations),
     }
     images, boxes, categories = checked_annotations(document, name, skip=skip_bad_annotations)
-    return DetectionSplit(name, images, boxes, categories, partial(row_cell, undecoded))
-
-
-def row_cell(rows: datasets.Dataset, image: dict[str, Any]) -> dict[str, Any]:
-    """The undecoded image of a record made from a row."""
-    return rows[image["row"]]["image"]
-
-
-def object_fields(features: Features) -> dict[str, Any]:
-    """The fields of `objects` and what each holds for one object, in either of the two layouts."""
-    kind = features["objects"]
-    inner = getattr(kind, "feature", kind[0] if isinstance(kind, list) else kind)
-    return {
-        name: getattr(value, "feature", value[0] if isinstance(value, list) else value) if inner is kind else value
-        for name, value in (dict(inner).items() if isinstance(inner, Mapping) else ())
-    }
-
-
-def as_records(objects: Any) -> list[dict[str, Any]]:
-    """One dictionary for each object, from a dictionary of lists or a list of dictionaries."""
-    if isinstance(objects, Mapping):
-        lengths = {name: len(values) for name, values in objects.items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"a row has lists of different lengths in `objects`, {lengths}; repair it")
-        return [dict(zip(objects, values, strict=True)) for values in zip(*objects.values(), strict=True)]
-    return list(objects)
+    return DetectionSplit(name, images, partial(row_cell, undecoded), boxes, categories)
 
 
 def hub_categories(kind: Any, annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -357,47 +276,17 @@ def check_same_categories(one: DetectionSplit, other: DetectionSplit) -> None:
         )
 
 
-def choose(split: DetectionSplit, limit: int | None) -> DetectionSplit:
-    """At most `limit` images, a random choice that is the same on every call."""
-    if limit is None or limit >= len(split):
-        return split
-    return split.select(sorted(np.random.default_rng(CHOICE_SEED).permutation(len(split))[:limit].tolist()))
-
-
-def usable_images(split: DetectionSplit, arguments: DetectionDataArguments) -> DetectionSplit:
-    """The images that are there and, where they are checked, can be read and have the annotated size.
+def with_boxes(split: DetectionSplit) -> DetectionSplit:
+    """The split, if it has boxes to learn from; crowd regions are reported.
 
     Raises:
-        FileNotFoundError: Images are missing, and they are not to be left out.
-        ValueError: Images cannot be used, and they are not to be left out; or none is left.
+        ValueError: It has none.
     """
-    problems: dict[int, str] = {}
-    transparent: list[Transparency] = []
-    missing = 0
-    for row, image in enumerate(tqdm(split.images, desc="Checking the images")):
-        cell = split.cell(image)
-        if cell is not None and cell["bytes"] is None and cell["path"] and not Path(cell["path"]).is_file():
-            problem: str | None = f"{cell['path']} (no such file)"
-            missing += 1
-        else:
-            problem = checked_image(cell, image, transparent) if arguments.check_images else None
-        if problem is not None:
-            problems[row] = f"image {image['id']}: {problem}"
-    kept = [row for row in range(len(split)) if row not in problems]
-    if problems:
-        message = f"{len(problems)} of {len(split)} images of {split.name} cannot be used: "
-        message += name_some(problems.values())
-        if not arguments.skip_bad_images or not kept:
-            kind = FileNotFoundError if missing == len(problems) else ValueError
-            raise kind(f"{message}. Repair or remove them, or leave them out with --skip_bad_images")
-        logger.warning("%s. They are left out.", message)
-    warn_of_transparency(transparent, len(kept), f"images of {split.name}")
-    usable = split.select(kept)
-    boxes, crowd = usable.box_counts()
+    boxes, crowd = split.box_counts()
     if not boxes:
         regions = f" but {crowd} crowd regions (iscrowd 1), which are not used" if crowd else ""
         raise ValueError(
-            f"the {len(kept)} chosen images of {split.name} have no boxes{regions}; choose more or other images"
+            f"the {len(split)} chosen images of {split.name} have no boxes{regions}; choose more or other images"
         )
     if crowd:
         logger.warning(
@@ -407,46 +296,4 @@ def usable_images(split: DetectionSplit, arguments: DetectionDataArguments) -> D
             boxes,
             crowd,
         )
-    return usable
-
-
-def checked_image(
-    cell: dict[str, Any] | None, image: Mapping[str, Any], transparent: list[Transparency]
-) -> str | None:
-    """Why an undecoded image cannot be used, None if it can; adds to `transparent` what its transparency hides."""
-    seen = look_at_image(cell, int(image.get("row", image["id"])))
-    if seen["problem"] is not None or cell is None:
-        problem: str | None = seen["problem"]
-        return problem
-    if seen["behind"] is not None:
-        transparent.append(Transparency(seen["behind"], seen["blank"]))
-    size, stored, orientation = file_sizes(cell) or ((0, 0), (0, 0), 1)
-    annotated = image["width"], image["height"]
-    if size == annotated:
-        return None
-    if stored == annotated:
-        return (
-            f"{image['file_name']} is stored as {stored} pixels (width, height), as annotated, and its EXIF orientation "
-            f"{orientation} turns it to {size}: the boxes are those of the image before it is turned; remove that entry "
-            "from the file, or turn pixels, sizes and boxes"
-        )
-    return f"{image['file_name']} is {size} pixels (width, height) and annotated as {annotated}"
-
-
-def file_size(cell: dict[str, Any] | None) -> tuple[int, int] | None:
-    """Width and height of an undecoded image once it is turned as its file says; None if it is no image."""
-    sizes = file_sizes(cell)
-    return None if sizes is None else sizes[0]
-
-
-def file_sizes(cell: dict[str, Any] | None) -> tuple[tuple[int, int], tuple[int, int], int] | None:
-    """Width and height of an undecoded image turned as its file says, as stored, and its EXIF orientation."""
-    if cell is None:
-        return None
-    try:
-        with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
-            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-            turned = (image.height, image.width) if orientation in EXIF_TURNED else image.size
-            return turned, image.size, orientation
-    except READER_ERRORS:
-        return None
+    return split

@@ -1,20 +1,21 @@
 """From the arguments of a job for object detection to its model, its `Trainer` and a figure of what it finds."""
 
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import Subset
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..hub.trainer import output_folder
 from ..images.augmentation import AugmentationEpoch
+from ..images.boxes import BoxAugmentation
 from ..training.arguments import RunArguments
+from ..training.detr import DetrTrainer
 from ..training.job import TrainingJob, public_name
+from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import (
     FIGURE,
@@ -29,7 +30,7 @@ from .data import DetectionData, DetectionSplit, load_detection_data
 from .figures import detections
 from .metrics import CocoMetrics, check_coco_packages, post_process
 from .model import fit_classes, make_config, make_model, make_processor
-from .transform import BoxAugmentation, DetectionCollator, DetectionDataset
+from .transform import DetectionCollator, DetectionDataset
 
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,10 @@ class DetectionJob(TrainingJob[DetectionData]):
             backbone_learning_rate=self.detection.backbone_learning_rate,
         )
 
+    def fingerprint(self, data: DetectionData) -> Fingerprint:
+        """Rows and hashes of names, labels and sizes of each split."""
+        return data.fingerprint()
+
     def describe(self, data: DetectionData) -> None:
         """Logs the number of classes, images and boxes."""
         logger.info("%d classes", len(data.label_names))
@@ -144,70 +149,16 @@ def make_datasets(
     return train, evaluation
 
 
-class DetectionTrainer(GuardedTrainer):
-    """`GuardedTrainer` whose predictions are detections `[N, K, 6]` (`post_process`) and whose labels are rows `[N]` of the split.
+class DetectionTrainer(DetrTrainer):
+    """`DetrTrainer` whose predictions are detections `[N, K, 6]` (`post_process`).
 
-    Raw outputs would be larger, and of a different size in every batch. `processing_class` must be the image processor
-    of the model's family.
+    `processing_class` must be the image processor of the model's family.
     """
 
-    def __init__(self, *args: Any, backbone_learning_rate: float | None = None, **kwargs: Any) -> None:
-        """`backbone_learning_rate` is that of the convolutional backbone; None: as for the rest.
-
-        Raises:
-            ValueError: The rate is negative, or the model has no backbone that learns.
-        """
-        super().__init__(*args, **kwargs)
-        self.backbone_learning_rate = backbone_learning_rate
-        model: Any = self.model
-        if backbone_learning_rate is None:
-            return
-        if backbone_learning_rate < 0:
-            raise ValueError(f"backbone_learning_rate={backbone_learning_rate} is negative")
-        if not list(backbone_parameters(model)):
-            raise ValueError(
-                f"backbone_learning_rate={backbone_learning_rate}, but {type(model).__name__} has no backbone that "
-                "learns; leave it out"
-            )
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The trainer's own, with the parameters of the backbone in groups of their own."""
-        new = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if new and self.backbone_learning_rate is not None:
-            model: Any = self.model
-            backbone = {id(parameter) for parameter in backbone_parameters(model)}
-            for group in list(optimizer.param_groups):
-                inside = [parameter for parameter in group["params"] if id(parameter) in backbone]
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in backbone]
-                optimizer.add_param_group({**group, "params": inside, "lr": self.backbone_learning_rate})
-        return optimizer
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Loss, detections and rows of one batch."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        loss = loss.detach().mean()
-        if prediction_loss_only:
-            return loss, None, None
-        labels = inputs["labels"]
+    def found(self, outputs: Any, labels: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """The detections of a batch."""
         processor: Any = self.processing_class
-        detections = post_process(processor, outputs, torch.stack([label["frame"] for label in labels]))
-        return loss, detections, torch.stack([label["row"] for label in labels])
-
-
-def backbone_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a model's convolutional backbone that learn."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "backbone" in name.split("."):
-            yield parameter
+        return post_process(processor, outputs, torch.stack([label["frame"] for label in labels]))
 
 
 def draw_predictions(

@@ -13,7 +13,6 @@ from transformers import (
     BaseImageProcessor,
     ConditionalDetrConfig,
     ConditionalDetrImageProcessorPil,
-    ConvNextConfig,
     DetrConfig,
     DetrImageProcessorPil,
     PreTrainedConfig,
@@ -27,7 +26,9 @@ from transformers import (
 
 from ..images.classes import check_id2label, renew_class_scores
 from ..images.classes import fit_classes as images_fit_classes
+from ..models.modeling_dropkey_hoi import RESNET_TYPES, freeze_first_stage
 from ..saved import check_model_folder
+from ..training.detr import BACKBONE_WIDTHS, small_backbone
 from .arguments import DEFAULT_SHAPE, MASKED_TYPES, MODEL_TYPES, DetectionModelArguments
 from .data import DetectionData
 
@@ -40,11 +41,6 @@ PROCESSORS = {
 }
 PRIOR_SCORE = 0.01
 TOKEN_STD = 0.02
-# the deepest stage's stride is 32, 16 without the last stage
-BACKBONE_WIDTHS = {32: (32, 64, 128, 256), 16: (32, 64, 128)}
-# Transformers' ResNet has a stem and stages 0 to 3, timm's calls the latter layer1 to layer4
-RESNET_TYPES = ("resnet", "timm_backbone")
-LEARNING_STAGES = (".stages.1.", ".stages.2.", ".stages.3.", ".layer2.", ".layer3.", ".layer4.")
 
 
 def make_config(arguments: DetectionModelArguments) -> PreTrainedConfig:
@@ -147,18 +143,8 @@ def config_from_scratch(arguments: DetectionModelArguments) -> PreTrainedConfig:
             decoder_in_channels=[shape["hidden_size"]] * 3,
             **common,
         )
-    widths = BACKBONE_WIDTHS[shape.get("backbone_stride", 32)]
-    output: dict[str, Any] = {"out_features": [f"stage{len(widths)}"]}
-    backbone = ConvNextConfig(
-        hidden_sizes=list(widths),
-        depths=[1] * len(widths),
-        num_stages=len(widths),
-        # at its usual 1e-6 every block starts as nothing, and needs long training to be more
-        layer_scale_init_value=1.0,
-        **output,
-    )
     kind = DetrConfig if arguments.model_type == "detr" else ConditionalDetrConfig
-    return kind(backbone_config=backbone, **common)
+    return kind(backbone_config=small_backbone(shape.get("backbone_stride", 32)), **common)
 
 
 def make_processor(config: PreTrainedConfig, arguments: DetectionModelArguments) -> BaseImageProcessor:
@@ -223,7 +209,8 @@ def make_model(config: PreTrainedConfig, arguments: DetectionModelArguments) -> 
         if has_head(found.get("architectures")):
             renew_class_scores(model, config, found, AutoModelForObjectDetection.from_config)
     if config.model_type in MASKED_TYPES and config.backbone_config.model_type in RESNET_TYPES:
-        freeze_first_stage(model)
+        family: Any = model
+        freeze_first_stage(family.model.backbone)
     return model
 
 
@@ -244,14 +231,3 @@ def start_as_original(model: PreTrainedModel) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith(("_token", "_tokens", "position_embeddings")):
                 nn.init.trunc_normal_(parameter, std=TOKEN_STD)
-
-
-def freeze_first_stage(model: PreTrainedModel) -> None:
-    """Keeps the stem and first stage of the ResNet under DETR as they are, lets the rest learn: Carion et al., 2020.
-
-    Transformers 5.23 means to, but looks for names ("stage.1") that its own ResNet does not have, which freezes all of
-    it in a new model; and `from_pretrained` makes new parameters, all of which learn.
-    """
-    for name, parameter in model.named_parameters():
-        if "backbone" in name.split("."):
-            parameter.requires_grad_(any(stage in name for stage in LEARNING_STAGES))

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its list of names
 
+from ..models.configuration_dropkey_hoi import HOI_TASK
 from .metric_names import full_name
 
 
@@ -31,9 +32,11 @@ TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation
 TASKS = {
     "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
     "ForMaskedImageModeling": (None, "AutoModelForMaskedImageModeling"),
+    "HoiForObjectDetection": (HOI_TASK, "AutoModelForObjectDetection"),
     "ForObjectDetection": ("object-detection", "AutoModelForObjectDetection"),
     "ForSemanticSegmentation": ("image-segmentation", "AutoModelForSemanticSegmentation"),
     "ForVideoClassification": ("video-classification", "AutoModelForVideoClassification"),
+    "ForBodyMesh": ("image-to-3d", "AutoModel"),
     "Model": ("image-feature-extraction", "AutoModel"),
 }
 SETTINGS = {
@@ -208,7 +211,8 @@ def _metadata(folder: Path, facts: RunFacts, config: dict[str, Any], name: str) 
         library_name="transformers",
         license=facts.license,
         metrics=[metric for metric in metrics if metric == "accuracy"] or None,
-        pipeline_tag=task,
+        # the Hub knows tasks of its own only; others are tags
+        pipeline_tag=None if task == HOI_TASK else task,
         tags=[tag for tag in tags if tag],
     )
 
@@ -345,6 +349,12 @@ def _usage(folder: Path, config: dict[str, Any], repo_id: str | None, revision: 
         call = f'pipeline("image-classification", model={source}{pin}{trust})'
         lines += ["```python", "from transformers import pipeline", "", f"classify = {call}"]
         lines += ['print(classify("image.jpg"))', "```"]
+    if "custom_pipelines" in config and (folder / "preprocessor_config.json").is_file():
+        # the pipelines of a family travel with its checkpoints
+        (name,) = config["custom_pipelines"]
+        call = f'pipeline("{name}", model={source}{pin}{trust})'
+        lines += ["```python", "from transformers import pipeline", "", f"find = {call}"]
+        lines += ['print(find("image.jpg"))', "```"]
     lines += ["With the package, which runs no code of this repository:", "```python"]
     if carries_code:
         lines += ["import hf_dropkey", f"from transformers import {auto}", ""]

@@ -35,6 +35,13 @@ METRICS = {
         "accuracy, training images minus these", "accuracy, training minus these images", "accuracy gap", None
     ),
 }
+# mean average precision of pairs, HICO-DET's protocol
+METRICS |= {
+    f"mAP{setting}{group}": MetricName(f"mAP{words}{what}", f"mAP{words}{what}", f"mAP{words}{what}", True)
+    for setting, words in (("", ""), ("_known_object", ", known object"))
+    for group, what in (("", ""), ("_rare", ", rare classes"), ("_non_rare", ", other classes"))
+}
+METRICS["mean_max_recall"] = MetricName("mean of the largest recalls", "mean recall", "mean recall", True)
 METRICS |= {
     f"accuracy_at_occlusion_{fraction:g}": MetricName(
         f"accuracy, {100 * fraction:g} % of patches hidden",
@@ -44,6 +51,19 @@ METRICS |= {
     )
     for fraction in (0.25, 0.5, 0.75)
 }
+METRICS |= {
+    f"{prefix}{key}": MetricName(f"{full}{of} (mm)", f"{label}{of}, mm", f"{label}{of}", False)
+    for prefix, of in (("", ""), ("mean_body_", " of the mean body"))
+    for key, full, label in (
+        ("mpvpe", "mean error of vertices, MPVPE", "MPVPE"),
+        ("mpjpe", "mean error of joints, MPJPE", "MPJPE"),
+        ("pa_mpjpe", "mean error of joints after alignment, PA-MPJPE", "PA-MPJPE"),
+        ("pa_mpvpe", "mean error of vertices after alignment, PA-MPVPE", "PA-MPVPE"),
+    )
+}
+METRICS["mpvpe_to_mean_body"] = MetricName(
+    "MPVPE as a fraction of the mean body's", "MPVPE / mean body's", "MPVPE relative to the mean body's", False
+)
 
 
 def full_name(metric: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # not in its list of names
+from huggingface_hub import get_token
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
@@ -83,10 +83,10 @@ class PushPlan:
 
     def __str__(self) -> str:
         total = sum(file.size for file in self.files)
-        lines = [f"{self.folder}: {len(self.files)} files go, {_bytes(total)}"]
+        lines = [f"{self.folder}: {_files(len(self.files))} to send, {_bytes(total)}"]
         lines += [_line(file) for file in self.files]
         if self.stays:
-            lines.append(f"{len(self.stays)} files stay, {_bytes(sum(file.size for file in self.stays))}")
+            lines.append(f"{_files(len(self.stays))} to stay, {_bytes(sum(file.size for file in self.stays))}")
             lines += [_line(file) for file in _by_folder(self.stays)]
         return "\n".join(map(visible, lines))
 
@@ -165,6 +165,10 @@ def _line(file: PlannedFile) -> str:
     return f"  {file.name} ({_bytes(file.size)})" + (f": {file.note}" if file.note else "")
 
 
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
 def _bytes(size: int) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000 or unit == "GB":
@@ -182,7 +186,7 @@ def _by_folder(files: Sequence[PlannedFile]) -> Iterator[PlannedFile]:
         else:
             yield file
     for name, inside in folders.items():
-        yield PlannedFile(f"{name}/", sum(file.size for file in inside), f"{len(inside)} files")
+        yield PlannedFile(f"{name}/", sum(file.size for file in inside), _files(len(inside)))
 
 
 def check_pushable(folder: Path) -> None:
@@ -260,7 +264,7 @@ def code_of(folder: Path) -> set[str]:
 
 def check_no_secrets(folder: Path, files: Sequence[Entry], token: str | bool | None) -> None:
     """Raises ValueError naming the files that hold a token, a key or a password: one in a usual form, or the one in use."""
-    own = build_hf_headers(token=token).get("authorization", "").removeprefix("Bearer ") or None
+    own = token if isinstance(token, str) else None if token is False else get_token()
     told = [f"{folder / entry.name} ({', '.join(kinds)})" for entry in files if (kinds := secrets_in(entry, own))]
     if told:
         verb = "holds something that looks like a secret" if len(told) == 1 else "hold what looks like secrets"

@@ -10,6 +10,7 @@ import ast
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -79,6 +80,7 @@ CLASS_NAMES = re.compile(r"[a-z_]*_(class|type)|architectures")
 PRIVATE = ("_attn_implementation", "_experts_implementation", "_name_or_path", "_commit_hash", "_num_labels")
 
 
+@lru_cache(maxsize=256)
 def defined_classes(source: bytes) -> frozenset[str]:
     """Names of the classes that a Python file defines at its top level; none if it is no Python."""
     try:

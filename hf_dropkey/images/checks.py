@@ -135,15 +135,18 @@ def warn_of_transparency(found: Sequence[Transparency], total: int, what: str) -
     seen = ", ".join(f"{'several colours' if name == 'other' else name} in {count}" for name, count in colours.items())
     blank = sum(one.blank for one in found)
     lost = f"; {blank} of them become one plain colour, in which nothing is left to see" if blank else ""
+    # a ground that sets off what the file's own colour hides
+    ground = "white" if colours.most_common(1)[0][0] == "black" else "gray"
     logger.warning(
         "%d of %d %s have transparent pixels. A model sees no transparency but the colour that the file stores there "
         "(%s)%s. If that is not meant, put them on a background and save them again: "
-        "Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA')).convert('RGB')",
+        "Image.alpha_composite(Image.new('RGBA', image.size, '%s'), image.convert('RGBA')).convert('RGB')",
         len(found),
         total,
         what,
         seen,
         lost,
+        ground,
     )
 
 

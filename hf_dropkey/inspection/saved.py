@@ -42,9 +42,14 @@ def attention_report(model: PreTrainedModel) -> DropKeyReport:
         return apply_dropkey(model, verbose=False)
     config: Any = model.config
     chosen, others = [], list(unreached)
-    for depth, site in enumerate(sites):
+    started: dict[str, int] = {}
+    for site in sites:
         module: Any = site.module
+        depth = started.get(site.stack, 0)
         reason = idle_reason(site, depth == 0)
+        if reason is None and site.kind == "cross" and not getattr(config, "dropkey_cross_attention", True):
+            reason = "switched off by the configuration's dropkey_cross_attention=False"
+        started[site.stack] = depth + 1
         if reason is None:
             backend = config._attn_implementation
             chosen.append(

@@ -2,6 +2,8 @@
 
 from .configuration_dropkey_ceit import DropKeyCeitConfig
 from .configuration_dropkey_features import DropKeyFeaturesConfig
+from .configuration_dropkey_hoi import DropKeyHoiConfig
+from .configuration_dropkey_mesh import DropKeyMeshConfig
 from .configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
 from .configuration_dropkey_vit import DropKeyViTConfig
 from .configuration_dropkey_volo import DropKeyVoloConfig
@@ -11,6 +13,16 @@ from .modeling_dropkey_ceit import (
     DropKeyCeitPreTrainedModel,
 )
 from .modeling_dropkey_features import DropKeyFeaturesForImageClassification
+from .modeling_dropkey_hoi import (
+    DropKeyHoiForObjectDetection,
+    DropKeyHoiModel,
+    DropKeyHoiPreTrainedModel,
+)
+from .modeling_dropkey_mesh import (
+    DropKeyMeshForBodyMesh,
+    DropKeyMeshModel,
+    DropKeyMeshPreTrainedModel,
+)
 from .modeling_dropkey_t2t_vit import (
     DropKeyT2TViTForImageClassification,
     DropKeyT2TViTModel,
@@ -27,6 +39,7 @@ from .modeling_dropkey_volo import (
     DropKeyVoloModel,
     DropKeyVoloPreTrainedModel,
 )
+from .pipeline_dropkey_hoi import HoiPipeline
 
 
 __all__ = [
@@ -36,6 +49,14 @@ __all__ = [
     "DropKeyCeitPreTrainedModel",
     "DropKeyFeaturesConfig",
     "DropKeyFeaturesForImageClassification",
+    "DropKeyHoiConfig",
+    "DropKeyHoiForObjectDetection",
+    "DropKeyHoiModel",
+    "DropKeyHoiPreTrainedModel",
+    "DropKeyMeshConfig",
+    "DropKeyMeshForBodyMesh",
+    "DropKeyMeshModel",
+    "DropKeyMeshPreTrainedModel",
     "DropKeyT2TViTConfig",
     "DropKeyT2TViTForImageClassification",
     "DropKeyT2TViTModel",
@@ -49,4 +70,5 @@ __all__ = [
     "DropKeyVoloForImageClassification",
     "DropKeyVoloModel",
     "DropKeyVoloPreTrainedModel",
+    "HoiPipeline",
 ]

@@ -42,6 +42,7 @@ from .dropkey import PATTERNS, DropKeySite, check_choice, check_ratio, ratio_of
 from .flex_attention import flex_dropkey_forward
 from .patterns import padding_of
 from .triton_attention import triton_dropkey_attention
+from .triton_mask import can_draw, drawn_mask
 
 
 # --- the backends -----------------------------------------------------------------------------------------------------
@@ -98,7 +99,10 @@ def sdpa_dropkey_forward(
     if can_redraw(query, key, value, attention_mask, dropout):
         output = redrawn_mask_attention(query, key, value, seed, attention_mask, settings, scaling)
     else:
-        mask = additive_mask(seed, query, key, attention_mask, settings)
+        if can_draw(query, attention_mask, settings.pattern):
+            mask = drawn_mask(seed, query, key.shape[2], attention_mask, settings.ratio, settings.pattern)
+        else:
+            mask = additive_mask(seed, query, key, attention_mask, settings)
         output = _masked_sdpa(query, key, value, mask, attention_mask, scaling, dropout)
     return output.transpose(1, 2).contiguous(), None
 
@@ -170,7 +174,8 @@ def _cleared_padding(
 def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Query, key and value in the dtype that autocast gives PyTorch's fused attention, which ours is not known to."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    # some devices, "meta" for one, have none to ask about
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     # autocast leaves float64 alone

@@ -3,6 +3,7 @@
 This file travels with checkpoints: it imports transformers, huggingface_hub and its neighbours only.
 """
 
+import copy
 import operator
 import os
 import shutil
@@ -126,10 +127,13 @@ class DropKeyConfigMixin(RemotePickleMixin):
 
     # Auto class -> "module.Class", for every class of the family
     family_auto_map: ClassVar[dict[str, str]] = {}
+    # task -> what Transformers' `custom_pipelines` says of it, for every pipeline of the family
+    family_pipelines: ClassVar[dict[str, dict[str, Any]]] = {}
     # of checkpoints of the plain model, which have the same weights
     plain_model_types: ClassVar[tuple[str, ...]] = ()
     # the same as `family_auto_map`, or what a loaded checkpoint says
     auto_map: ClassVar[dict[str, str]]
+    custom_pipelines: ClassVar[dict[str, dict[str, Any]]]
 
     def __post_init__(self, **kwargs: Any) -> None:
         shadowing = shadowing_fields(type(self), kwargs)
@@ -144,6 +148,8 @@ class DropKeyConfigMixin(RemotePickleMixin):
         # the loader says where it read from; a name in the file would send `from_config` elsewhere for its code
         kwargs.pop("_name_or_path", None)
         kwargs.setdefault("auto_map", dict(type(self).family_auto_map))
+        if type(self).family_pipelines:
+            kwargs.setdefault("custom_pipelines", copy.deepcopy(type(self).family_pipelines))
         super().__post_init__(**kwargs)  # type: ignore[misc]  # the configuration class this is mixed into has it
 
     def validate_dropkey(self) -> None:
@@ -191,8 +197,8 @@ class DropKeyConfigMixin(RemotePickleMixin):
         """Saves the configuration with the code of the whole family and an `auto_map` that names every class of it.
 
         Models save their configuration through this, so any saved folder loads with `trust_remote_code=True` through
-        each Auto class, without this package. Entries of a user's own class are kept if that class is loaded and registered
-        (`register_for_auto_class`), pipelines if theirs is; what else a loaded config.json names is not handed on.
+        each Auto class, and runs in each pipeline of the family, without this package. Entries of a user's own class are
+        kept if that class is loaded and registered (`register_for_auto_class`), pipelines if theirs is; what else a loaded config.json names is not handed on.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,8 +212,10 @@ class DropKeyConfigMixin(RemotePickleMixin):
         own = {auto: name for auto, name in entries.items() if _is_registered(auto, name, folder)}
         pipelines = vars(self).get("custom_pipelines")
         self.auto_map = {**type(self).family_auto_map, **own}  # type: ignore[misc]  # an instance attribute, but no field
-        if pipelines is not None:
-            self.custom_pipelines = _loaded_pipelines(pipelines, folder)
+        own_pipelines = copy.deepcopy(type(self).family_pipelines)
+        if pipelines is not None or own_pipelines:
+            # `pipeline` puts classes in place of names
+            self.custom_pipelines = {**_loaded_pipelines(pipelines, folder), **own_pipelines}  # type: ignore[misc]
         try:
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]  # as above
         finally:

@@ -126,6 +126,18 @@ class RatioTensor(NamedTuple):
     # ratios share it
     longest_at_risk: int
 
+    # a tuple's own comparison would ask a tensor for its truth
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RatioTensor) or self.longest_at_risk != other.longest_at_risk:
+            return False
+        return torch.equal(self.thresholds, other.thresholds)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((*self.thresholds.tolist(), self.longest_at_risk))
+
 
 # a drop ratio in [0, 1) as a function of this package takes it
 Ratio = float | RatioTensor

@@ -56,8 +56,9 @@ def _state_of_rows(
 ) -> RowState | None:
     """What `additive_mask_chunks` draws masks from chunk by chunk, a few words for each row; None where it cannot."""
     ratio, pattern, _, _ = settings
-    compiled = torch.compiler.is_compiling() or isinstance(ratio, RatioTensor)
-    if compiled or pattern != "score" or not is_drop_alone(attention_mask, settings):
+    if isinstance(ratio, RatioTensor) or torch.compiler.is_compiling():
+        return None
+    if pattern != "score" or not is_drop_alone(attention_mask, settings):
         return None
     return row_state(*row_keys(seed, *query.shape[:3]), key.shape[2], ratio)
 

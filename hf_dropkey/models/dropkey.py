@@ -170,7 +170,9 @@ def _with_ratio_data(cls: type) -> type:
         return _new_with_ratio_data, (cls,), *super(made, self).__reduce_ex__(protocol)[2:]
 
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    made = type(cls.__name__, (DropKeyRatioMixin, cls), {**body, "__reduce_ex__": reduce, "dropkey_plain_class": cls})
+    made: Any = type(
+        cls.__name__, (DropKeyRatioMixin, cls), {**body, "__reduce_ex__": reduce, "dropkey_plain_class": cls}
+    )
     return made
 
 
@@ -185,7 +187,8 @@ def hold_ratio_data(module: Any) -> None:
     Its class becomes a subclass of the same name, as PyTorch's parametrisations do; `release_ratio_data` undoes it.
     """
     if not hasattr(module, "dropkey_ratio_tensor"):
-        module.__class__ = _with_ratio_data(type(module))
+        cls: Any = type(module)
+        module.__class__ = _with_ratio_data(cls)
         # once more, which now makes the data
         module.dropkey_ratio = module.dropkey_ratio
 

@@ -397,11 +397,11 @@ def triton_dropkey_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if not scaling > 0:
         raise ValueError(f"`scaling` must be above 0, got {scaling}. Negate the queries for a negative factor.")
-    inputs = query, key, value, seed, _limits(ratio, query.device), padding, scaling, pattern == "key"
+    inputs = query, key, value, seed, limits_of(ratio, query.device), padding, scaling, pattern == "key"
     return _attention(*inputs)[0] if torch.compiler.is_compiling() else _FusedAttention.apply(*inputs)
 
 
-def _limits(ratio: Ratio, device: torch.device) -> torch.Tensor:
+def limits_of(ratio: Ratio, device: torch.device) -> torch.Tensor:
     """`threshold_tensor`, without a copy to the device at each call."""
     if isinstance(ratio, RatioTensor) or torch.compiler.is_compiling():
         return threshold_tensor(ratio, device)

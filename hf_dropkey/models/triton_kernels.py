@@ -483,6 +483,47 @@ def _key_value_kernel(
     _store_rows(p_dv, o_keys, strides_dv[2], b_dv, o_keys < M, VALUE_WIDTH)
 
 
+# --- the mask alone ---------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _dropped_block(k1, k2, b_words, block, limits, p_padding, M, HAS_PADDING: tl.constexpr):
+    o_keys = 64 * block + tl.arange(0, 64)
+    m_dropped = _is_dropped(b_words, block, _thresholds(k1, k2, block, limits))
+    return o_keys, m_dropped, _real_keys(p_padding, o_keys, M, HAS_PADDING)
+
+
+@_jit
+def draw_mask_kernel(
+    p_mask, p_seed, p_limits, p_padding, stride_row, stride_padding, heads, N, M,
+    HAS_PADDING: tl.constexpr, PROTECT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Rows of the additive mask: -inf where a score is dropped or its key hidden, else 0."""
+    o_rows, image, head = _program(N, TILE, heads)
+    m_rows = o_rows < N
+    if HAS_PADDING:
+        p_padding += image.to(tl.int64) * stride_padding
+    k1, k2 = _row_pairs(p_seed, image, head, o_rows[:, None], False)
+    limits = _limits(p_limits)
+    b_words = tl.zeros([TILE, 64], tl.uint32)
+    # a row that would lose all its real keys drops none
+    b_kept = tl.full([TILE], 0 if PROTECT else 1, tl.int32)
+    if PROTECT:
+        for block in range(tl.cdiv(M, 64)):
+            if block % 4 == 0:
+                b_words = _words(k1, k2, (16 * block + tl.arange(0, 64))[None, :])
+            o_keys, m_dropped, m_real = _dropped_block(k1, k2, b_words, block, limits, p_padding, M, HAS_PADDING)
+            b_kept = tl.maximum(b_kept, tl.max((m_real[None, :] & ~m_dropped).to(tl.int32), 1))
+    p_rows = p_mask + ((image * heads + head).to(tl.int64) * N + o_rows) * stride_row
+    for block in range(tl.cdiv(M, 64)):
+        if block % 4 == 0:
+            b_words = _words(k1, k2, (16 * block + tl.arange(0, 64))[None, :])
+        o_keys, m_dropped, m_real = _dropped_block(k1, k2, b_words, block, limits, p_padding, M, HAS_PADDING)
+        m_gone = (m_dropped & (b_kept > 0)[:, None]) | ~m_real[None, :]
+        b_mask = tl.where(m_gone, float("-inf"), 0.0).to(p_mask.dtype.element_ty)
+        tl.store(p_rows[:, None] + o_keys[None, :], b_mask, mask=m_rows[:, None] & (o_keys < M)[None, :])
+
+
 KERNELS = {
     "short": _short_kernel,
     "short_full": _short_kernel,

@@ -62,6 +62,7 @@ _LAUNCHES_PADDED = {
     (9, "query", 128): Launch(64, 8, 2),
     (9, "key_value", 128): Launch(32, 8, 2),
     (10, "short", 128): Launch(64, 8, 1),
+    (10, "key_value", 128): Launch(64, 8, 1),
 }
 # where releases of Triton before 3.9 need more registers: generation, kernel, padded head width (16 as 32)
 _LAUNCHES_BEFORE_3_9: dict[tuple[int, str, int], Launch | None] = {
@@ -69,6 +70,7 @@ _LAUNCHES_BEFORE_3_9: dict[tuple[int, str, int], Launch | None] = {
     (8, "short_full", 32): None,
     (8, "short_full", 128): None,
     (8, "query", 64): Launch(32, 4, 3),
+    (10, "short_full", 32): Launch(64, 4, 1),
     (10, "short_full", 64): Launch(32, 8, 1),
     (10, "key_value", 64): Launch(64, 4, 2),
     (10, "key_value", 128): Launch(32, 4, 1),

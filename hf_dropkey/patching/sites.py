@@ -20,11 +20,13 @@ CONSTANT_START = frozenset({"DetrSelfAttention", "ConditionalDetrDecoderSelfAtte
 CROSS_NAME = re.compile(r"cross_?att|enc(oder)?_?att|encdec_?att", re.IGNORECASE)
 CROSS_INPUTS = frozenset({"key_value_states", "encoder_hidden_states", "context"})
 ATTENTION_NAME = re.compile(r"attention|attn", re.IGNORECASE)
-# flags of this package's configurations, and the part of a name that they switch on and off
+# flags of this package's configurations, and the part of a name (a regular expression) that they switch on and off
 SWITCHES = {
-    "dropkey_token_stage": "token_stages",
-    "dropkey_outlook": "outlook_layers",
-    "dropkey_class_attention": "class_layer",
+    "dropkey_token_stage": r"token_stages",
+    "dropkey_outlook": r"outlook_layers",
+    "dropkey_class_attention": r"class_layer",
+    "dropkey_encoder": r"\bencoder\.layers",
+    "dropkey_decoder": r"\bdecoder\.layers\..*\bself_attn",
 }
 SOFTMAX_NAMES = frozenset({"softmax", "Softmax", "scaled_dot_product_attention", "multi_head_attention_forward"})
 
@@ -218,6 +220,6 @@ def idle_reason(site: AttentionSite, first_of_stack: bool) -> str | None:
     if site.side == "decoder" and site.kind == "self" and getattr(site.owner.config, "num_queries", None) == 1:
         return "it has a single key"
     for flag, part in SWITCHES.items():
-        if site.native and part in site.name and getattr(site.owner.config, flag, True) is False:
+        if site.native and re.search(part, site.name) and getattr(site.owner.config, flag, True) is False:
             return f"disabled by the configuration's {flag}=False"
     return None

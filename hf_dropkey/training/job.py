@@ -229,8 +229,10 @@ class TrainingJob(ABC, Generic[Data]):
         self.training.remove_unused_columns = False
         # without an accelerator there is nothing to pin for, and every data loader would warn
         self.training.dataloader_pin_memory &= torch.accelerator.is_available()
+        # before the data sets give tensors; one process writes checkpoints
+        kept = self.fingerprint(data) if self.training.do_train and self.training.should_save else {}
         trainer = self.make_trainer(model, data)
-        trainer.record.data = {split: dict(parts) for split, parts in self.fingerprint(data).items()}
+        trainer.record.data = {split: dict(parts) for split, parts in kept.items()}
         return trainer
 
     def settings(self) -> dict[str, str]:
@@ -257,11 +259,12 @@ class TrainingJob(ABC, Generic[Data]):
     def execute(self, command: Sequence[str]) -> None:
         """Runs the job from beginning to end, once; `command` is what the model card shows."""
         self.begin()
+        # the folder of a complete run is not written to, not even by a lock
+        if self.complete():
+            return
         # before the trainer changes arguments to suit itself
         asked = self.asked()
         with locked_output(self.training):
-            if self.complete():
-                return
             self.run_to_the_end(command)
             if self.training.do_train and self.training.should_save:
                 write_complete(self.output, asked)

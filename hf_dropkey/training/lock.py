@@ -7,6 +7,7 @@ operating system lets go of the lock of a process that has died, however it died
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -52,13 +53,24 @@ def locked_output(training: TrainingArguments, *, seconds: float = SECONDS_TO_NO
     # on each node, where each has a folder of its own
     shared = not training.save_on_each_node
     first = training.process_index == 0 if shared else training.local_process_index == 0
+    new = first and not folder.parent.exists()
     with ExitStack() as stack:
+        if new:
+            stack.callback(_leave_nothing, folder)
         with training.main_process_first(local=not shared, desc="locking the output folder"):
             if first:
                 folder.mkdir(parents=True, exist_ok=True)
                 _wait_for_others(folder, seconds)
             stack.enter_context(_held(folder, training.process_index, seconds))
         yield
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Removes the lock and the output folder of a run that was stopped before it wrote anything else."""
+    alone = all(path == folder for path in folder.parent.iterdir())
+    if alone and all(path.suffix == ".lock" for path in folder.iterdir()):
+        shutil.rmtree(folder)
+        folder.parent.rmdir()
 
 
 def _wait_for_others(folder: Path, seconds: float) -> None:
@@ -94,8 +106,8 @@ def _held(folder: Path, process: int, seconds: float) -> Iterator[None]:
             encoding="utf-8",
         )
         yield
-        owner.unlink(missing_ok=True)
     finally:
+        owner.unlink(missing_ok=True)
         lock.release()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..images.sources import changed_data
 from ..saved import read_json
 
 
@@ -30,8 +31,6 @@ CHANGES = {
     "max_steps": "the schedule of the learning rate has another length, so that the rate may jump here",
 }
 BATCH = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
-# what can be said of a split by its rows, and what another value means
-DATA_PARTS = {"rows": "rows", "labels": "labels", "names": "names of images or classes", "sizes": "sizes of images"}
 
 # split -> rows, and hashes of labels, names and sizes: the fingerprint of the data of a run, as JSON values
 Fingerprint = Mapping[str, Mapping[str, Any]]
@@ -159,16 +158,12 @@ def data_changes(there: Fingerprint, here: Fingerprint) -> list[str]:
     for split in sorted(there.keys() | here.keys()):
         before, now = there.get(split), here.get(split)
         if before is None or now is None:
-            told.append(f"the data has {'no' if now is None else 'a'} split {split!r} here, unlike there")
+            told.append(f"there is {'no' if now is None else 'a'} split {split!r} here, unlike there")
             continue
-        rows = before.get("rows"), now.get("rows")
-        other = [words for part, words in DATA_PARTS.items() if part != "rows" and before.get(part) != now.get(part)]
-        changes = [f"{rows[0]} rows there and {rows[1]} here"] if rows[0] != rows[1] else []
-        changes += [f"other {', '.join(other)}"] if other else []
+        changes = changed_data(before, now)
         if changes:
             told.append(
-                f"the split {split!r} is other data than the checkpoint saw: {' and '.join(changes)}. The run goes on "
-                "with the data as it is here; start a new one in another --output_dir if the results are to be of it "
-                "alone"
+                f"the data of {split!r} is not what the checkpoint saw ({'; '.join(changes)}): the run goes on with the "
+                "data as it is here. Start a new one in another --output_dir if its results are to be of this data alone"
             )
     return told

@@ -1,0 +1,1 @@
+"""Human-object interaction detection: data, scores, training and prediction."""
