@@ -6,7 +6,18 @@ import pytest
 import torch
 from scipy import stats
 
-from hf_dropkey.models.counter_hash import draw_seed
+from hf_dropkey.models import counter_hash
+from hf_dropkey.models.counter_hash import (
+    draw_seed,
+    draws_in_place,
+    drop_bias_by_byte,
+    drop_bias_of_rows,
+    dropped_by_byte,
+    row_keys,
+    row_state,
+    threshold_tensor,
+)
+from hf_dropkey.models.dropkey import ratio_tensor
 from hf_dropkey.models.patterns import PATTERNS, drop_bias, dropped_scores
 from hf_dropkey.reference import score_is_dropped
 
@@ -71,6 +82,41 @@ def test_seed_comes_from_the_global_generator() -> None:
     assert torch.equal(first, draw_seed(torch.device("cpu")))
     assert not torch.equal(first, second)
     assert first.dtype == torch.int32 and first.shape == (2,)
+
+
+@pytest.mark.parametrize("keys", [5, 64, 197, 2049])
+@pytest.mark.parametrize("ratio", [0.003, 0.3, 0.5, 0.9])
+def test_every_way_to_a_mask_gives_the_same(keys: int, ratio: float) -> None:
+    """A ratio as a number or as data; in place, or by plain operations as in a transform of `torch.func`."""
+    rows = row_keys(seed_of(2), 2, 2, 3)
+    data = ratio_tensor("score", ratio, 3)
+    assert data is not None
+    expected = dropped_by_byte(*rows, keys, ratio)
+    seen = []
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        seen.append(draws_in_place(x.device))
+        found = dropped_by_byte(*rows, keys, ratio), drop_bias_by_byte(*rows, keys, ratio) == -torch.inf
+        assert torch.equal(found[0], expected) and torch.equal(found[1], expected)
+        return x
+
+    torch.func.vmap(inside)(torch.zeros(2))
+    assert seen == [False] and draws_in_place(torch.device("cpu"))
+    assert torch.equal(dropped_by_byte(*rows, keys, data), expected)
+    assert torch.equal(drop_bias_by_byte(*rows, keys, data), torch.where(expected, -torch.inf, 0.0))
+    assert torch.equal(threshold_tensor(data, torch.device("cpu")), threshold_tensor(ratio, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("chunk", [1, 7 * 64, 2**18])
+def test_a_mask_does_not_depend_on_the_size_of_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor on where it is written, or on what was there."""
+    rows = row_keys(seed_of(3), 2, 3, 5)
+    expected = drop_bias_by_byte(*rows, 70, 0.3)
+    monkeypatch.setattr(counter_hash, "CHUNK_WORDS", chunk)
+    assert torch.equal(drop_bias_by_byte(*rows, 70, 0.3), expected)
+    scratch = torch.randint(-(2**31), 2**31 - 1, (40, 70), dtype=torch.int32)
+    found = drop_bias_of_rows(row_state(*rows, 70, 0.3), 70, 0.3, scratch)
+    assert torch.equal(found, expected) and found.data_ptr() == scratch.data_ptr()
 
 
 def test_compiled_mask_is_bit_equal() -> None:

@@ -14,9 +14,18 @@ from torch import nn
 from hf_dropkey import DropKey, drop_keys, dropkey_active, dropkey_disabled, reference
 from hf_dropkey.models import dropkey
 from hf_dropkey.models.attention_mask import real_keys
-from hf_dropkey.models.counter_hash import draw_seed
+from hf_dropkey.models.counter_hash import byte_thresholds, draw_seed
 from hf_dropkey.models.dropkey import layer_ratios, ratio_tensor
-from hf_dropkey.models.patterns import PATTERNS, dropped_scores, kept_tokens, patch_grid, protect_rows, token_order
+from hf_dropkey.models.patterns import (
+    PATTERNS,
+    dropped_scores,
+    kept_tokens,
+    patch_grid,
+    protect_rows,
+    rows_can_empty,
+    shape_bound,
+    token_order,
+)
 from hf_dropkey.reference import reference_attention, reference_mask, score_is_dropped
 
 
@@ -223,6 +232,85 @@ def test_the_module_is_the_function_with_settings_that_may_change() -> None:
     assert module.dropkey_ratio == 0.0
     with pytest.raises(ValueError, match="Unknown `pattern`"):
         DropKey(0.1, "tokens")
+
+
+def test_defaults() -> None:
+    """Of the function and the module: in training, single scores, windows of 3; the module's ratio is 0.1."""
+    assert repr(DropKey()) == "DropKey(ratio=0.1, pattern='score', window=3)"
+    module, scores = DropKey(0.4, "block"), torch.randn(2, 2, 9, 26)
+    torch.manual_seed(0)
+    expected = drop_keys(scores, 0.4, True, pattern="block", window=3, grid=(5, 5))
+    torch.manual_seed(0)
+    assert torch.equal(module(scores), expected) and bool((expected == -torch.inf).any())
+    torch.manual_seed(0)
+    assert torch.equal(drop_keys(scores, 0.4, pattern="block"), expected)
+    torch.manual_seed(0)
+    single = drop_keys(scores, 0.4)
+    torch.manual_seed(0)
+    assert torch.equal(single, drop_keys(scores, 0.4, pattern="score"))
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (7, 5)])
+def test_the_module_takes_the_grid_of_a_call(grid: tuple[int, int]) -> None:
+    scores = torch.randn(2, 2, 9, 36)
+    torch.manual_seed(0)
+    found = DropKey(0.4, "cross", 2)(scores, grid)
+    torch.manual_seed(0)
+    assert torch.equal(found, drop_keys(scores, 0.4, pattern="cross", window=2, grid=grid))
+
+
+@pytest.mark.parametrize("hidden", [-1e4, -65504.0, -math.inf])
+def test_a_score_at_the_threshold_of_padding_is_hidden_and_one_above_is_not(hidden: float) -> None:
+    """A row whose real keys are all drawn drops none; so one real key beside hidden ones is always kept."""
+    scores = torch.full((64, 2, 4, 3), hidden)
+    scores[..., 1] = -9999.0
+    assert not (drop_keys(scores, 0.9)[..., 1] == -math.inf).any()
+    # with a second real key, both are dropped at times
+    scores[..., 0] = -9999.0
+    dropped = drop_keys(scores, 0.5) == -math.inf
+    assert dropped[..., 0].any() and dropped[..., 1].any() and not dropped[..., :2].all(-1).any()
+
+
+def test_tokens_are_counted_over_the_keys_that_any_query_sees() -> None:
+    scores = torch.zeros(8, 2, 5, 12)
+    scores[..., 8:] = -math.inf
+    dropped = drop_keys(scores, 0.5, pattern="token")[..., :8] == -math.inf
+    assert (dropped.sum(-1) == 4).all() and (dropped == dropped[:, :1, :1]).all()
+
+
+def test_data_of_a_ratio_is_made_where_the_module_knows_its_settings() -> None:
+    """`dropkey_ratio_tensor`: None for 0; thresholds and the bound of shapes for the rest; longer rows never empty."""
+    module = DropKey(0.25, "score")
+    assert module.dropkey_ratio_tensor.thresholds.tolist() == [*byte_thresholds(0.25), 0]
+    assert module.dropkey_ratio_tensor.longest_at_risk == 128
+    module.dropkey_ratio = 0.9
+    assert module.dropkey_ratio_tensor.longest_at_risk > 128
+    assert rows_can_empty("score", 128, 0.9) and not rows_can_empty(
+        "score", module.dropkey_ratio_tensor.longest_at_risk, 0.9
+    )
+    module.dropkey_pattern = "block"
+    assert module.dropkey_ratio_tensor.thresholds[3] == shape_bound(0.9, "block", 3) != 0
+    before = module.dropkey_ratio_tensor.thresholds[3].clone()
+    module.dropkey_window = 2
+    assert module.dropkey_ratio_tensor.thresholds[3] == shape_bound(0.9, "block", 2) != before
+    module.dropkey_ratio = 0
+    assert module.dropkey_ratio_tensor is None
+
+
+@pytest.mark.parametrize("pattern", ["score", "token"])
+def test_the_compiled_module_drops_what_it_drops(pattern: str) -> None:
+    """Compiled, it reads its ratio from data ("token": from the number), which may be None or change."""
+    module, scores = DropKey(0.4, pattern), torch.randn(2, 2, 9, 26)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    for ratio in (0.4, 0.0, 0.2):
+        module.dropkey_ratio = ratio
+        results = []
+        for run in (module, compiled):
+            torch.manual_seed(0)
+            results.append(run(scores))
+        assert torch.equal(*results) and bool((results[0] == -torch.inf).any()) == (ratio > 0)
+    module.eval()
+    assert torch.equal(compiled(scores), scores)
 
 
 def test_the_module_belongs_to_the_packages_contexts() -> None:

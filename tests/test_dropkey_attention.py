@@ -97,9 +97,13 @@ def test_a_query_that_may_see_no_key_gets_zero_dropped_or_not(training: bool, dt
             assert torch.isfinite(gradient).all() and not gradient[1].any()
 
 
-def test_the_default_backend_is_that_of_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("matrix_units", "expected"), [(False, ["sdpa", "eager"]), (True, ["sdpa", "sdpa"])])
+def test_the_default_backend_is_that_of_the_models(
+    matrix_units: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hf_dropkey.models import attention
 
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
     chosen = []
     for name in attention.DROPKEY_BACKENDS:
         original = attention.DROPKEY_BACKENDS[name]
@@ -111,7 +115,7 @@ def test_the_default_backend_is_that_of_the_models(monkeypatch: pytest.MonkeyPat
         monkeypatch.setitem(attention.DROPKEY_BACKENDS, name, record)
     for dtype in (torch.float32, torch.bfloat16):
         dropkey_attention(*[tensor.detach().to(dtype) for tensor in tensors(1, 1, 4, 4)], 0.1)
-    assert chosen == [default_backend("cpu", dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert chosen == expected == [default_backend("cpu", dtype) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def test_three_lines_give_any_module_the_real_thing() -> None:

@@ -68,6 +68,29 @@ def test_tokens_in_front_of_the_patches_are_counted(name: str, prefix: int) -> N
     assert {layer.layout for layer in record.layers} == {TokenLayout((4, 4), prefix)}
 
 
+@pytest.mark.parametrize(("leading", "accepted"), [(2, True), (3, False), (7, False)])
+def test_more_tokens_than_a_model_puts_in_front_are_no_patches(leading: int, accepted: bool) -> None:
+    """YOLOS has its detection tokens behind the patches: with the class token, one more than their number."""
+    config = hf.YolosConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=[32, 32],
+        patch_size=8,
+        num_detection_tokens=leading - 1,
+    )
+    model = hf.YolosModel(config)
+    if accepted:
+        layers = record_attention(model, pixels()).layers
+        assert [layer.layout for layer in layers] == [TokenLayout((4, 4), leading)] * 2
+        return
+    with pytest.raises(
+        UnreadableAttentionError, match=f"its {16 + leading} keys are not the patches of an image of 32 x 32"
+    ):
+        record_attention(model, pixels())
+
+
 def test_a_grid_need_not_be_square() -> None:
     images = {"pixel_values": torch.randn(2, 3, 32, 48), "interpolate_pos_encoding": True}
     for model in (tiny_vit(), native()):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import small_runs
+import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_dropkey import (
@@ -31,6 +32,18 @@ FAMILIES = {
     "ceit": (DropKeyCeitForImageClassification, DropKeyCeitConfig.from_size("ceit_tiny", dropkey_ratio=0.3)),
 }
 
+# the attentions that the schedule runs over, in order
+SITES = {
+    "vit": [f"vit.layers.{n}" for n in range(3)],
+    "t2t_vit": [f"t2t_vit.layers.{n}" for n in range(7)],
+    "volo": [
+        *(f"volo.outlook_layers.{n}" for n in range(4)),
+        *(f"volo.stages.{stage}.{n}" for stage, layers in enumerate([4, 8, 2]) for n in range(layers)),
+        *(f"volo.class_layers.{n}" for n in range(2)),
+    ],
+    "ceit": [*(f"ceit.layers.{n}" for n in range(12)), "ceit.class_layer"],
+}
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_without_weights_has_the_ratios_of_one_with(family, tmp_path):
@@ -40,13 +53,29 @@ def test_a_model_without_weights_has_the_ratios_of_one_with(family, tmp_path):
     empty = empty_model(tmp_path)
     assert type(empty) is cls and {parameter.device.type for parameter in empty.parameters()} == {"meta"}
     report = attention_report(empty)
-    full = cls(config)
-    modules = dict(full.named_modules())
-    assert len(report.sites) >= 3 and report.sites[0].ratio > report.sites[-1].ratio
-    for site in report.sites:
-        assert (site.ratio, site.backend) == (modules[site.name].dropkey_ratio, config._attn_implementation or "sdpa")
+    names = SITES[family]
+    assert [site.name for site in report.sites] == [f"{name}.attention" for name in names]
+    ramp = [0.3 * (1 - depth / (len(names) - 1)) for depth in range(len(names))]
+    assert [site.ratio for site in report.sites] == pytest.approx(ramp)
+    modules = dict(cls(config).named_modules())
+    assert [modules[site.name].dropkey_ratio for site in report.sites] == [site.ratio for site in report.sites]
     shown = inspect_folder(tmp_path)
     assert "schedule      decreasing" in shown and all(site.name in shown for site in report.sites)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "matrix_units", "backend"),
+    [(torch.float32, False, "sdpa"), (torch.bfloat16, False, "eager"), (torch.bfloat16, True, "sdpa")],
+)
+def test_the_reported_backend_is_that_of_the_loaded_model(tmp_path, monkeypatch, dtype, matrix_units, backend):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
+    config = DropKeyViTConfig(**SHAPE, dropkey_ratio=0.3)
+    DropKeyViTForImageClassification(config).to(dtype).save_pretrained(tmp_path)
+    loaded = DropKeyViTForImageClassification.from_pretrained(tmp_path)
+    assert loaded.dtype == dtype and loaded.config._attn_implementation == backend
+    assert [site.backend for site in attention_report(empty_model(tmp_path)).sites] == [backend] * 3
+    moved = DropKeyViTForImageClassification.from_pretrained(tmp_path, attn_implementation="flex_attention")
+    assert [site.backend for site in attention_report(moved).sites] == ["flex_attention"] * 3
 
 
 def test_a_patched_and_a_plain_model(tmp_path):

@@ -1,7 +1,11 @@
 """The requested fraction of patches is hidden, random for each image, and the same for every model."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
 from hf_dropkey.lab.robustness import OCCLUDED_FRACTIONS, metrics_of, occlude, occlusion_accuracy, predict_logits
@@ -58,12 +62,40 @@ def test_logits_are_those_of_eval_mode_in_any_batch(model: DropKeyViTForImageCla
         torch.testing.assert_close(found, model.eval()(images).logits)
 
 
-def test_accuracy_falls_to_that_of_a_grey_image(model: DropKeyViTForImageClassification) -> None:
-    images = torch.randn(12, 3, 8, 8)
-    labels = predict_logits(model, images).argmax(-1)
-    assert metrics_of(predict_logits(model, images), labels)["accuracy"] == 1
+class BrightestPatch(nn.Module):
+    """Classes are the patches of an image, logits their means: right while the one bright patch is visible, else 0."""
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        means = nn.functional.avg_pool2d(pixel_values, 2).mean(1).flatten(1)
+        return SimpleNamespace(logits=means - 0.01 * torch.arange(16))
+
+
+def test_accuracy_falls_to_that_of_a_grey_image() -> None:
+    """By the fraction that is hidden, since this model sees nothing else; a grey image has class 0, which no label is."""
+    labels = torch.arange(1500) % 15 + 1
+    bright = nn.functional.one_hot(labels, 16).float().view(-1, 1, 4, 4)
+    images = bright.repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)
+    model = BrightestPatch()
     found = occlusion_accuracy(model, images, labels, patch=2)
-    assert list(found) == list(OCCLUDED_FRACTIONS)
+    assert list(found) == list(OCCLUDED_FRACTIONS) == [0.25, 0.5, 0.75]
     for fraction, accuracy in found.items():
-        hidden = predict_logits(model, occlude(images, fraction, patch=2)).argmax(-1)
-        assert accuracy == pytest.approx((hidden == labels).float().mean().item())
+        # 4.5 standard deviations
+        assert abs(accuracy - (1 - fraction)) < 4.5 * math.sqrt(fraction * (1 - fraction) / len(images))
+    assert metrics_of(predict_logits(model, images), labels)["accuracy"] == 1
+    assert metrics_of(predict_logits(model, occlude(images, 1, patch=2)), labels)["accuracy"] == 0
+    assert metrics_of(predict_logits(model, occlude(images, 1, patch=2)), 0 * labels)["accuracy"] == 1
+
+
+def test_the_seed_and_the_patch_reach_the_images() -> None:
+    """Accuracy is that of the occluded images, with this seed and this side of a patch."""
+    labels = torch.arange(300) % 16
+    bright = nn.functional.one_hot(labels, 16).float().view(-1, 1, 4, 4)
+    images = bright.repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)
+    results = []
+    for patch, seed in [(2, 0), (2, 1), (4, 0)]:
+        found = occlusion_accuracy(BrightestPatch(), images, labels, patch=patch, seed=seed)
+        for fraction, accuracy in found.items():
+            hidden = predict_logits(BrightestPatch(), occlude(images, fraction, patch=patch, seed=seed)).argmax(-1)
+            assert accuracy == pytest.approx((hidden == labels).float().mean().item())
+        results.append(tuple(found.values()))
+    assert len(set(results)) == 3

@@ -33,6 +33,7 @@ from hf_dropkey.patching.apply import (
     dropkey_modules,
     remove_dropkey,
 )
+from hf_dropkey.patching.dispatch import DropKeyConfigView
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -236,6 +237,17 @@ def test_a_dropkey_vit_takes_other_settings_and_gives_them_back() -> None:
     remove_dropkey(model)
     assert ratios(model) == before
     assert model.config.to_dict() == config
+
+
+def test_only_stock_attentions_get_what_ours_have_by_themselves() -> None:
+    """A view of their configuration, the ratio as data, and the size of the images."""
+    stock, ours = tiny_vit(), DropKeyViTForImageClassification(DropKeyViTConfig(**VIT, dropkey_ratio=0.3))
+    for model, changed in ((stock, True), (ours, False)):
+        quiet(model, 0.2)
+        for _, module in dropkey_modules(model):
+            assert isinstance(module.config, DropKeyConfigView) == changed
+            assert ("dropkey_pixels" in vars(module)) == (hasattr(type(module), "dropkey_plain_class")) == changed
+            assert "dropkey_ratio_tensor" in vars(module)
 
 
 def test_active_in_eval_does_not_switch_attention_dropout_on() -> None:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,15 @@ from torch import nn
 
 from hf_dropkey.patching import dispatch
 from hf_dropkey.patching.apply import dropkey, dropkey_active, dropkey_disabled, remove_dropkey
-from hf_dropkey.patching.dispatch import dropkey_interface, leading_tokens
+from hf_dropkey.patching.dispatch import (
+    DropKeyConfigView,
+    SeenPixels,
+    causal_mask,
+    combined_mask,
+    dropkey_interface,
+    known_grid,
+    leading_tokens,
+)
 
 
 # in training these draw random numbers of their own: dropout, random masks, noisy queries, random scales of positions
@@ -182,6 +191,57 @@ def test_scores_are_scaled_by_the_head_width_unless_told() -> None:
         weights.append(dropkey_interface(module, query, key, value, None, scaling=scaling)[1])
     assert torch.equal(weights[0], weights[1])
     assert not torch.allclose(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 4), (2, 2), (3, 3), (2, 4)])
+def test_a_causal_mask_hides_later_keys(queries: int, keys: int) -> None:
+    """A single query, as in decoding with a cache, attends to all keys."""
+    query, key = torch.zeros(1, 1, queries, 2), torch.zeros(1, 1, keys, 2)
+    mask = causal_mask(query, key)
+    if queries == 1:
+        assert mask is None
+        return
+    assert mask.tolist() == [[[[key <= query for key in range(keys)] for query in range(queries)]]]
+
+
+def test_masks_and_position_biases_become_one() -> None:
+    """Hidden keys get the lowest float of the mask or the bias; everything else stays as it is."""
+    lowest = torch.finfo(torch.float32).min
+    bias = torch.tensor([[1.0, -80.0, 3.0]]).expand(1, 1, 2, 3)
+    assert combined_mask(None, None, 3) is None
+    assert combined_mask(None, bias, 3) is bias
+    padding = torch.tensor([[1, 1, 0]])
+    assert combined_mask(padding, None, 3) is padding
+    hidden = [[[[1.0, -80.0, lowest]] * 2]]
+    for visible in (padding, padding.bool(), padding.bool()[:, None, None]):
+        assert combined_mask(visible, bias, 3).tolist() == hidden
+    # a float mask may be longer than the keys, and hides what is at -50 or below
+    additive = torch.tensor([[[[0.5, -49.0, -50.0, -100.0, 0.0]]]])
+    assert combined_mask(additive, None, 4).tolist() == [[[[0.5, -49.0, lowest, lowest]]]]
+    assert combined_mask(additive[..., 1:], bias, 3).tolist() == [[[[-48.0, lowest, lowest]] * 2]]
+    half = combined_mask(additive.half(), None, 3)
+    assert half.dtype == torch.float16 and half[0, 0, 0, 2] == torch.finfo(torch.float16).min
+
+
+def test_a_view_reads_and_writes_the_configuration_itself() -> None:
+    model = tiny_vit().train()
+    quiet(model, 0.5)
+    module = model.vit.layers[0].attention
+    view = module.config
+    assert isinstance(view, DropKeyConfigView) and view.dropkey_config is model.config
+    assert (
+        view._attn_implementation == "dropkey" and view.dropkey_backend == model.config._attn_implementation == "sdpa"
+    )
+    module.eval()
+    assert view._attn_implementation == "sdpa"
+    view._attn_implementation = "eager"
+    view.some_setting = 3
+    assert model.config._attn_implementation == "eager" and model.config.some_setting == view.some_setting == 3
+    del model.config.some_setting
+    model.config._attn_implementation_internal = None
+    assert view.dropkey_backend == "eager"
+    with pytest.raises(AttributeError, match="no_such_setting"):
+        _ = view.no_such_setting
 
 
 def test_an_attention_that_caps_its_scores_is_refused_in_training() -> None:
@@ -504,6 +564,39 @@ def test_the_patch_grid_of_a_vision_tower_and_of_wrapped_models(grids: Any) -> N
     wrapped = torch.nn.ModuleList([model])
     wrapped[0].get_image_features(torch.randn(1, 3, 32, 32))
     assert grids[-1] == (4, 4)
+
+
+@pytest.mark.parametrize("pattern", ["block", "cross"])
+@pytest.mark.parametrize(("patch", "grid"), [(8, (4, 8)), ([8, 16], (4, 4)), ((16, 8), (2, 8))])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_grid_is_that_of_the_images_of_the_mode(pattern: str, patch: Any, grid: Any, training: bool) -> None:
+    """With a patch size of one number or of two; the images of the other mode do not count."""
+    seen, other = SeenPixels(), (160, 160)
+    seen.trained, seen.evaluated = ((32, 64), other) if training else (other, (32, 64))
+    module = SimpleNamespace(
+        dropkey_pattern=pattern, training=training, dropkey_pixels=seen, config=SimpleNamespace(patch_size=patch)
+    )
+    keys = grid[0] * grid[1]
+    assert known_grid(module, keys + 1) == known_grid(module, keys) == grid
+    with pytest.raises(ValueError, match=rf"the {keys + 3} keys .* \(\(32, 64\) pixels\)"):
+        known_grid(module, keys + 3)
+    module.dropkey_pattern = "score"
+    assert known_grid(module, keys + 3) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "grid"), [(16, (4, 4)), (9, (3, 3)), (1, (1, 1)), (25, None), (12, None), (15, None)]
+)
+def test_windows_are_square_and_at_most_the_configured_size(keys: int, grid: tuple[int, int] | None) -> None:
+    seen = SeenPixels()
+    seen.trained = 32, 32
+    config = SimpleNamespace(patch_size=2, window_size=4)
+    module = SimpleNamespace(dropkey_pattern="block", training=True, dropkey_pixels=seen, config=config)
+    if grid is not None:
+        assert known_grid(module, keys) == grid
+        seen.trained = None
+    with pytest.raises(ValueError, match="needs to know the patch grid"):
+        known_grid(module, keys)
 
 
 def test_a_copy_sees_its_own_images(grids: Any) -> None:

@@ -22,26 +22,26 @@ CLASSES = {
     "volo": "DropKeyVoloForImageClassification",
     "ceit": "DropKeyCeitForImageClassification",
 }
-# run with a folder, in a process where importing the package fails
-BY_ITS_OWN_CODE = """
+# run with folders, in one process for all (its start takes longer than the rest), where importing the package fails
+BY_THEIR_OWN_CODE = """
 import sys
 sys.modules["hf_dropkey"] = None
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
-folder = sys.argv[1]
-model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
-assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
 pixels = torch.linspace(-1, 1, 2 * 3 * 48 * 48, dtype=torch.float64).view(2, 3, 48, 48)
-found = {"eval": model(pixels.float()).logits.double()}
-model.double().train()
-for pattern in load_file(folder + "/expected.safetensors").keys() - {"eval"}:
-    for module in model.modules():
-        if hasattr(module, "dropkey_ratio"):
-            module.dropkey_pattern, module.dropkey_window = pattern, 1
-    torch.manual_seed(3)
-    found[pattern] = model(pixels).logits
-save_file({name: logits.detach() for name, logits in found.items()}, sys.argv[2])
+for folder in sys.argv[1:]:
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
+    found = {"eval": model(pixels.float()).logits.double()}
+    model.double().train()
+    for pattern in load_file(folder + "/expected.safetensors").keys() - {"eval"}:
+        for module in model.modules():
+            if hasattr(module, "dropkey_ratio"):
+                module.dropkey_pattern, module.dropkey_window = pattern, 1
+        torch.manual_seed(3)
+        found[pattern] = model(pixels).logits
+    save_file({name: logits.detach() for name, logits in found.items()}, folder + "/found.safetensors")
 """
 
 
@@ -55,12 +55,35 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def folder(family: str, tmp_path: Path) -> Path:
+def unpack(family: str, into: Path) -> Path:
     """The folder as it was saved, and `expected.safetensors`."""
     with tarfile.open(RECORDED / f"dropkey_{family}.tar.xz") as archive:
-        archive.extractall(tmp_path / family, filter="data")
-    return tmp_path / family
+        archive.extractall(into / family, filter="data")
+    return into / family
+
+
+@pytest.fixture
+def folder(family: str, tmp_path: Path) -> Path:
+    return unpack(family, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def by_their_own_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of each family, with `found.safetensors`: what its own code computed."""
+    place = tmp_path_factory.mktemp("recorded")
+    folders = {family: unpack(family, place) for family in CLASSES}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", BY_THEIR_OWN_CODE, *map(str, folders.values())],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=place,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folders
 
 
 def set_pattern(model: torch.nn.Module, pattern: str) -> None:
@@ -92,19 +115,9 @@ def test_the_package_loads_them(family: str, folder: Path) -> None:
                 )
 
 
-def test_their_own_code_loads_them(family: str, folder: Path, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", BY_ITS_OWN_CODE, str(folder), str(tmp_path / "found.safetensors")],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found, expected = load_file(tmp_path / "found.safetensors"), load_file(folder / "expected.safetensors")
+def test_their_own_code_loads_them(family: str, by_their_own_code: dict[str, Path]) -> None:
+    place = by_their_own_code[family]
+    found, expected = load_file(place / "found.safetensors"), load_file(place / "expected.safetensors")
     assert set(found) == set(expected)
     for name, logits in expected.items():
         torch.testing.assert_close(found[name], logits, rtol=0, atol=1e-6 if name == "eval" else 1e-9, msg=name)

@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+from hf_dropkey.models.counter_hash import RatioTensor
 from hf_dropkey.patching.apply import apply_dropkey, dropkey_disabled, dropkey_modules, remove_dropkey
 from hf_dropkey.patching.report import DropKeyReport
 
@@ -381,9 +382,13 @@ def ratios(model: nn.Module) -> list[float]:
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """Everything plain that a model's modules and configuration hold."""
+    """Everything plain that a model's modules and configuration hold, and their ratios as data in plain numbers."""
     state = {
-        name: {key: value for key, value in vars(module).items() if not key.startswith("_") or key == "_dropkey_undo"}
+        name: {
+            key: (value.thresholds.tolist(), value.longest_at_risk) if isinstance(value, RatioTensor) else value
+            for key, value in vars(module).items()
+            if not key.startswith("_") or key == "_dropkey_undo"
+        }
         for name, module in model.named_modules()
     }
     return {"modules": state, "config": dict(vars(model.config)), "hooks": dict(model._load_state_dict_pre_hooks)}
