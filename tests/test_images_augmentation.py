@@ -120,7 +120,7 @@ def test_the_mode_stays(mode):
     ],
 )
 def test_values_outside_their_range_are_errors(name, value):
-    with pytest.raises(ValueError, match=f"{name}={value} is outside"):
+    with pytest.raises(ValueError, match=f"--{name} {value} is outside"):
         Augmentation((SIDE, SIDE), **{name: value})
 
 

@@ -247,7 +247,7 @@ def test_photographs_from_parquet(monkeypatch, tmp_path, shared_data):
             "--model_name_or_path x --model_size tiny",
             r"fixes the shape of the model; leave out \{'model_size': 'tiny'\}",
         ),
-        ("--rotation_degrees 200", "rotation_degrees=200.0 is outside"),
+        ("--rotation_degrees 200", "--rotation_degrees 200.0 is outside"),
         ("--label_column_name species", "no column 'species'; the data has"),
         ("--num_channels 2", "num_channels=2"),
         ("--max_train_samples 0", "max_train_samples=0 is below 1"),

@@ -20,8 +20,8 @@ from ..images.folders import (
     check_classes_of_splits,
     check_separate,
     local_class_folders,
+    log_left_out,
     read_class_folders,
-    tell_left_out,
 )
 from ..images.sources import is_csv, load_named
 from ..images.tables import escaped, labels_from_text, matching_files, read_csv
@@ -133,7 +133,7 @@ def load_folders(folders: Mapping[str, Path], options: Mapping[str, str]) -> dic
     found = {split: read_class_folders(folder) for split, folder in folders.items()}
     for split, classes in found.items():
         check_class_folders(classes, options[split])
-        tell_left_out(classes, split)
+        log_left_out(classes, split)
     for split in evaluated:
         check_classes_of_splits(found["train"], found[split], options[split])
     names = sorted({name for classes in found.values() for name in classes.images})
