@@ -177,7 +177,9 @@ def test_a_table_called_metadata_names_the_images_of_a_folder(tmp_path: Path) ->
     )
     assert load(train_dir=str(folder), train_val_split=0.25).label_names == ["01", "NA"]
     other = tree(tmp_path / "v", "NA/0.png")
-    with pytest.raises(ValueError, match=r"metadata.csv: a table in every folder, one, or in none"):
+    with pytest.raises(
+        ValueError, match=r"found the tables .*metadata.csv, but every folder must have exactly one table"
+    ):
         load(train_dir=str(folder), validation_dir=str(other))
 
 
