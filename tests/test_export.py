@@ -179,7 +179,7 @@ def test_overwriting_never_takes_anything_but_a_saved_model(tmp_path: Path) -> N
     dropkey_vit().save_pretrained(tmp_path / "run")
     dropkey_vit().save_pretrained(tmp_path / "run" / "checkpoint-1")
     for source, target in (("run/checkpoint-1", "run"), ("run", "run/checkpoint-1"), ("run", "run/plain")):
-        with pytest.raises(ValueError, match="lie in one another"):
+        with pytest.raises(ValueError, match="lies in the other; give a separate folder"):
             export_plain(tmp_path / source, tmp_path / target, overwrite=True)
 
 
