@@ -149,7 +149,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         export_plain(tmp_path / "folder", tmp_path / "out")
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(dropkey_vit(), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="Merge it first"):
+    with pytest.raises(ValueError, match="carries an adapter; merge it first"):
         export_plain(adapted, tmp_path / "out")
 
 

@@ -311,7 +311,7 @@ def test_resuming_another_model_is_an_error(monkeypatch, tmp_path, trained):
 
 
 @pytest.mark.usefixtures("auto_image_processor")
-def test_pretrained_folders_that_lack_something_or_are_no_vit_are_reported(monkeypatch, tmp_path):
+def test_pretrained_folders_that_lack_something_or_are_not_a_vit_are_reported(monkeypatch, tmp_path):
     arguments = ("--do_train", "--use_cpu", "--model_name_or_path", "stock", "--output_dir", "run")
     stock_vit(tmp_path / "stock")
     (tmp_path / "stock" / "preprocessor_config.json").unlink()
