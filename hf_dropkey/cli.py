@@ -1,6 +1,6 @@
-"""The console command `hf-dropkey`: training, and what the library does with saved folders, without writing Python.
+"""The console command `hf-dropkey`: training, checking, exporting and publishing saved models without writing Python.
 
-Everything it does is a call of the package, imported when a sub-command needs it.
+Every sub-command is one call of the package, imported when it is needed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ TASKS = {
 
 
 def main(command: Sequence[str] | None = None) -> int:
-    """Runs one sub-command; returns 0, 1 if a checkpoint is not to be trusted, 2 if something is wrong."""
+    """Runs one sub-command; returns 0, 1 if a checkpoint is not to be trusted, 2 after an error."""
     words = list(sys.argv[1:] if command is None else command)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -103,11 +103,11 @@ def card(arguments: argparse.Namespace) -> int:
     from .hub.cards import RunFacts, write_card
 
     names = ("dataset", "dataset_id", "dataset_split", "base_model", "license", "command_line")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if "command_line" in given:
-        given["command"] = given.pop("command_line")
-    facts = replace(RunFacts.load(arguments.folder), **given) if given else None
-    print(write_card(arguments.folder, repo_id=arguments.repo_id, revision=arguments.revision, facts=facts))
+    facts = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if "command_line" in facts:
+        facts["command"] = facts.pop("command_line")
+    new = replace(RunFacts.load(arguments.folder), **facts) if facts else None
+    print(write_card(arguments.folder, repo_id=arguments.repo_id, revision=arguments.revision, facts=new))
     return 0
 
 
@@ -139,43 +139,54 @@ def _parser() -> argparse.ArgumentParser:
     checking = commands.add_parser("check", help="can a folder or a repository be trusted? (exit code 0 or 1)")
     checking.add_argument("target", help="folder, or owner/name on the Hub")
     checking.add_argument("--revision", help="branch, tag or commit; default: the newest commit")
-    checking.add_argument("--digest", help="of a folder, as an earlier check printed it: nothing may have changed")
+    checking.add_argument(
+        "--digest", help="digest of a folder that an earlier check printed; the folder must not have changed"
+    )
     checking.set_defaults(run=check)
 
     exporting = commands.add_parser("export", help="write a plain Transformers checkpoint: no DropKey, no code")
     exporting.add_argument("folder", type=Path, help="saved model")
     exporting.add_argument("out", type=Path, help="folder to write; new or empty")
-    exporting.add_argument("--overwrite", action="store_true", help="replace the saved model in out, all of it")
+    exporting.add_argument(
+        "--overwrite", action="store_true", help="replace the saved model in out; all files there are deleted"
+    )
     exporting.set_defaults(run=export)
 
     pushing = commands.add_parser("push", help="upload a saved model with its code and card, in one commit")
     pushing.add_argument("folder", type=Path, help="saved model")
-    pushing.add_argument("repo_id", help="owner/name; made if it is not there")
-    pushing.add_argument("--revision", help="branch, made if it is not there; default: main")
+    pushing.add_argument("repo_id", help="owner/name; created if it does not exist")
+    pushing.add_argument("--revision", help="branch, created if it does not exist; default: main")
     pushing.add_argument("--private", action="store_true", help="make a private repository")
     pushing.add_argument("--message", default="Upload model", help="title of the commit")
-    pushing.add_argument("--replace-readme", action="store_true", help="take the folder's card, not the repository's")
+    pushing.add_argument(
+        "--replace-readme", action="store_true", help="publish the folder's card in place of the repository's"
+    )
     pushing.add_argument(
         "--include", nargs="+", default=(), metavar="PATTERN", help='more files, such as "figures/*.png"'
     )
-    pushing.add_argument("--dry_run", "--dry-run", action="store_true", help="only list what would go and what stays")
+    pushing.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="only list the files that would be sent and those that would stay",
+    )
     pushing.set_defaults(run=push)
 
     writing = commands.add_parser("card", help="write or renew README.md from the results files of a run")
     writing.add_argument("folder", type=Path, help="saved model")
     writing.add_argument("--repo-id", help="where it is on the Hub, for the usage")
     writing.add_argument("--revision", help="commit or tag that the usage pins")
-    writing.add_argument("--dataset", help="what the data is called")
+    writing.add_argument("--dataset", help="name of the data")
     writing.add_argument("--dataset-id", help="its id on the Hub")
-    writing.add_argument("--dataset-split", help="split that was evaluated on")
+    writing.add_argument("--dataset-split", help="split used for evaluation")
     writing.add_argument("--base-model", help="model that training started from")
     writing.add_argument("--license", help="licence of the weights, such as apache-2.0")
     writing.add_argument("--command", dest="command_line", help="command that trained the model")
     writing.set_defaults(run=card)
 
-    telling = commands.add_parser("info", help="where DropKey acts: schedule, attentions with their ratios, backend")
-    telling.add_argument("folder", type=Path, help="saved model")
-    telling.set_defaults(run=info)
+    showing = commands.add_parser("info", help="where DropKey acts: schedule, attentions with their ratios, backend")
+    showing.add_argument("folder", type=Path, help="saved model")
+    showing.set_defaults(run=info)
     return parser
 
 

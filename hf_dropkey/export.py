@@ -28,17 +28,18 @@ def export_plain(
     """Saves a plain Transformers checkpoint: same weights, same outputs in eval mode, no DropKey, no code.
 
     Args:
-        model_or_folder: A model of this package, a patched model of Transformers, or a folder that holds either. From a
-            folder, image processor and tokenizer come along.
+        model_or_folder: A model of this package, a patched model of Transformers, or a folder that holds either. From
+            a folder, image processor and tokenizer are copied too.
         out: Folder to write, new or empty.
-        overwrite: Replace the saved model in `out`; nothing of the old one stays, whatever else lies there included.
+        overwrite: Replace the saved model in `out`; all other files there are deleted too.
 
     Returns:
         The plain model in eval mode, with its own copy of the weights if it came from a model.
 
     Raises:
-        ValueError: The architecture is not one of Transformers, or `out` is the folder to export, or lies in it, or holds it.
-        FileExistsError: `out` is not empty and `overwrite` is False, or it holds something else than a saved model.
+        ValueError: The architecture is not one of Transformers; or `out` is the folder to export, lies in it, or holds
+            it.
+        FileExistsError: `out` is not empty and `overwrite` is False, or it holds other files and no saved model.
         NotADirectoryError: `out` is a file.
     """
     target = Path(out)
@@ -54,22 +55,22 @@ def export_plain(
 
 
 def _check_target(source: Path | None, target: Path, *, overwrite: bool) -> None:
-    """Raises as `export_plain` does where writing would mix or destroy."""
+    """Raises as `export_plain` does where writing would mix models or delete other files."""
     there = target.resolve()
     if source is not None and source.exists():
         held = source.resolve()
         if held == there:
-            raise ValueError(f"{target} would be overwritten by its own export. Give another folder.")
+            raise ValueError(f"{target} would be overwritten by its own export; give another folder")
         if overwrite and (held.is_relative_to(there) or there.is_relative_to(held)):
-            raise ValueError(f"{target} and {source} lie in one another. Give a folder apart from it.")
+            raise ValueError(f"one of the folders {target} and {source} lies in the other; give a separate folder")
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; give a folder")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
         raise FileExistsError(
-            f"{target} is not empty; give another folder, or pass --overwrite (overwrite=True), which deletes all that is "
-            "in it"
+            f"{target} is not empty; give another folder, or pass --overwrite (overwrite=True), which deletes all "
+            "files in it"
         )
     if not (target / "config.json").is_file():
         raise FileExistsError(
@@ -79,7 +80,7 @@ def _check_target(source: Path | None, target: Path, *, overwrite: bool) -> None
 
 @contextmanager
 def _replaced(target: Path) -> Iterator[Path]:
-    """A folder that takes the place of `target` once it is whole; if writing fails, what was there stays."""
+    """A folder that replaces `target` once it is complete; if writing fails, the old contents stay."""
     real = target.resolve()
     real.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{real.name}-", dir=real.parent) as held:
@@ -95,11 +96,11 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
     """A model of Transformers' own class with a copy of the weights, and a configuration without DropKey.
 
     Raises:
-        ValueError: There is no such class, or the model carries an adapter.
+        ValueError: No class of Transformers fits, or the model carries an adapter.
     """
     root = transformers_model(model)
     if any(".base_layer." in name for name in root.state_dict()):
-        raise ValueError(f"{type(root).__name__} carries an adapter. Merge it first: model.merge_and_unload().")
+        raise ValueError(f"{type(root).__name__} carries an adapter; merge it first with model.merge_and_unload()")
     cls: Any = plain_class(type(root))
     if cls is type(root):
         plain = copy.deepcopy(root)
@@ -117,7 +118,7 @@ def plain_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The nearest class of Transformers' own that `cls` is or extends, with the same parameters.
 
     Raises:
-        ValueError: There is none.
+        ValueError: No class of Transformers fits.
     """
     for base in cls.__mro__:
         # bases without a forward are families, not models

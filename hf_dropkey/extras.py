@@ -1,4 +1,4 @@
-"""Optional packages: which extra of this package brings them, said where one is missing."""
+"""Optional packages: an error for a missing one names the extra that installs it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def needed(extra: str) -> Iterator[None]:
-    """Stands around imports from the packages of an extra.
+    """A context for imports from the packages of an extra.
 
     Raises:
-        ImportError: A package is missing; with the command that installs the extra.
+        ImportError: A package is missing; the message has the command that installs the extra.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a folder of a saved model holds, and what it lacks."""
+"""Folders of saved models: their configuration, class and weights, and the files that they lack."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from . import models
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEX = "model.safetensors.index.json"
-# far above any model's
+# far above those of any model
 MOST_CLASSES, MOST_LAYERS, MOST_NESTED = 1_000_000, 10_000, 20
 # how configurations end the names of fields that say how many modules there are
 LAYER_FIELDS = ("layers", "depth", "depths", "num_blocks", "num_stages")
@@ -39,7 +39,7 @@ PROCESSOR_FILES = (
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raises FileNotFoundError naming what a saved model lacks, ValueError naming what is damaged or cannot be."""
+    """Raises FileNotFoundError for files that a saved model lacks, ValueError for damaged or impossible contents."""
     report_missing(folder, missing_model_files(folder))
     check_sizes(folder)
     for shard, names in sorted(_indexed(folder).items()):
@@ -66,32 +66,34 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _indexed(folder: Path) -> dict[str, set[str]]:
-    """The files that the index of a model in parts names, each with the weights in it; empty for a model in one file."""
+    """The files in the index of a sharded model, each with the names of its weights; empty for a model in one file."""
     if not (folder / INDEX).is_file():
         return {}
     found: dict[str, set[str]] = {}
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ValueError(f"{folder / INDEX} is damaged (its weight_map is no object of file names); use another one")
+        raise ValueError(
+            f"{folder / INDEX} is damaged (its weight_map is not an object of file names); use another one"
+        )
     for name, shard in weight_map.items():
         if Path(shard).name != shard:
             raise ValueError(
-                f"{folder / INDEX} names {shard!r}, which is no file of this folder; use another checkpoint"
+                f"{folder / INDEX} names {shard!r}, which is not a file of this folder; use another checkpoint"
             )
         found.setdefault(shard, set()).add(name)
     return found
 
 
 def check_sizes(folder: Path) -> None:
-    """Raises ValueError if the configuration in `folder` asks for more layers or classes than its weights can hold.
+    """Raises ValueError if the configuration in `folder` has more layers or classes than its weights can hold.
 
-    Reading such a configuration alone would fill the memory. Without weights, the limits are far above any model's.
+    Just to read such a configuration would fill the memory. Without weights, the limits are far above any model's.
     """
     shapes = [shape for file in sorted(folder.glob("*.safetensors")) for shape in tensor_shapes(file).values()]
     most = {
         # a model without a head may have more classes than rows of any weight, within reason
         "classes": max(10_000, *(max(shape, default=1) for shape in shapes)) if shapes else MOST_CLASSES,
-        # each has a weight of its own
+        # each layer has a weight of its own
         "layers": max(100, len(shapes)) if shapes else MOST_LAYERS,
     }
     for name, value in _numbers(read_json(folder / "config.json")):
@@ -99,9 +101,9 @@ def check_sizes(folder: Path) -> None:
         if kind is not None and value < 0:
             raise ValueError(f"{folder / 'config.json'} has {name} {value}, which is below 0; correct it")
         if kind is not None and value > most[kind]:
-            holds = f"its weights cannot be those of more than {most[kind]}" if shapes else f"{most[kind]} are allowed"
+            holds = f"its weights hold at most {most[kind]} {kind}" if shapes else f"at most {most[kind]} are allowed"
             raise ValueError(
-                f"{folder / 'config.json'} has {name} {value}, and {holds}; correct it, or use another checkpoint"
+                f"{folder / 'config.json'} has {name} {value}, but {holds}; correct it, or use another checkpoint"
             )
 
 
@@ -120,14 +122,16 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:
-        ValueError: The file is cut off, or holds something else than an object.
+        ValueError: The file is cut off, or does not hold an object.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged (it holds a {type(found).__name__}, no object); use another checkpoint")
+        raise ValueError(
+            f"{file} is damaged (it holds a {type(found).__name__}, not an object); use another checkpoint"
+        )
     return found
 
 
@@ -166,7 +170,7 @@ def missing_model_files(folder: Path) -> list[str]:
 
 
 def missing_weights(folder: Path) -> list[str]:
-    """Names of weights that the model in `folder` has and its files do not; empty if its class is unknown.
+    """Names of weights that the model in `folder` has and its files lack; empty if its class is unknown.
 
     Raises:
         ValueError: The weights have other shapes than the model, or cannot be read.
@@ -175,7 +179,7 @@ def missing_weights(folder: Path) -> list[str]:
     try:
         cls: Any = saved_class(config, folder)
     except ValueError:
-        # somebody's own class, which only they can load
+        # a class outside of this package and Transformers, which only its owner can load
         return []
     with one_error(f"the weights in {folder} do not fit its configuration"):
         _, report = cls.from_pretrained(folder, config=config, output_loading_info=True)
@@ -184,7 +188,7 @@ def missing_weights(folder: Path) -> list[str]:
 
 @contextmanager
 def one_error(what: str) -> Iterator[None]:
-    """Turns what Transformers and torch raise for a configuration that makes no sense into one line that says what it is of.
+    """Turns errors of Transformers and torch for an impossible configuration into one line that starts with `what`.
 
     Raises:
         ValueError: Something was raised inside.
@@ -221,8 +225,8 @@ def report_missing(folder: Path, missing: list[str]) -> None:
     """Raises FileNotFoundError if anything is missing."""
     if missing:
         raise FileNotFoundError(
-            f"{folder} lacks {', '.join(missing)}; complete it, or use another one (a run that was stopped while it "
-            "saved leaves such a folder, the checkpoint before it is whole)"
+            f"{folder} lacks {', '.join(missing)}; complete it, or use another one (a run that was stopped while "
+            "saving leaves such a folder; the checkpoint before it is complete)"
         )
 
 
@@ -230,7 +234,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     """The configuration in a folder; no code of the folder runs.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: The folder has no config.json.
         ValueError: It is damaged, or of a model that neither this package nor Transformers has.
     """
     if not (folder / "config.json").is_file():
@@ -255,11 +259,11 @@ def saved_class(config: PreTrainedConfig, folder: Path) -> type[PreTrainedModel]
             continue
         if found.config_class is None or not isinstance(config, found.config_class):
             raise ValueError(
-                f"{folder} was saved as {name}, which has no configuration of model_type {config.model_type!r}. Correct "
-                "`architectures` or `model_type` in its config.json"
+                f"{folder} was saved as {name}, which has no configuration of model_type {config.model_type!r}; "
+                "correct `architectures` or `model_type` in its config.json"
             )
         return found
     raise ValueError(
-        f"{folder} was saved as {', '.join(names) or 'no named class'}, which is no model of hf_dropkey or Transformers. "
-        "Load the model yourself and pass it instead of the folder"
+        f"{folder} was saved as {', '.join(names) or 'no named class'}, which is not a model of hf_dropkey or "
+        "Transformers; load the model yourself and pass it instead of the folder"
     )

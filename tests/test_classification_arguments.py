@@ -1,4 +1,4 @@
-"""Recipes and arguments of a training job are read as they were meant, and contradictions are told."""
+"""Recipes and arguments of a training job are read as they were meant, and contradictions are errors."""
 
 import json
 from pathlib import Path
@@ -33,11 +33,14 @@ def test_overrides_are_json_on_the_command_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
-    [("depths=1", r"--config_overrides depths=1 is no JSON \(.*; write for example"), ("[1]", "is no JSON object")],
+    ("overrides", "message"),
+    [
+        ("depths=1", r"--config_overrides depths=1 is not JSON \(.*; write for example"),
+        ("[1]", "is not a JSON object"),
+    ],
 )
-def test_other_overrides_are_errors(overrides: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_other_overrides_are_errors(overrides: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ModelArguments(config_overrides=overrides)
 
 
@@ -54,7 +57,7 @@ def test_a_pretrained_model_has_its_shape(shape: dict) -> None:
         ModelArguments(model_name_or_path="there", **shape)
 
 
-def test_digits_turn_and_photographs_are_cropped_unless_told_otherwise() -> None:
+def test_digits_turn_and_photographs_are_cropped_unless_configured_otherwise() -> None:
     digits = AugmentationArguments(rotation_degrees=1.0).augmentation((8, 8), digits=True)
     assert (digits.rotation_degrees, digits.shift_fraction, digits.crop_scale) == (1.0, 0.05, 1.0)
     photos = AugmentationArguments(crop_scale=0.5).augmentation((8, 8), digits=False)
@@ -68,7 +71,7 @@ def test_recipes_say_what_to_expect(recipe: Path) -> None:
     assert "accuracy" in about and "CPU" in about
 
 
-def test_ratios_change_over_the_steps_as_asked_for() -> None:
+def test_ratios_change_over_the_steps_as_configured() -> None:
     assert RampArguments().callbacks() == []
     (callback,) = RampArguments(dropkey_warmup=0.2, dropkey_alignment=0.1).callbacks()
     assert [callback.factor(step, 100) for step in (0, 10, 20, 89, 90, 99)] == [0.0, 0.5, 1.0, 1.0, 0.0, 0.0]

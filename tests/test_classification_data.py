@@ -1,4 +1,4 @@
-"""Every source of images ends in the same rows, and what cannot be used is told with the next step."""
+"""Every source of images ends in the same rows, and data that cannot be used is reported with the next step."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from hf_dropkey.classification.arguments import DataArguments
 from hf_dropkey.classification.data import ImageData, load_image_data
-from hf_dropkey.classification.sources import find_image_column, find_label_column, stratified_share
+from hf_dropkey.classification.sources import find_image_column, find_label_column, stratified_rows
 
 
 @pytest.fixture(autouse=True)
@@ -98,8 +98,8 @@ def test_a_held_out_part_leaves_the_split_for_evaluation_alone():
 
 
 def test_shares_are_spread_over_the_rows_of_each_class():
-    assert stratified_share([0] * 10 + [1] * 4 + [2], share=0.5).tolist() == [1, 3, 5, 7, 9, 11, 13]
-    assert stratified_share(["a", "b"] * 2, share=0.1).tolist() == []
+    assert stratified_rows([0] * 10 + [1] * 4 + [2], fraction=0.5).tolist() == [1, 3, 5, 7, 9, 11, 13]
+    assert stratified_rows(["a", "b"] * 2, fraction=0.1).tolist() == []
 
 
 def test_parquet_without_metadata_and_with_number_labels(tmp_path):
@@ -155,7 +155,7 @@ def test_columns_are_found_by_type_then_by_usual_name():
 
 
 @pytest.mark.parametrize(
-    ("find", "features", "wanted", "told"),
+    ("find", "features", "wanted", "message"),
     [
         (find_image_column, {"id": Value("int64")}, None, "no image column among .*--image_column_name"),
         (
@@ -176,8 +176,8 @@ def test_columns_are_found_by_type_then_by_usual_name():
         (find_label_column, {"a": datasets.Image()}, "species", "no column 'species'"),
     ],
 )
-def test_columns_that_are_not_there_are_told(find, features, wanted, told):
-    with pytest.raises(ValueError, match=told):
+def test_columns_that_are_not_there_are_reported(find, features, wanted, message):
+    with pytest.raises(ValueError, match=message):
         find(Features(features), wanted)
 
 
@@ -188,7 +188,7 @@ def test_one_column_for_images_and_labels_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("labels", "evaluation", "told"),
+    ("labels", "evaluation", "message"),
     [
         (
             ["cat", "dog"],
@@ -199,20 +199,20 @@ def test_one_column_for_images_and_labels_is_told(tmp_path):
         ([0.5, 1.5], [0.5], "label column holds .*; allowed are ClassLabel, string and integer"),
     ],
 )
-def test_labels_that_cannot_be_used_are_told(tmp_path, labels, evaluation, told):
+def test_labels_that_cannot_be_used_are_reported(tmp_path, labels, evaluation, message):
     train = table_of(tmp_path / "train.parquet", labels)
     validation = table_of(tmp_path / "validation.parquet", evaluation)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         load(train_file=str(train), validation_file=str(validation))
 
 
-def test_a_share_that_leaves_nothing_is_told(tmp_path):
+def test_a_fraction_that_leaves_nothing_is_reported(tmp_path):
     train = table_of(tmp_path / "train.parquet", ["cat", "dog"])
     with pytest.raises(ValueError, match=r"the 0.1 of train split has no rows"):
         load(train_file=str(train), train_val_split=0.1)
 
 
-def test_the_unlabelled_rows_of_a_hub_test_split_are_told(tmp_path):
+def test_the_unlabelled_rows_of_a_hub_test_split_are_reported(tmp_path):
     features = Features({"image": datasets.Image(), "label": ClassLabel(names=["a", "b"])})
     for split, labels in (("train", [0, 1]), ("test", [-1, -1])):
         rows = {"image": [{"bytes": png(0), "path": None}] * 2, "label": labels}
@@ -236,9 +236,9 @@ def test_bad_files_in_a_folder_stop_the_run_or_are_skipped(tmp_path):
     (folder / "dog" / "003.png").write_bytes(png(3)[:40])
     with pytest.raises(
         ValueError, match=r"2 of 16 images in the train split cannot be used: .*000.png \(empty"
-    ) as told:
+    ) as caught:
         load(train_dir=str(folder))
-    assert "003.png" in str(told.value) and "--skip_bad_images" in str(told.value)
+    assert "003.png" in str(caught.value) and "--skip_bad_images" in str(caught.value)
     kept = load(train_dir=str(folder), skip_bad_images=True).train
     # a row keeps its number whatever was skipped before it
     assert len(kept) == 14 and 0 not in kept["row"][:] and max(kept["row"]) == 19
@@ -249,8 +249,8 @@ def test_an_image_that_goes_bad_after_the_check_or_without_one_is_named_where_it
     folder = folder_of(tmp_path / "train", a=4, b=4)
     data = load(train_dir=str(folder), train_val_split=0.25)
     (folder / "a" / "001.png").write_bytes(png(1)[:40])
-    told = r"001\.png \(.*\)\. Repair or remove it; --check_images True .*--skip_bad_images leaves them out"
-    with pytest.raises(ValueError, match=told):
+    message = r"001\.png \(.*\)\. Repair or remove it; --check_images True .*--skip_bad_images leaves them out"
+    with pytest.raises(ValueError, match=message):
         data.train[:]
     file = tmp_path / "some.parquet"
     cells = [{"bytes": png(number)[: 40 if number == 1 else None], "path": None} for number in range(4)]
@@ -272,7 +272,7 @@ def test_a_repaired_file_is_good_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kind", "told"),
+    ("arguments", "kind", "message"),
     [
         ({"train_dir": "gone"}, FileNotFoundError, "train folder gone is not there"),
         ({"train_dir": "README.md"}, FileNotFoundError, "README.md is a file, which --train_file"),
@@ -282,26 +282,29 @@ def test_a_repaired_file_is_good_again(tmp_path):
         ({"validation_dir": "tests"}, ValueError, "no label column|no split 'train'"),
     ],
 )
-def test_sources_that_are_not_there_are_told(arguments, kind, told, monkeypatch, tmp_path):
+def test_sources_that_are_not_there_are_reported(arguments, kind, message, monkeypatch, tmp_path):
     (tmp_path / "README.md").touch()
     folder_of(tmp_path / "tests", cat=1, dog=1)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         load(**arguments)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        ({"dataset_name": "digits", "train_dir": "x"}, "several data sources at once"),
-        ({"train_val_split": 1.0}, r"train_val_split=1.0 is outside \(0, 1\)"),
+        (
+            {"dataset_name": "digits", "train_dir": "x"},
+            "--dataset_name digits and --train_dir x are several data sources at once",
+        ),
+        ({"train_val_split": 1.0}, r"--train_val_split 1.0 is outside \(0, 1\)"),
         ({"hold_out_validation": True, "eval_split_name": "test"}, "name two splits to evaluate on; keep one"),
-        ({"max_train_samples": 0}, "max_train_samples=0 is below 1"),
-        ({"preprocessing_num_workers": -1}, "preprocessing_num_workers=-1 is below 1"),
+        ({"max_train_samples": 0}, "--max_train_samples 0 is below 1"),
+        ({"preprocessing_num_workers": -1}, "--preprocessing_num_workers -1 is below 1"),
     ],
 )
-def test_arguments_that_make_no_sense_are_told(arguments, told):
-    with pytest.raises(ValueError, match=told):
+def test_arguments_that_make_no_sense_are_reported(arguments, message):
+    with pytest.raises(ValueError, match=message):
         DataArguments(**arguments)
 
 

@@ -1,4 +1,4 @@
-"""A job trains what it was told, and says what decided about its weights."""
+"""A job trains as configured, and records all settings that determine its weights."""
 
 import json
 from pathlib import Path
@@ -44,9 +44,9 @@ def test_the_last_steps_are_trained_without_dropkey(parse: Any, tmp_path: Path) 
     assert json.loads((tmp_path / "run" / "config.json").read_text())["dropkey_ratio"] == 0.4
 
 
-def test_what_decided_about_the_weights_is_told(parse: Any, tmp_path: Path) -> None:
-    told = parse().settings()
-    assert parse().settings() == told and json.loads(json.dumps(told)) == told
+def test_settings_that_determine_the_weights_are_recorded(parse: Any, tmp_path: Path) -> None:
+    settings = parse().settings()
+    assert parse().settings() == settings and json.loads(json.dumps(settings)) == settings
     for words in (
         ["--seed", "1"],
         ["--dropkey_alignment", "0.1"],
@@ -57,7 +57,7 @@ def test_what_decided_about_the_weights_is_told(parse: Any, tmp_path: Path) -> N
         ["--on_nonfinite_loss", "skip"],
     ):
         other = parse(*words).settings()
-        assert [name for name in told if told[name] != other[name]] == [words[0].removeprefix("--")]
+        assert [name for name in settings if settings[name] != other[name]] == [words[0].removeprefix("--")]
     # where the files are does not matter, but what is in them
     file = "some-data/train.parquet"
     assert parse("--train_file", file, "--train_split_name", "train").settings()["train_file"] == "train.parquet"
@@ -67,9 +67,9 @@ def test_what_decided_about_the_weights_is_told(parse: Any, tmp_path: Path) -> N
         there.parent.mkdir()
         there.write_bytes(held)
         for given in ("train-0.parquet", "train-*.parquet"):
-            told = parse("--train_file", str(there.with_name(given)), "--train_split_name", "train").settings()
-            names.add(told["train_file"])
-            contents[place, given] = told["train_file_contents"]
+            settings = parse("--train_file", str(there.with_name(given)), "--train_split_name", "train").settings()
+            names.add(settings["train_file"])
+            contents[place, given] = settings["train_file_contents"]
     assert names == {"train-0.parquet", "train-*.parquet"}
     assert (
         len(set(contents.values())) == 2
@@ -80,8 +80,8 @@ def test_what_decided_about_the_weights_is_told(parse: Any, tmp_path: Path) -> N
     assert parse(*held_out).settings() == parse(*held_out, "--validation_file", "test.parquet").settings()
 
 
-def test_a_mistake_is_told_before_data_is_read(parse: Any) -> None:
-    with pytest.raises(ValueError, match="image_size=9 is not a multiple of patch_size=2"):
+def test_a_mistake_is_reported_before_data_is_read(parse: Any) -> None:
+    with pytest.raises(ValueError, match="--image_size 9 is not a multiple of --patch_size 2"):
         parse("--image_size", "9")
     with pytest.raises(ValueError, match="`warmup` is a fraction"):
         parse("--dropkey_warmup", "2")

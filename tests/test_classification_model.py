@@ -1,4 +1,4 @@
-"""Every family is made from arguments, from scratch and from a saved folder; what cannot work is told before it is made."""
+"""Every family is made from arguments, from scratch and from a saved folder; models that cannot work are errors before they are made."""
 
 import json
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_overrides_reach_the_configuration() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (
             {"model_family": "t2t_vit", "image_size": 72},
@@ -87,14 +87,17 @@ def test_overrides_reach_the_configuration() -> None:
         ),
         ({"model_family": "volo", "image_size": 12}, "12 pixels .* nearest sizes are 16"),
         ({"model_family": "ceit", "image_size": 225}, "nearest sizes are 224 and 240"),
-        ({"image_size": 9}, "image_size=9 is not a multiple of patch_size=2"),
-        ({"model_size": "huge"}, r"'huge' is no size of the family vit; choose from nano, tiny, small, base$"),
+        ({"image_size": 9}, "--image_size 9 is not a multiple of --patch_size 2"),
+        (
+            {"model_size": "huge"},
+            r"--model_size huge is not a size of the family vit; choose from nano, tiny, small, base$",
+        ),
         ({"model_size": "volo_d1"}, "choose from .*, or pass --model_family volo"),
         ({"model_family": "ceit", "patch_size": 8}, "the family ceit has no patch_size; leave out --patch_size"),
         ({"model_family": "volo", "num_hidden_layers": 8}, "the family volo has no num_hidden_layers"),
         ({"model_family": "t2t_vit", "intermediate_size": 8}, "the family t2t_vit has no intermediate_size"),
-        ({"config_overrides": {"mix_token": True}}, r"\['mix_token'\], no fields of the family vit; it has \["),
-        ({"config_overrides": {"num_labels": 3}}, r"\['num_labels'\], no fields of the family vit"),
+        ({"config_overrides": {"mix_token": True}}, r"\['mix_token'\], not fields of the family vit; it has \["),
+        ({"config_overrides": {"num_labels": 3}}, r"\['num_labels'\], not fields of the family vit"),
         ({"config_overrides": {"hidden_size": 32}}, "arguments of their own: pass --hidden_size"),
         ({"model_family": "volo", "config_overrides": {"depths": [0, 1]}}, r"`depths` must hold .* got \[0, 1\]"),
         ({"model_family": "volo", "config_overrides": {"depths": 3}}, "depths"),
@@ -104,8 +107,8 @@ def test_overrides_reach_the_configuration() -> None:
         ),
     ],
 )
-def test_shapes_that_cannot_be_are_told(arguments: dict[str, Any], told: str) -> None:
-    with pytest.raises(Exception, match=told) as caught:
+def test_shapes_that_cannot_be_are_reported(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=message) as caught:
         config_of(**arguments)
     # the configuration's own error class is not a ValueError
     assert isinstance(caught.value, ValueError) or "Strict" in type(caught.value).__name__
@@ -230,15 +233,15 @@ def test_other_names_need_a_word_and_then_a_new_head(tmp_path: Path) -> None:
     data, config = fitted(arguments, ["bus", "car"])
     assert data.label_ids == {0: 0, 1: 1} and config.id2label == {0: "bus", 1: "car"}
     model = make_model(config, arguments)
-    # the counts agree, so that nothing but the names tells that these scores were for other classes
+    # the counts agree, so that only the names show that these scores were for other classes
     assert (model.classifier.weight != 7).all() and (model.classifier.bias == 0).all()
 
 
 def test_new_class_scores_are_not_evaluated_without_training(tmp_path: Path) -> None:
     arguments = classifier(tmp_path, {"0": "dog", "1": "cat"})
-    with pytest.raises(ValueError, match=r"does not know: bus") as told:
+    with pytest.raises(ValueError, match=r"does not know: bus") as caught:
         fitted(arguments, ["bus", "cat"], training=False)
-    assert "--ignore_mismatched_sizes" not in str(told.value)
+    assert "--ignore_mismatched_sizes" not in str(caught.value)
     arguments.ignore_mismatched_sizes = True
     with pytest.raises(ValueError, match=r"--ignore_mismatched_sizes .* without --do_train random ones"):
         fitted(arguments, ["cat", "dog"], training=False)
@@ -251,7 +254,7 @@ def test_new_class_scores_are_not_evaluated_without_training(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-    ("id2label", "told"),
+    ("id2label", "message"),
     [
         ({"1": "cat", "2": "dog"}, r"numbers its 2 classes 1 'cat', 2 'dog' in id2label; the numbers must be 0 to 1"),
         ({"0": "cat", "5": "dog"}, r"numbers its 2 classes 0 'cat', 5 'dog' in id2label"),
@@ -259,10 +262,10 @@ def test_new_class_scores_are_not_evaluated_without_training(tmp_path: Path) -> 
         ({"cat": 0, "dog": 1}, r"has id2label with 'cat', 'dog' in place of class numbers; .*repair it"),
     ],
 )
-def test_class_numbers_that_cannot_be_used_are_told(
-    tmp_path: Path, id2label: dict[str, Any], told: str, training: bool
+def test_class_numbers_that_cannot_be_used_are_reported(
+    tmp_path: Path, id2label: dict[str, Any], message: str, training: bool
 ) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         fitted(classifier(tmp_path, id2label), ["cat", "dog"], training=training)
 
 

@@ -45,11 +45,11 @@ def test_export_writes_a_plain_checkpoint(folder, tmp_path, capsys):
     assert not list((tmp_path / "plain").glob("*.py"))
 
 
-def test_card_writes_what_it_is_told(folder, capsys):
+def test_card_writes_the_facts_of_its_arguments(folder, capsys):
     words = ["--license", "mit", "--dataset", "Cats", "--repo-id", "me/cats", "--command", "python train.py"]
     assert main(["card", folder, *words]) == 0
     assert capsys.readouterr().out.strip().endswith("README.md")
-    # told once, known later
+    # facts are given once and kept for later cards
     assert main(["card", folder, "--dataset-split", "test"]) == 0
     card = ModelCard.load(Path(folder, "README.md"))
     assert card.data.license == "mit" and "trained on the Cats dataset" in card.text and "python train.py" in card.text
@@ -57,17 +57,17 @@ def test_card_writes_what_it_is_told(folder, capsys):
 
 def test_info_lists_every_attention_with_its_ratio(folder, capsys):
     assert main(["info", folder]) == 0
-    told = capsys.readouterr().out
-    assert "schedule      decreasing" in told and "3 attentions drop keys" in told
-    rows = [line.split() for line in told.splitlines() if line.strip().startswith("vit.layers.")]
+    printed = capsys.readouterr().out
+    assert "schedule      decreasing" in printed and "3 attentions drop keys" in printed
+    rows = [line.split() for line in printed.splitlines() if line.strip().startswith("vit.layers.")]
     assert [row[4] for row in rows] == ["0.3", "0.15", "0"] and {row[-1] for row in rows} == {"sdpa"}
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "message"),
     [
-        (["check", "gone/a/b"], "gone/a/b is no folder"),
-        (["check", "./gone"], "./gone is no folder"),
+        (["check", "gone/a/b"], "gone/a/b is neither a folder"),
+        (["check", "./gone"], "./gone is neither a folder"),
         (["export", "gone", "x"], "gone is not a folder"),
         (["push", "gone", "me/x"], "gone is not a folder"),
         (["push", "saved", "a--b"], "Cannot have -- or .."),
@@ -78,15 +78,15 @@ def test_info_lists_every_attention_with_its_ratio(folder, capsys):
         (["export", "saved", "saved"], "would be overwritten by its own export"),
     ],
 )
-def test_errors_are_one_line_and_exit_code_2(folder, monkeypatch, capsys, command, told):
+def test_errors_are_one_line_and_exit_code_2(folder, monkeypatch, capsys, command, message):
     monkeypatch.chdir(Path(folder).parent)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"hf-dropkey {command[0]}: ") and told in error
+    assert error.startswith(f"hf-dropkey {command[0]}: ") and message in error
 
 
-def test_an_unknown_command_is_told(capsys):
+def test_an_unknown_command_is_reported(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["upload"])
     assert caught.value.code == 2 and "check" in capsys.readouterr().err
@@ -95,8 +95,8 @@ def test_an_unknown_command_is_told(capsys):
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
-    told = capsys.readouterr().out
-    assert caught.value.code == 0 and all(name in told for name in ("check", "export", "push", "card", "info"))
+    printed = capsys.readouterr().out
+    assert caught.value.code == 0 and all(name in printed for name in ("check", "export", "push", "card", "info"))
 
 
 @pytest.mark.slow
@@ -136,10 +136,10 @@ def test_a_mistake_is_one_line_and_debug_shows_more(tmp_path: Path, capsys: pyte
     assert main(words) == 2
     error = capsys.readouterr().err
     assert (
-        error.startswith("hf-dropkey train: image_size=9 is not a multiple of patch_size=2")
+        error.startswith("hf-dropkey train: --image_size 9 is not a multiple of --patch_size 2")
         and "Traceback" not in error
     )
-    with pytest.raises(ValueError, match="image_size=9"):
+    with pytest.raises(ValueError, match="--image_size 9"):
         main([*words, "--debug"])
 
 
@@ -179,7 +179,7 @@ def test_each_task_has_its_own_help(task: str, argument: str, capsys: pytest.Cap
     assert ended.value.code == 0 and argument in capsys.readouterr().out
 
 
-def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"hf-dropkey {hf_dropkey.__version__}\n"

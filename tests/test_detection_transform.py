@@ -98,7 +98,7 @@ def test_boxes_move_with_what_they_surround(augmentation):
 
 @pytest.mark.parametrize("name", ["flip_probability", "crop_scale", "color_jitter"])
 def test_augmentation_outside_its_range_is_named(name):
-    with pytest.raises(ValueError, match=rf"{name}=1.5 is outside"):
+    with pytest.raises(ValueError, match=rf"--{name} 1.5 is outside"):
         BoxAugmentation(**{name: 1.5})
 
 

@@ -149,7 +149,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         export_plain(tmp_path / "folder", tmp_path / "out")
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(dropkey_vit(), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="Merge it first"):
+    with pytest.raises(ValueError, match="carries an adapter; merge it first"):
         export_plain(adapted, tmp_path / "out")
 
 
@@ -179,7 +179,7 @@ def test_overwriting_never_takes_anything_but_a_saved_model(tmp_path: Path) -> N
     dropkey_vit().save_pretrained(tmp_path / "run")
     dropkey_vit().save_pretrained(tmp_path / "run" / "checkpoint-1")
     for source, target in (("run/checkpoint-1", "run"), ("run", "run/checkpoint-1"), ("run", "run/plain")):
-        with pytest.raises(ValueError, match="lie in one another"):
+        with pytest.raises(ValueError, match="lies in the other; give a separate folder"):
             export_plain(tmp_path / source, tmp_path / target, overwrite=True)
 
 

@@ -216,7 +216,7 @@ def test_more_pairs_than_queries_are_found_before_training(tmp_path: Path) -> No
         (("--draw_threshold", "1.5"), "draw_threshold=1.5 is outside"),
         (("--draw_images", "-1"), "draw_images=-1 is below 0"),
         (("--vcoco_file", "x.json"), "need --vcoco_file and --coco_file"),
-        (("--flip_probability", "2"), "flip_probability=2.0 is outside"),
+        (("--flip_probability", "2"), "--flip_probability 2.0 is outside"),
         (("--dropkey_ratio", "1.0"), r"\[0, 1\)"),
         (("--attention_dropout", "0.1"), "DropKey replaces dropout"),
     ],

@@ -1,4 +1,4 @@
-"""Cards hold what the files of a run say, keep what somebody wrote, and read back as the Hub reads them."""
+"""Cards hold what the files of a run say, keep hand-written text, and read back as the Hub reads them."""
 
 import inspect
 import json
@@ -96,12 +96,12 @@ def test_numbers_come_from_files_or_not_at_all(folder):
     (folder / "trainer_state.json").unlink()
     (folder / "run_facts.json").unlink()
     card = model_card(folder)
-    assert "No file of the run tells how it was trained." in card.text
+    assert "No file of the run records how it was trained." in card.text
     assert card.data.license is None and card.data.base_model is None and card.data.datasets is None
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-def test_what_somebody_wrote_survives_twice(folder, line_end):
+def test_hand_written_text_survives_twice(folder, line_end):
     write_card(folder, repo_id="me/my-model")
     made = (folder / "README.md").read_bytes().decode()
     edited = made.replace("# my-model\n", "# A better title\n\nMy words.\n").replace(
@@ -146,7 +146,7 @@ def test_a_plain_checkpoint_needs_no_trust(folder):
 
 
 @pytest.mark.parametrize(
-    ("card", "told"),
+    ("card", "message"),
     [
         ("---\n- a list\n---\n", "cannot be read"),
         ("---\na: [1\n---\n", "cannot be read"),
@@ -155,9 +155,9 @@ def test_a_plain_checkpoint_needs_no_trust(folder):
         ("# x\n<!-- hf_dropkey:usage end -->\n", "section 'usage' has lost one of its two markers"),
     ],
 )
-def test_a_card_that_cannot_be_understood_is_not_touched(folder, card, told):
+def test_a_card_that_cannot_be_understood_is_not_touched(folder, card, message):
     (folder / "README.md").write_text(card)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         write_card(folder)
     assert (folder / "README.md").read_text() == card
 
@@ -184,19 +184,19 @@ def test_a_run_without_dropkey_does_not_claim_it(folder):
     assert "random keys are taken out" not in text and "The configuration holds no DropKey settings." in text
 
 
-def test_a_command_tells_no_paths_of_a_machine(tmp_path):
+def test_a_command_shows_no_paths_of_a_machine(tmp_path):
     words = ["train.py", "--a", str(tmp_path / "x y"), f"--b={tmp_path}/z", "--c=1", "relative/path"]
     assert shown_command(words) == "train.py --a 'x y' --b=z --c=1 relative/path"
 
 
-def test_bad_files_are_told(folder, tmp_path):
+def test_bad_files_are_reported(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="gone has no config.json"):
         write_card(tmp_path / "gone")
     (folder / "run_facts.json").write_text('{"licence": "mit"}')
     with pytest.raises(ValueError, match=r"unknown fields \['licence'\]; allowed are .*license"):
         write_card(folder)
     (folder / "run_facts.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run_facts\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"run_facts\.json is not JSON"):
         write_card(folder)
 
 
@@ -236,7 +236,7 @@ def test_what_was_measured_on_is_named_where_it_is_other_data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("processor", "told"),
+    ("processor", "message"),
     [
         ({}, "Images of 32 x 32 pixels."),
         ({"size": {"height": 48, "width": 64}}, "Images of 48 x 64 pixels."),
@@ -252,9 +252,9 @@ def test_what_was_measured_on_is_named_where_it_is_other_data(tmp_path):
         ({"size": 40}, "Images of 40 x 40 pixels."),
     ],
 )
-def test_the_image_size_is_the_processors(folder, processor, told):
+def test_the_image_size_is_the_processors(folder, processor, message):
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    assert told in model_card(folder).text
+    assert message in model_card(folder).text
 
 
 def test_a_local_path_of_the_base_model_is_cut(folder):

@@ -1,4 +1,4 @@
-"""Every metric that this project computes has one name, which cards, tables and sentences share."""
+"""Every metric that this project computes has one name, which cards, tables and sentences use."""
 
 import numpy as np
 from transformers import EvalPrediction

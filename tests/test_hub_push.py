@@ -60,8 +60,8 @@ def step(name, *arguments, **keywords):
         seen[name] = {"error": type(error).__name__, "message": str(error)}
 
 def fail(method, path, status):
-    asked = {"method": method, "path": path, "status": status, "times": 1}
-    urllib.request.urlopen(api.endpoint + "/-/fail", json.dumps(asked).encode()).close()
+    failure = {"method": method, "path": path, "status": status, "times": 1}
+    urllib.request.urlopen(api.endpoint + "/-/fail", json.dumps(failure).encode()).close()
 
 def change():
     with torch.no_grad():
@@ -123,7 +123,7 @@ def seen(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """What each push returned or raised."""
     folder = tmp_path_factory.mktemp("pushes")
     done = hub.run(PUSHES, folder, json.dumps({**SHAPE, "num_labels": 3}), HAND_WRITTEN)
-    return json.loads(done.stdout.splitlines()[-1]) | {"told": done.stderr, "folder": str(folder)}
+    return json.loads(done.stdout.splitlines()[-1]) | {"errors": done.stderr, "folder": str(folder)}
 
 
 def test_a_first_push_makes_the_repository_in_one_commit(hub, seen):
@@ -151,7 +151,7 @@ def test_a_push_without_changes_makes_no_commit(seen):
     assert seen["edited"]["changed"] and not seen["edited again"]["changed"]
 
 
-def test_a_card_keeps_what_somebody_wrote(hub, seen):
+def test_a_card_keeps_hand_written_text(hub, seen):
     card = hub.repositories["tester/one"].at(seen["edited"]["commit"]).files["README.md"].content.decode()
     data = ModelCard(card).data
     assert (data.license, data["my_key"], data.library_name) == ("cc-by-4.0", "my value", "transformers")
@@ -172,9 +172,9 @@ def test_a_failure_in_the_middle_leaves_what_was_there(hub, seen):
     assert weights[0] != weights[1]
 
 
-def test_a_failed_commit_and_a_race_are_told(hub, seen):
+def test_a_failed_commit_and_a_race_are_reported(hub, seen):
     assert seen["failed commit"]["error"] == "ConnectionError" and "answered 500" in seen["failed commit"]["message"]
-    assert "somebody changed tester/one at the same time" in seen["raced"]["message"]
+    assert "tester/one was changed at the same time, and that change is kept" in seen["raced"]["message"]
     after = hub.repositories["tester/one"].at(seen["after the race"]["commit"])
     assert "Overtaken." in after.files["README.md"].content.decode()
 
@@ -188,19 +188,19 @@ def test_a_branch_is_made(hub, seen):
 def test_private_means_private(hub, seen):
     assert hub.repositories["tester/hidden"].private and "model.safetensors" in hub.files("tester/hidden")
     assert seen["private, but there"]["error"] == "ValueError"
-    assert "tester/one is there already and public" in seen["private, but there"]["message"]
+    assert "tester/one already exists and is public" in seen["private, but there"]["message"]
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("wrong token", "the Hub does not accept the token for tester/one"),
         ("no token", "there is no token for the Hub; log in with `hf auth login`"),
         ("other owner", "the token may not write to somebody/one"),
     ],
 )
-def test_tokens_that_do_not_do_are_told(seen, name, told):
-    assert seen[name]["error"] == "PermissionError" and told in seen[name]["message"]
+def test_tokens_that_do_not_suffice_are_reported(seen, name, message):
+    assert seen[name]["error"] == "PermissionError" and message in seen[name]["message"]
     assert "hf_wrong" not in seen[name]["message"]
 
 
@@ -219,7 +219,7 @@ def test_two_cards_with_words_of_their_own(hub, seen):
     repository = hub.repositories["tester/one"]
     kept = repository.at(seen["conflict"]["commit"]).files["README.md"].content.decode()
     assert "I wrote this." in kept and "Local words." not in kept
-    assert "m/README.md has text of its own that the card of tester/one has not" in seen["told"]
+    assert "m/README.md has hand-written text that the card of tester/one does not have" in seen["errors"]
     replaced = repository.at(seen["replaced"]["commit"]).files["README.md"].content.decode()
     assert "Local words." in replaced and "I wrote this." not in replaced
 
@@ -242,10 +242,10 @@ def test_what_was_pushed_loads_by_name_in_a_fresh_process_and_offline(hub, seen,
     """
     commit = seen["retry"]["commit"]
     online = hub.run(code, tmp_path, commit, package=False)
-    asked = len(hub.requests)
+    before = len(hub.requests)
     offline = hub.run(code, tmp_path, commit, package=False, HF_HUB_OFFLINE="1")
     assert online.stdout == offline.stdout and online.stdout.startswith("[[")
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == before
     other = hub.run(code, tmp_path, seen["edited"]["commit"], package=False)
     assert other.stdout != online.stdout
 
@@ -300,14 +300,14 @@ def test_a_commit_is_no_branch():
         check_target("me/x", revision="0" * 40)
 
 
-def test_a_missing_token_is_told(saved, monkeypatch):
+def test_a_missing_token_is_reported(saved, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(saved / "none"))
     with pytest.raises(PermissionError, match="there is no token for the Hub.*HF_TOKEN"):
         push_folder(saved, "me/x")
 
 
-def test_offline_is_told(saved):
+def test_offline_is_reported(saved):
     with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set; unset it"):
         push_folder(saved, "me/x")
 
@@ -388,8 +388,12 @@ def test_only_what_belongs_to_a_model_goes(saved):
     assert {file.name for file in plan.files} == CODE | {
         "README.md", "config.json", "model.safetensors", "eval_results.json", "curve.png", "figures/curve two.png"
     }  # fmt: skip
-    told = str(plan)
-    assert "train_0001.png (1 bytes)" in told and "wandb/ (2 bytes): 2 files" in told and "model.safetensors (" in told
+    listed = str(plan)
+    assert (
+        "train_0001.png (1 bytes)" in listed
+        and "wandb/ (2 bytes): 2 files" in listed
+        and "model.safetensors (" in listed
+    )
     more = plan_push(saved, include=["images/*.jpg", "*.py", "wandb/*"])
     assert {file.name for file in more.files} - {file.name for file in plan.files} == {"images/cat.jpg"}
 
@@ -438,7 +442,7 @@ def test_links_within_and_links_that_stay(saved, tmp_path):
     assert {file.name for file in plan.stays} == {"kept.txt", "data", "gone.png"}
 
 
-def test_foreign_code_that_a_configuration_names_is_told(saved):
+def test_foreign_code_that_a_configuration_names_is_reported(saved):
     (saved / "preprocessor_config.json").write_text('{"auto_map": {"AutoImageProcessor": {"pil": "evil/x--m.P"}}}')
     assert "preprocessor_config.json (60 bytes): runs code of another repository, evil/x--m.P" in str(plan_push(saved))
 

@@ -27,7 +27,7 @@ FILES = (
     "Config.JSON",
     "any.json",
 )
-# of models that are no images, and that ask for files or kernels by a name in their configuration
+# of models of other data than images, and that request files or kernels by a name in their configuration
 FOLLOWING = {"rag", "xlstm"}
 # write a property without a setter into their own file
 SHADOWING = {"pp_doclayout_v2", "pp_doclayout_v3"}
@@ -173,7 +173,7 @@ def test_no_field_that_loaders_follow_passes(name, field, value, path):
 @example(b"[" * 200_000)
 @example(b'{"a":1,"a":2}')
 @example(b"\xff\xfe{\0}\0")
-def test_anything_else_is_one_kind_of_error(content):
+def test_other_content_is_one_kind_of_error(content):
     try:
         found = parsed(content, "x.json")
     except (UnreadableFile, ValueError):

@@ -69,14 +69,14 @@ def test_code_that_is_not_ours_is_shown(folder):
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text("print('hello')\n")
     report = check_release(folder)
-    assert report.problems == ("custom_generate/generate.py is no code of hf_dropkey",)
+    assert report.problems == ("custom_generate/generate.py is not code of hf_dropkey",)
     assert "+print('hello')" in report.diffs["custom_generate/generate.py"]
 
 
 @pytest.mark.parametrize(
     "name", ["training_args.bin", "optimizer.pt", "x.pkl", "a.so", "b.pyc", "c.zip", "run.sh", "unknown"]
 )
-def test_other_kinds_of_file_are_told_and_never_opened(folder, name):
+def test_other_kinds_of_file_are_reported_and_never_opened(folder, name):
     (folder / name).write_bytes(pickle.dumps(Evil()))
     (problem,) = check_release(folder).problems
     assert problem.startswith(f"{name} is of a kind that no model needs")
@@ -84,22 +84,22 @@ def test_other_kinds_of_file_are_told_and_never_opened(folder, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("notes.txt", pickle.dumps(Evil()), "is a pickle, whatever its name says"),
         ("tokenizer.model", b"PK\x03\x04", "is an archive"),
         ("image.png", b"\x7fELF\x02", "is a program"),
         ("LICENSE", b"#!/bin/sh\n", "is a script"),
-        ("README.md", b"\xff\xfe\x00", "is no text"),
-        ("more.json", b"{", "is no JSON"),
+        ("README.md", b"\xff\xfe\x00", "is not text"),
+        ("more.json", b"{", "is not JSON"),
     ],
 )
-def test_disguises_are_told(folder, name, content, told):
+def test_disguises_are_reported(folder, name, content, message):
     (folder / name).write_bytes(content)
-    assert [problem for problem in check_release(folder).problems if problem.startswith(name) and told in problem]
+    assert [problem for problem in check_release(folder).problems if problem.startswith(name) and message in problem]
 
 
-def test_executables_and_links_are_told(folder):
+def test_executables_and_links_are_reported(folder):
     (folder / "notes.txt").touch(mode=0o755)
     Path("elsewhere.txt").touch()
     (folder / "link.txt").symlink_to(Path("elsewhere.txt").resolve())
@@ -111,7 +111,7 @@ def test_executables_and_links_are_told(folder):
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         (
             {"auto_map": {"AutoModel": "somebody/code--modeling.Model"}},
@@ -123,19 +123,19 @@ def test_executables_and_links_are_told(folder):
         ({"auto_map": {"AutoModel": "gone.Model"}}, "there is no gone.py of hf_dropkey beside"),
     ],
 )
-def test_a_configuration_that_fetches_code_is_told(folder, fields, told):
+def test_a_configuration_that_fetches_code_is_reported(folder, fields, message):
     change_config(folder, **fields)
-    assert told in " ".join(check_release(folder).problems)
+    assert message in " ".join(check_release(folder).problems)
 
 
-def test_code_named_by_the_image_processor_is_told(folder):
+def test_code_named_by_the_image_processor_is_reported(folder):
     (folder / "preprocessor_config.json").write_text('{"auto_map": {"AutoImageProcessor": "a/b--c.D"}}')
     assert check_release(folder).problems == (
         'preprocessor_config.json: auto_map.AutoImageProcessor is code of another repository, "a/b--c.D"',
     )
 
 
-def test_damaged_missing_and_pickled_weights_are_told(folder):
+def test_damaged_missing_and_pickled_weights_are_reported(folder):
     weights = folder / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-10])
@@ -148,10 +148,10 @@ def test_damaged_missing_and_pickled_weights_are_told(folder):
     assert not Path("opened").exists()
 
 
-def test_targets_that_are_none_are_told(folder):
+def test_targets_that_do_not_exist_are_reported(folder):
     with pytest.raises(NotADirectoryError, match=r"config\.json is a file"):
         check_release(folder / "config.json")
-    with pytest.raises(FileNotFoundError, match="no folder, and no name of a repository"):
+    with pytest.raises(FileNotFoundError, match="is neither a folder nor the name of a repository"):
         check_release("a/b/c")
     with pytest.raises(ConnectionError, match="me/x was not checked: HF_HUB_OFFLINE is set"):
         check_release("me/x")
@@ -186,7 +186,7 @@ def test_a_checkpoint_of_an_older_release_stays_trusted_and_the_version_is_named
     assert report.trusted and "hf_dropkey 0.1.0" in str(report)
 
 
-def test_files_of_two_versions_side_by_side_are_told(folder, monkeypatch):
+def test_files_of_two_versions_side_by_side_are_reported(folder, monkeypatch):
     known = released_code.known_code()
     other = dict.fromkeys(next(iter(known.values())), "0" * 64)
     other["dropkey.py"] = hashlib.sha256(b"# older").hexdigest()
@@ -225,7 +225,7 @@ def test_the_cache_of_huggingface_hub_is_a_folder_like_another(folder, tmp_path)
     assert [problem[:20] for problem in check_release(snapshot).problems] == ["notes.txt is a link "]
 
 
-def test_a_run_folder_is_called_one_and_nobody_is_told_to_delete_it(folder):
+def test_a_run_folder_is_called_one_and_is_not_to_be_deleted(folder):
     shutil.copytree(folder, folder / "checkpoint-4")
     for name in (
         "training_args.bin",
@@ -244,7 +244,7 @@ def test_a_run_folder_is_called_one_and_nobody_is_told_to_delete_it(folder):
     assert "x.pkl is of a kind" in " ".join(check_release(folder).problems)
 
 
-def test_a_digest_tells_a_folder_that_has_changed(folder, capsys):
+def test_a_digest_shows_that_a_folder_has_changed(folder, capsys):
     assert main(["check", str(folder)]) == 0
     digest = capsys.readouterr().out.split("digest: ")[1].split()[0]
     shutil.copytree(folder, "elsewhere")
@@ -285,7 +285,7 @@ def test_json_that_a_loader_could_follow_is_never_trusted(copy, name):
 
 
 @pytest.mark.parametrize("name", hostile.FOLDER_ATTACKS)
-def test_folders_with_anything_else_are_never_trusted(copy, name):
+def test_folders_with_other_files_are_never_trusted(copy, name):
     hostile.FOLDER_ATTACKS[name](copy)
     report = check_release(copy)
     assert report.problems and "trusted: " not in str(report)
@@ -296,8 +296,10 @@ def test_folders_with_anything_else_are_never_trusted(copy, name):
 def test_what_cannot_be_read_is_one_line_and_exit_code_2(copy, name, capsys):
     hostile.UNREADABLE[name](copy)
     assert main(["check", str(copy)]) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and len([line for line in told.err.splitlines() if not line.startswith("Loading")]) == 1
+    printed = capsys.readouterr()
+    assert (
+        printed.out == "" and len([line for line in printed.err.splitlines() if not line.startswith("Loading")]) == 1
+    )
 
 
 @pytest.mark.parametrize("name", hostile.HARMLESS)

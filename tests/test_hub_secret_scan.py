@@ -133,7 +133,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    # the token in use is another one, so that forms are told by themselves
+    # the token in use is another one, so that each form is found by itself
     monkeypatch.setenv("HF_TOKEN", "another-word")
     copy = tmp_path / "saved"
     copy.mkdir()

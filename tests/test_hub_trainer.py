@@ -47,8 +47,8 @@ for strategy in ("every_save", "end", "checkpoint", "all_checkpoints"):
     seen[strategy] = {"commit": done.oid, "names": sorted(path.name for path in Path("out", strategy).iterdir())}
 
 def fail(method, path, times):
-    asked = {"method": method, "path": path, "status": 507, "times": times}
-    urllib.request.urlopen(api.endpoint + "/-/fail", json.dumps(asked).encode()).close()
+    failure = {"method": method, "path": path, "status": 507, "times": times}
+    urllib.request.urlopen(api.endpoint + "/-/fail", json.dumps(failure).encode()).close()
 
 run = trainer("unlucky")
 fail("POST", "/commit/", 2)
@@ -82,7 +82,7 @@ print(json.dumps(seen))
 def seen(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("runs")
     done = hub.run(RUNS, folder, json.dumps({**SHAPE, "num_labels": 3}), TOKEN)
-    return json.loads(done.stdout.splitlines()[-1]) | {"told": done.stderr, "folder": folder}
+    return json.loads(done.stdout.splitlines()[-1]) | {"errors": done.stderr, "folder": folder}
 
 
 @pytest.mark.slow
@@ -144,7 +144,7 @@ def test_the_last_card_has_the_results_of_the_run(hub, seen):
 @pytest.mark.slow
 def test_failed_pushes_do_not_stop_training_but_the_last_one_tells(hub, seen):
     assert seen["after failures"] == 1
-    assert "the push of step 2 failed, training goes on" in seen["told"]
+    assert "the push of step 2 failed; training continues" in seen["errors"]
     assert "was not pushed: the Hub answered 507" in seen["last failed"]
     assert set(hub.files("tester/unlucky", seen["future"])) >= NEEDED
     assert hub.messages("tester/unlucky") == ["initial commit", "End of training"]
@@ -202,12 +202,12 @@ def offline_trainer(folder: Path, **settings: Any) -> HubTrainer:
     return HubTrainer(model=model, args=TrainingArguments(str(folder), use_cpu=True, report_to="none", **settings))
 
 
-def test_an_unknown_strategy_is_told(tmp_path):
+def test_an_unknown_strategy_is_reported(tmp_path):
     with pytest.raises(ValueError, match="sometimes is not a valid HubStrategy.*every_save"):
         TrainingArguments(str(tmp_path), hub_strategy="sometimes")
 
 
-def test_a_missing_token_is_told_before_training(tmp_path, monkeypatch):
+def test_a_missing_token_is_reported_before_training(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(PermissionError, match="there is no token for the Hub"):

@@ -120,7 +120,7 @@ def test_the_mode_stays(mode):
     ],
 )
 def test_values_outside_their_range_are_errors(name, value):
-    with pytest.raises(ValueError, match=f"{name}={value} is outside"):
+    with pytest.raises(ValueError, match=f"--{name} {value} is outside"):
         Augmentation((SIDE, SIDE), **{name: value})
 
 
@@ -214,5 +214,5 @@ def test_images_get_the_channels_of_the_model(channels, mode):
 
 
 def test_other_numbers_of_channels_are_errors():
-    with pytest.raises(ValueError, match=r"num_channels=2; images have \[1, 3\] channels"):
+    with pytest.raises(ValueError, match=r"--num_channels 2 is not among \[1, 3\], the channels of images"):
         transform_of(channels=2)

@@ -99,7 +99,7 @@ def test_a_reader_that_is_not_implemented_is_a_bad_image():
 @pytest.mark.parametrize(
     "kind", ["AVIF", "BLP", "BMP", "DDS", "GIF", "ICNS", "ICO", "JPEG", "PCX", "PNG", "TGA", "TIFF"]
 )
-def test_a_damaged_file_of_any_kind_is_told_and_never_a_crash(kind):
+def test_a_damaged_file_of_any_kind_is_reported_and_never_a_crash(kind):
     chance = random.Random(kind)
     whole = file_of(kind, "P" if kind == "BLP" else "RGB")
     problems = 0

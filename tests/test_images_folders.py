@@ -1,4 +1,4 @@
-"""Image folders: every file counts or is told, and what cannot be meant stops with the next step."""
+"""Image folders: every file is used or reported, and contents that look like a mistake stop with the next step."""
 
 import io
 import logging
@@ -63,7 +63,7 @@ def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
     assert len(load(dataset_name=str(folder), train_val_split=0.25).train) == 6
 
 
-def test_every_class_is_told_with_its_counts_and_what_is_left_out(tmp_path: Path, caplog: Any) -> None:
+def test_every_class_is_reported_with_its_counts_and_what_is_left_out(tmp_path: Path, caplog: Any) -> None:
     train, validation = tree(tmp_path / "t", *TWO), tree(tmp_path / "v", "cat/0.png")
     for name in ("cat/x.heic", "cat/plain", "dog/y.heic", "dog/.hidden.png", ".DS_Store"):
         (train / name).write_bytes(b"?")
@@ -101,7 +101,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     assert found.deeper == {"cat": [], "dog": []}
 
 
-def test_underscores_are_part_of_a_name_and_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+def test_underscores_are_part_of_a_name_and_hidden_folders_are_not_classes(tmp_path: Path) -> None:
     folder = tree(
         tmp_path, "__background__/0.png", "cat/0.png", ".ipynb_checkpoints/0.png", "cat/.ipynb_checkpoints/0.png"
     )
@@ -137,14 +137,16 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize(("files", "more", "told"), STOPS.values(), ids=STOPS)
-def test_what_cannot_be_meant_stops(tmp_path: Path, files: Any, more: Any, told: str, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("files", "more", "message"), STOPS.values(), ids=STOPS)
+def test_contents_that_look_like_a_mistake_stop(
+    tmp_path: Path, files: Any, more: Any, message: str, monkeypatch: Any
+) -> None:
     (tmp_path / "t").mkdir()
     tree(tmp_path / "t", *files)
     tree(tmp_path / "v", "cat/0.png")
     tree(tmp_path / "w", "cat/0.png", "dogs/0.png")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         load(train_dir="t", **more)
 
 
@@ -159,10 +161,10 @@ def test_a_class_folder_without_images_stops_with_what_it_holds(tmp_path: Path) 
         load(train_dir=str(folder))
 
 
-def test_the_same_folder_twice_is_told(tmp_path: Path, caplog: Any) -> None:
+def test_the_same_folder_twice_is_reported(tmp_path: Path, caplog: Any) -> None:
     folder = str(tree(tmp_path, *TWO))
     load(train_dir=folder, validation_dir=folder)
-    assert "is the folder that is trained on" in caplog.text
+    assert "is also the training folder, so that its metrics do not measure" in caplog.text
 
 
 def test_evaluation_alone_may_have_one_class(tmp_path: Path) -> None:
@@ -176,7 +178,9 @@ def test_a_table_called_metadata_names_the_images_of_a_folder(tmp_path: Path) ->
     )
     assert load(train_dir=str(folder), train_val_split=0.25).label_names == ["01", "NA"]
     other = tree(tmp_path / "v", "NA/0.png")
-    with pytest.raises(ValueError, match=r"metadata.csv: a table in every folder, one, or in none"):
+    with pytest.raises(
+        ValueError, match=r"found the tables .*metadata.csv, but every folder must have exactly one table"
+    ):
         load(train_dir=str(folder), validation_dir=str(other))
 
 
@@ -202,7 +206,7 @@ def test_tables_in_a_folder_with_brackets_are_found_by_its_name(tmp_path: Path) 
         datasets.Dataset.from_dict(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
     data = load(dataset_name=str(folder))
     assert (len(data.train), len(data.evaluation), data.evaluation_split) == (4, 4, "test")
-    with pytest.raises(ValueError, match=r"--dataset_config_name x of a folder with brackets"):
+    with pytest.raises(ValueError, match=r"--dataset_config_name x cannot be used with a folder with brackets"):
         load(dataset_name=str(folder), dataset_config_name="x")
 
 
@@ -219,10 +223,10 @@ CASES = {
 
 @pytest.mark.parametrize(("name", "case"), CASES.items(), ids=CASES)
 def test_cases_that_failed_once(shared_cases: Path, name: str, case: Any, caplog: Any) -> None:
-    root, (train, validation, told) = shared_cases / "small" / name, case
+    root, (train, validation, message) = shared_cases / "small" / name, case
     arguments = {"train_dir": str(root / train), **({"validation_dir": str(root / validation)} if validation else {})}
-    if told is not None:
-        with pytest.raises(ValueError, match=told):
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
             load(**arguments)
         return
     data = load(**arguments)
@@ -233,19 +237,19 @@ def test_cases_that_failed_once(shared_cases: Path, name: str, case: Any, caplog
         assert ".heic 1, without ending 1" in caplog.text
 
 
-def test_icons_on_a_transparent_ground_are_told(shared_cases: Path, caplog: Any) -> None:
+def test_icons_on_a_transparent_ground_are_reported(shared_cases: Path, caplog: Any) -> None:
     root = shared_cases / "small" / "I1_icons"
     load(train_dir=str(root / "train"), validation_dir=str(root / "val"))
     assert "32 of 32 images in the train split have transparent pixels" in caplog.text
     assert "(black in 32); 32 of them become one plain colour" in caplog.text
 
 
-def test_a_name_that_is_no_text_is_told(tmp_path: Path) -> None:
+def test_a_name_that_is_not_text_is_reported(tmp_path: Path) -> None:
     folder = tree(tmp_path, *TWO)
     name = os.fsencode(folder / "cat") + b"/\xff.png"
     try:
         Path(os.fsdecode(name)).write_bytes(image_of())
     except OSError:
         pytest.skip("this file system takes only names in UTF-8")
-    with pytest.raises(ValueError, match=r"'\\udcff.png' in .*cat is no name in UTF-8; rename it"):
+    with pytest.raises(ValueError, match=r"'\\udcff.png' in .*cat is not valid UTF-8; rename the file or folder"):
         load(train_dir=str(folder))

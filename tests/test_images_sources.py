@@ -1,4 +1,4 @@
-"""Fingerprints of data tell what changed, whatever it is."""
+"""Fingerprints of data show every kind of change."""
 
 import io
 from pathlib import Path
@@ -32,9 +32,9 @@ def test_equal_data_has_equal_fingerprints_as_json_holds_them() -> None:
         ([("cat/0.pngdog/0.png", "cat", 10), ("", "dog", 11)], ["other file names"]),
     ],
 )
-def test_what_changed_is_told_in_words(rows: list[tuple[str, str, int]], words: list[str]) -> None:
-    told = changed_data(data_fingerprint(ROWS), data_fingerprint(rows))
-    assert len(told) == len(words) and all(one.startswith(word) for one, word in zip(told, words, strict=True))
+def test_what_changed_is_reported_in_words(rows: list[tuple[str, str, int]], words: list[str]) -> None:
+    changes = changed_data(data_fingerprint(ROWS), data_fingerprint(rows))
+    assert len(changes) == len(words) and all(one.startswith(word) for one, word in zip(changes, words, strict=True))
 
 
 def test_parts_that_an_older_record_lacks_are_not_compared() -> None:
@@ -46,7 +46,9 @@ def test_names_that_differ_only_in_spaces_or_capitals() -> None:
     assert near_names(["a b", "AB", "c"]) == [("a b", "AB")]
 
 
-def test_images_in_a_folder_are_told_apart_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_in_a_folder_are_distinguished_wherever_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for root in ("one", "two"):
         for name in ("cat", "dog"):
@@ -64,7 +66,7 @@ def test_images_in_a_folder_are_told_apart_wherever_it_lies(tmp_path: Path, monk
     assert changed_data(found("one")["train"], found("two")["train"]) == ["files of other sizes, so other images"]
 
 
-def test_images_in_a_table_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
+def test_images_in_a_table_are_distinguished_by_their_bytes(tmp_path: Path) -> None:
     sizes = []
     for side in (4, 5):
         file = io.BytesIO()

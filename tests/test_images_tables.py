@@ -1,4 +1,4 @@
-"""Tables are read as the text that stands in them; what is no class is named by its row."""
+"""Tables are read as the text that stands in them; labels that are not classes are named by their row."""
 
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def test_splits_are_read_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "message"),
     [
         (
             ["0", "1", "-1", "-1"],
@@ -70,19 +70,19 @@ def test_splits_are_read_alike(tmp_path: Path) -> None:
         (["a", "a"], r"all 2 images to train on are of one class, 'a'"),
     ],
 )
-def test_what_is_no_class_is_named_by_its_row(tmp_path: Path, labels: list[str], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_labels_that_are_not_classes_are_named_by_their_row(tmp_path: Path, labels: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         load(table(tmp_path / "t.csv", *labels))
 
 
-def test_classes_that_differ_only_in_spaces_or_capitals_are_told(tmp_path: Path, caplog: Any) -> None:
+def test_classes_that_differ_only_in_spaces_or_capitals_are_reported(tmp_path: Path, caplog: Any) -> None:
     load(table(tmp_path / "t.csv", "cat", "Cat", "dog", " dog"))
     assert "the classes 'Cat' and 'cat' differ only in spaces or capitals" in caplog.text
     assert "the classes ' dog' and 'dog' differ" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "no header"),
         (b"file_name;label\n0.png;a\n", r"single column 'file_name;label'; separate columns with commas"),
@@ -90,12 +90,12 @@ def test_classes_that_differ_only_in_spaces_or_capitals_are_told(tmp_path: Path,
         (b"file_name,label\n0.png\n", r"line 2: 1 columns, and 2 in the header"),
         (b"file_name,label,label\n0.png,a,b\n", r"the columns \['label'\] twice"),
         (b'file_name,label\n0.png,"a\n', r"line 2: unexpected end of data; repair the line"),
-        (b"file_name,label\n0.png,caf\xe9\n", r"is no text in UTF-8"),
+        (b"file_name,label\n0.png,caf\xe9\n", r"is not text in UTF-8"),
     ],
 )
-def test_a_file_that_is_no_table_is_told(tmp_path: Path, content: bytes, told: str) -> None:
+def test_a_file_that_is_not_a_table_is_reported(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "t.csv").write_bytes(content)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         read_csv(tmp_path / "t.csv")
 
 

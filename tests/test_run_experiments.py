@@ -126,7 +126,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(tmp_path: Path, run:
     ("changes", "message"),
     [
         ({"cells": [{"regulariser": "dropout"}]}, "unknown cell: regulariser 'dropout'"),
-        ({"models": {"tiny": {"image_size": 9}}}, "image_size=9"),
+        ({"models": {"tiny": {"image_size": 9}}}, "--image_size 9"),
         ({"models": {"tiny": {"colour": 1}}}, "colour"),
     ],
 )

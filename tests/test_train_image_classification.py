@@ -197,7 +197,7 @@ def test_another_number_of_classes_needs_a_word(monkeypatch, tmp_path):
     assert DropKeyViTForImageClassification.from_pretrained(tmp_path / "run").classifier.out_features == 10
 
 
-def test_an_image_folder_with_a_bad_file_runs_only_if_asked(monkeypatch, tmp_path):
+def test_an_image_folder_with_a_bad_file_runs_only_if_configured(monkeypatch, tmp_path):
     for label in ("dark", "light"):
         (tmp_path / "images" / label).mkdir(parents=True)
         for number in range(10):
@@ -210,9 +210,9 @@ def test_an_image_folder_with_a_bad_file_runs_only_if_asked(monkeypatch, tmp_pat
     unchecked = ("--output_dir", "unchecked", "--check_images", "False", "--num_channels", "1")
     with pytest.raises(
         ValueError, match=r"an image cannot be used: .*0\.jpg \(empty file\)\. Repair or remove it"
-    ) as told:
+    ) as caught:
         here(monkeypatch, tmp_path, "--do_train", "--num_train_epochs", "1", "--use_cpu", *arguments, *unchecked)
-    assert "no whole checkpoint" in told.value.__notes__[0]
+    assert "no whole checkpoint" in caught.value.__notes__[0]
     one_channel = ("--num_channels", "1", "--skip_bad_images")
     here(monkeypatch, tmp_path, "--do_train", "--max_steps", "1", "--use_cpu", *arguments, *one_channel)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -230,7 +230,7 @@ def test_photographs_from_parquet(monkeypatch, tmp_path, shared_data):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ("--dropkey_ratio 1.0", r"1\.0"),
         ("--dropkey_ratio nan", "nan"),
@@ -239,24 +239,24 @@ def test_photographs_from_parquet(monkeypatch, tmp_path, shared_data):
         ("--dropkey_pattern block --dropkey_window 7", "7"),
         ("--attention_probs_dropout_prob 0.1", "attention_probs_dropout_prob"),
         ("--hub_token hf_secret", "--hub_token would be saved in training_args.bin"),
-        ("--image_size 9", "image_size=9 is not a multiple of patch_size=2"),
+        ("--image_size 9", "--image_size 9 is not a multiple of --patch_size 2"),
         ("--model_family volo --image_size 40", "40 pixels is not a multiple of 16.* nearest sizes are 32 and 48"),
-        ("--model_family ceit --model_size volo_d1", "'volo_d1' is no size of the family ceit"),
+        ("--model_family ceit --model_size volo_d1", "--model_size volo_d1 is not a size of the family ceit"),
         ("--model_family volo --label_smoothing_factor 0.1", "the dense head of VOLO, .* would never be trained"),
         (
             "--model_name_or_path x --model_size tiny",
-            r"fixes the shape of the model; leave out \{'model_size': 'tiny'\}",
+            r"fixes the shape of the model; leave out --model_size tiny",
         ),
-        ("--rotation_degrees 200", "rotation_degrees=200.0 is outside"),
+        ("--rotation_degrees 200", "--rotation_degrees 200.0 is outside"),
         ("--label_column_name species", "no column 'species'; the data has"),
-        ("--num_channels 2", "num_channels=2"),
-        ("--max_train_samples 0", "max_train_samples=0 is below 1"),
+        ("--num_channels 2", "--num_channels 2"),
+        ("--max_train_samples 0", "--max_train_samples 0 is below 1"),
         ("--resume_from_checkpoint true", "has no whole checkpoint to resume from"),
         ("--no_such_option 1", "no_such_option"),
     ],
 )
-def test_bad_arguments_are_told_before_training(monkeypatch, tmp_path, arguments, told):
-    with pytest.raises(Exception, match=told) as caught:
+def test_bad_arguments_are_reported_before_training(monkeypatch, tmp_path, arguments, message):
+    with pytest.raises(Exception, match=message) as caught:
         here(monkeypatch, tmp_path, "--do_train", "--use_cpu", "--output_dir", "run", *arguments.split())
     # the configuration's own error class is not a ValueError
     assert isinstance(caught.value, ValueError | FileNotFoundError) or "Strict" in type(caught.value).__name__
@@ -311,7 +311,7 @@ def test_resuming_another_model_is_an_error(monkeypatch, tmp_path, trained):
 
 
 @pytest.mark.usefixtures("auto_image_processor")
-def test_pretrained_folders_that_lack_something_or_are_no_vit_are_told(monkeypatch, tmp_path):
+def test_pretrained_folders_that_lack_something_or_are_not_a_vit_are_reported(monkeypatch, tmp_path):
     arguments = ("--do_train", "--use_cpu", "--model_name_or_path", "stock", "--output_dir", "run")
     stock_vit(tmp_path / "stock")
     (tmp_path / "stock" / "preprocessor_config.json").unlink()
@@ -379,7 +379,7 @@ def test_other_families_train_resume_and_load_elsewhere(monkeypatch, tmp_path):
         assert_resumed_run_ends_in_the_same_bits(folder / "whole", folder / "run")
         log = json.loads((folder / "whole" / "trainer_state.json").read_text())["log_history"]
         losses = [entry["loss"] for entry in log if "loss" in entry]
-        # with mixed labels, twelve steps are too few to tell
+        # with mixed labels, twelve steps are too few for the loss to fall
         assert family == "volo" or losses[-1] < losses[0]
         shutil.copytree(folder / "run", tmp_path / f"{family}_given", ignore=shutil.ignore_patterns("checkpoint-*"))
         with pytest.raises(ValueError, match="so there is no plain architecture to export it to"):
@@ -408,11 +408,11 @@ def test_the_quickstart_reaches_its_accuracy_and_draws(tmp_path):
     output = Path(os.environ.get("QUICKSTART", tmp_path / "out"))
     if output.parent == tmp_path:
         (tmp_path / "log").write_text(run("quickstart.py", "out", folder=tmp_path).stdout)
-    found, told = json.loads((output / "results.json").read_text()), (output.parent / "log").read_text()
+    found, log = json.loads((output / "results.json").read_text()), (output.parent / "log").read_text()
     assert set(found) == {"DropKey", "no dropout"}
     assert all(result["eval_accuracy"] >= 0.95 for result in found.values())
     assert found["DropKey"]["parameters"] == found["no dropout"]["parameters"]
-    assert "package loaded: False" in told and "top-5 accuracy" in told
+    assert "package loaded: False" in log and "top-5 accuracy" in log
     assert Image.open(output / "predictions.png").width > 1000
     for name in ("config.json", "model.safetensors", "modeling_dropkey_vit.py", "preprocessor_config.json"):
         assert (output / "dropkey" / name).stat().st_size > 0

@@ -109,7 +109,7 @@ def test_old_checkpoints_are_deleted_and_precision_is_mixed(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_changed_batch_is_told_when_resuming(trained, tmp_path):
+def test_a_changed_batch_is_reported_when_resuming(trained, tmp_path):
     shutil.copytree(trained / "checkpoint-8", tmp_path / "run" / "checkpoint-8")
     run(LOOP, tmp_path, "run", "--resume_from_checkpoint", "true", gradient_accumulation_steps=1, max_steps=12)
     log = (tmp_path / "run.log").read_text()
@@ -117,7 +117,7 @@ def test_a_changed_batch_is_told_when_resuming(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (
             "--label_smoothing_factor 0.1",
@@ -130,9 +130,9 @@ def test_a_changed_batch_is_told_when_resuming(trained, tmp_path):
         ("--dropkey_ratio 1.0", r"1\.0"),
     ],
 )
-def test_what_the_loop_does_not_have_is_an_error(monkeypatch, tmp_path, arguments, told):
+def test_what_the_loop_does_not_have_is_an_error(monkeypatch, tmp_path, arguments, message):
     monkeypatch.setattr(sys, "argv", [LOOP, "--do_train", "--use_cpu", "--output_dir", "run", *arguments.split()])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Exception, match=told):
+    with pytest.raises(Exception, match=message):
         runpy.run_path(str(ROOT / "scripts" / LOOP), run_name="__main__")
     assert not (tmp_path / "run").exists()

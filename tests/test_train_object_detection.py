@@ -261,7 +261,7 @@ BAD_ARGUMENTS = {
     "no model": (("--do_train",), r"give one of them, --model_name_or_path to start from a model or --model_type"),
     "no data": (("--do_train", "--model_type", "detr"), r"no data for the train split; give --train_images"),
     "token": (("--do_train", "--model_type", "detr", "--hub_token", "x"), r"--hub_token would be saved"),
-    "flip": (("--do_train", "--model_type", "detr", "--flip_probability", "2"), r"flip_probability=2.0 is outside"),
+    "flip": (("--do_train", "--model_type", "detr", "--flip_probability", "2"), "--flip_probability 2.0 is outside"),
     "draw": (
         ("--do_train", "--model_type", "detr", "--draw_threshold", "2"),
         r"draw_threshold=2.0 is outside \[0, 1\]",

@@ -1,4 +1,4 @@
-"""What a training job for image classification can be told: which model, how DropKey acts, how images vary."""
+"""The arguments of a training job for image classification: which model, how DropKey acts, how images vary."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -63,8 +63,8 @@ class ModelArguments:
     image_size: int | None = field(
         default=None,
         metadata={
-            "help": "Side in pixels, a multiple of the patch size; resizes the positions of a pretrained model. Default: "
-            "as the pretrained model; 12 for digits (vit) or 64, else 224."
+            "help": "Side in pixels, a multiple of the patch size; resizes the positions of a pretrained model. "
+            "Default: as the pretrained model; 12 for digits (vit) or 64, else 224."
         },
     )
     patch_size: int | None = field(
@@ -92,22 +92,26 @@ class ModelArguments:
         """Reads --config_overrides.
 
         Raises:
-            ValueError: It is no JSON object, or a pretrained model and one from scratch are both asked for.
+            ValueError: It is not a JSON object, or both a pretrained model and one from scratch are configured.
         """
         if isinstance(self.config_overrides, str):
             try:
                 self.config_overrides = json.loads(self.config_overrides)
             except json.JSONDecodeError as error:
                 raise ValueError(
-                    f"--config_overrides {self.config_overrides} is no JSON ({error}); write for example "
+                    f"--config_overrides {self.config_overrides} is not JSON ({error}); write for example "
                     """'{"drop_path_rate": 0.1}'"""
                 ) from error
         if not isinstance(self.config_overrides, dict | None):
-            raise ValueError(f"--config_overrides {self.config_overrides!r} is no JSON object of fields and values")
+            raise ValueError(
+                f"--config_overrides {self.config_overrides!r} is not a JSON object of fields and values; write for example "
+                """'{"drop_path_rate": 0.1}'"""
+            )
         shape = {name: value for name, value in self.shape().items() if value is not None and name != "image_size"}
         if self.model_name_or_path and shape:
+            extra = ", ".join(f"--{name} {value}" for name, value in shape.items())
             raise ValueError(
-                f"--model_name_or_path {self.model_name_or_path} fixes the shape of the model; leave out {shape}"
+                f"--model_name_or_path {self.model_name_or_path} fixes the shape of the model; leave out {extra}"
             )
 
     def shape(self) -> dict[str, Any]:
@@ -117,7 +121,7 @@ class ModelArguments:
 
 @dataclass
 class ClassificationDropKeyArguments(DropKeyArguments):
-    """DropKey, and the dropout it replaces. What is not given is as the model's configuration has it."""
+    """DropKey, and the dropout it replaces. Arguments that are left out keep the values of the configuration."""
 
     attention_probs_dropout_prob: float | None = field(
         default=None,
@@ -138,19 +142,19 @@ class AugmentationArguments:
     _argument_group_name = "Augmentation"
 
     crop_scale: float | None = field(
-        default=None, metadata={"help": "Smallest share of the area that a random crop keeps, (0, 1]; 1: no crops."}
+        default=None, metadata={"help": "Smallest fraction of the area that a random crop keeps, (0, 1]; 1: no crops."}
     )
     flip_probability: float | None = field(default=None, metadata={"help": "Probability of a mirror image, [0, 1]."})
     rotation_degrees: float | None = field(default=None, metadata={"help": "Largest rotation to either side."})
-    shift_fraction: float | None = field(default=None, metadata={"help": "Largest shift as a share of the side."})
+    shift_fraction: float | None = field(default=None, metadata={"help": "Largest shift as a fraction of the side."})
     color_jitter: float | None = field(
         default=None, metadata={"help": "Largest change of brightness, contrast and saturation, [0, 1]."}
     )
 
     def augmentation(self, image_size: tuple[int, int], *, digits: bool) -> Augmentation:
-        """What was given, over the defaults for the kind of image."""
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        return Augmentation(image_size, **{**(DIGITS_AUGMENTATION if digits else PHOTO_AUGMENTATION), **given})
+        """The ranges that are configured, and the defaults for the kind of image for the others."""
+        configured = {name: value for name, value in asdict(self).items() if value is not None}
+        return Augmentation(image_size, **{**(DIGITS_AUGMENTATION if digits else PHOTO_AUGMENTATION), **configured})
 
 
 DIGITS = "digits"
@@ -184,20 +188,23 @@ class DataArguments:
     train_val_split: float = field(
         default=0.15,
         metadata={
-            "help": "Share of each class kept for evaluation if there is no split for it. Always the same rows."
+            "help": "Fraction of each class kept for evaluation if there is no split for it. Always the same rows."
         },
     )
     hold_out_validation: bool = field(
         default=False,
         metadata={
-            "help": "Keep and evaluate on that share though there is a split for evaluation, so that settings can be "
-            "chosen without a look at it."
+            "help": "Keep and evaluate on that fraction although there is a split for evaluation, so that settings can "
+            "be chosen without its images."
         },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random choice of this many."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on a random choice of this many."})
     check_images: bool = field(
-        default=True, metadata={"help": "Read every image once before anything else; else a bad one stops the run."}
+        default=True,
+        metadata={
+            "help": "Read every image once before training; without it, a bad image stops the run when it is read."
+        },
     )
     skip_bad_images: bool = field(
         default=False, metadata={"help": "Leave out images that cannot be read, instead of stopping at the check."}
@@ -208,26 +215,27 @@ class DataArguments:
         """Raises ValueError for two sources at once and for numbers outside their range."""
         sources = {
             "dataset_name": self.dataset_name,
-            "train_dir/validation_dir": self.train_dir or self.validation_dir,
-            "train_file/validation_file": self.train_file or self.validation_file,
+            "train_dir" if self.train_dir else "validation_dir": self.train_dir or self.validation_dir,
+            "train_file" if self.train_file else "validation_file": self.train_file or self.validation_file,
         }
-        given = [f"{name}={value!r}" for name, value in sources.items() if value]
-        if len(given) > 1:
-            raise ValueError(f"several data sources at once ({', '.join(given)}); keep one")
+        configured = [f"--{name} {value}" for name, value in sources.items() if value]
+        if len(configured) > 1:
+            raise ValueError(f"{' and '.join(configured)} are several data sources at once; keep one")
         if self.hold_out_validation and self.eval_split_name:
             raise ValueError(
-                f"eval_split_name={self.eval_split_name!r} and hold_out_validation name two splits to evaluate on; keep one"
+                f"--eval_split_name {self.eval_split_name} and --hold_out_validation name two splits to evaluate on; "
+                "keep one"
             )
         if not 0 < self.train_val_split < 1:
-            raise ValueError(f"train_val_split={self.train_val_split} is outside (0, 1); choose for example 0.15")
+            raise ValueError(f"--train_val_split {self.train_val_split} is outside (0, 1); choose for example 0.15")
         for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value} is below 1; leave it out for no limit")
+                raise ValueError(f"--{name} {value} is below 1; leave it out for no limit")
 
     @property
     def name(self) -> str:
-        """What to call the data where others read it: a local path by its last part, the rest is nobody's business."""
+        """The public name of the data: of a local path the last part, so that no local path is published."""
         files = (self.train_dir, self.validation_dir, self.train_file, self.validation_file)
         path = next((file for file in files if file), None)
         if path is None and self.dataset_name and Path(self.dataset_name).is_dir():

@@ -1,8 +1,8 @@
-"""Image data sets for classification, from the places where people keep them.
+"""Image data sets for classification, from the usual sources.
 
 `load_image_data` takes the built-in digits, a data set of the hub, image folders, or parquet, CSV or JSON files; finds
-the columns and the class names; and checks every image and label before training time is spent. What comes out has
-the same three columns whatever went in.
+the columns and the class names; and checks every image and label before training time is spent. The result has the
+same three columns for every source.
 """
 
 import logging
@@ -26,7 +26,7 @@ from ..images.sources import (
     near_names,
 )
 from .arguments import DataArguments
-from .sources import is_text, labels_of, load_splits, stratified_share
+from .sources import is_text, labels_of, load_splits, stratified_rows
 
 
 with needed("train"):
@@ -36,7 +36,7 @@ with needed("train"):
 
 logger = logging.getLogger(__name__)
 
-CLASSES_TOLD = 200
+CLASSES_LOGGED = 200
 FINGERPRINT_ROWS = 256
 
 
@@ -45,12 +45,12 @@ class ImageData:
     """Checked images for a classifier.
 
     The data sets have three columns: `image` (a PIL image), `label` (as it was found) and `row` (its number in the
-    split it came from, the identity of an image whatever was chosen or skipped around it).
+    original split, which stays the same when other rows are left out).
 
     Attributes:
-        train: To train on; None if only evaluation was asked for.
+        train: To train on; None if only evaluation was requested.
         evaluation: To evaluate on.
-        evaluation_split: What that split is called.
+        evaluation_split: Name of that split.
         label_names: Class names, in the order of their ids.
         label_ids: Id of each value of `label`.
     """
@@ -111,7 +111,7 @@ def load_image_data(arguments: DataArguments, *, training: bool) -> ImageData:
             train, arguments.train_split_name, arguments, label_ids=label_ids, max_samples=arguments.max_train_samples
         )
     data = ImageData(train, evaluation, evaluation_split, label_names, label_ids)
-    tell_classes(data)
+    log_classes(data)
     return data
 
 
@@ -120,20 +120,20 @@ def check_several_classes(train: Dataset, label_ids: Mapping[Any, int], label_na
     present = {label_ids[label] for label in labels_of(train) if label in label_ids}
     if len(present) == 1:
         raise ValueError(
-            f"all {len(train)} images to train on are of one class, {label_names[present.pop()]!r}; give images of two "
-            "classes or more: a sub-folder for each, or another --label_column_name"
+            f"all {len(train)} images to train on are of one class, {label_names[present.pop()]!r}; give images of at "
+            "least two classes: a sub-folder for each, or another --label_column_name"
         )
 
 
-def tell_classes(data: ImageData) -> None:
+def log_classes(data: ImageData) -> None:
     """Logs the number of images of each class, to train and to evaluate on."""
     counts = {name: data.class_counts(name) for name in ("train", "evaluation")}
-    for number, name in enumerate(data.label_names[:CLASSES_TOLD]):
+    for number, name in enumerate(data.label_names[:CLASSES_LOGGED]):
         trained, evaluated = (str(counts[split][number]) for split in ("train", "evaluation"))
         words = f"{evaluated} images to evaluate on"
         logger.info("class %s: %s", name, words if data.train is None else f"{trained} images to train on, {words}")
-    if len(data.label_names) > CLASSES_TOLD:
-        logger.info("and %d more classes", len(data.label_names) - CLASSES_TOLD)
+    if len(data.label_names) > CLASSES_LOGGED:
+        logger.info("and %d more classes", len(data.label_names) - CLASSES_LOGGED)
     untrained = [name for number, name in enumerate(data.label_names) if not counts["train"][number]]
     if data.train is not None and untrained:
         logger.warning("%d classes have no image to train on: %s", len(untrained), name_some(map(repr, untrained)))
@@ -152,7 +152,7 @@ def choose_splits(
     """The split to train on (None without `training`), the one to evaluate on and its name.
 
     Raises:
-        ValueError: A split that is needed or asked for is not there, or one serves both ends.
+        ValueError: A split that is needed or configured is not there, or both are the same.
     """
     train_name = arguments.train_split_name
     usual = None if arguments.hold_out_validation else next((n for n in EVALUATION_SPLITS if n in splits), None)
@@ -169,7 +169,7 @@ def choose_splits(
     if evaluation_name is not None:
         return splits[train_name] if training else None, splits[evaluation_name], evaluation_name
     whole = splits[train_name]
-    kept = stratified_share(labels_of(whole), share=arguments.train_val_split)
+    kept = stratified_rows(labels_of(whole), fraction=arguments.train_val_split)
     train = whole.select(np.setdiff1d(np.arange(len(whole)), kept)) if training else None
     return train, whole.select(kept), f"{arguments.train_val_split:g} of {train_name}"
 
@@ -196,7 +196,7 @@ def prepare_split(
     """The rows to use: at most `max_samples`, with known labels and readable images.
 
     Raises:
-        ValueError: There are no rows, or labels or images that cannot be used.
+        ValueError: The split has no rows, or labels or images that cannot be used.
     """
     if max_samples is not None and max_samples < len(split):
         # folders come sorted by class, so the first rows would be one class
@@ -211,25 +211,25 @@ def prepare_split(
 
 
 def check_labels(split: Dataset, name: str, label_ids: Mapping[Any, int]) -> None:
-    """Raises ValueError if rows have labels that are no class; counts them and names the first row of each."""
+    """Raises ValueError if rows have labels that are not classes; counts them and names the first row of each."""
     strange: dict[str, list[int]] = {}
     for place, label in enumerate(labels_of(split)):
         if label not in label_ids:
             strange.setdefault("no label" if label is None else str(label), []).append(place)
     if strange:
-        told = (
+        shown = (
             f"{label} ({len(places)} times, first in {first_place(split, places[0])})"
             for label, places in strange.items()
         )
         raise ValueError(
-            f"{sum(map(len, strange.values()))} of {len(split)} labels in the {name} split are no class of the training "
-            f"data: {name_some(told)}; repair them, or choose with --label_column_name and --eval_split_name. Numbers "
+            f"{sum(map(len, strange.values()))} of {len(split)} labels in the {name} split are not classes of the training "
+            f"data: {name_some(shown)}; repair them, or choose with --label_column_name and --eval_split_name. Numbers "
             "below 0 stand for no class"
         )
 
 
 def first_place(split: Dataset, place: int) -> str:
-    """What to call a row in a message: its number, and its file where it has one."""
+    """A row in a message: its number, and its file where it has one."""
     found = split.select([place]).cast_column("image", datasets.Image(decode=False))[0]
     file = found["image"] and found["image"]["path"]
     return f"row {found['row']}{f' ({Path(file).name})' if file else ''}"

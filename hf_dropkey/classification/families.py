@@ -40,8 +40,8 @@ class Family:
         usual_size: The size to start with on photographs.
         photo_shape: Image size, and patch size where there is a choice, for photographs.
         digits_shape: The same for the built-in digits, which are enlarged to it.
-        crop_ratio: From size name and image size to the share of the resized image's side that evaluation keeps; above
-            1, the image is padded. None: the whole image, squeezed into a square.
+        crop_ratio: From size name and image size to the fraction of the resized image's side that evaluation keeps;
+            above 1, the image is padded. None: the whole image, squeezed into a square.
         model_types: The configurations that training can start from.
     """
 
@@ -138,7 +138,7 @@ FAMILIES = {
 
 
 def family_of(model_type: Any) -> str | None:
-    """The family that can start from a configuration of this `model_type`, None if there is none."""
+    """The family that can start from a configuration of this `model_type`; None if no family can."""
     return next((name for name, family in FAMILIES.items() if model_type in family.model_types), None)
 
 
@@ -146,7 +146,7 @@ def image_processor(family: str, size: str, image_size: int, *, num_channels: in
     """The family's evaluation transform.
 
     ViT takes the whole image, in a square. The others resize the shorter side, crop the centre, and normalise as they
-    do on ImageNet. Grey images are normalised with mean and deviation 0.5.
+    do on ImageNet. Grey images are normalised with mean and standard deviation 0.5.
     """
     square = {"height": image_size, "width": image_size}
     color = num_channels == 3

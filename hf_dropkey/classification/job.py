@@ -1,7 +1,7 @@
-"""From the arguments of a job for image classification to its model and `Trainer`, the same for every program that starts one.
+"""A training job for image classification: from its arguments to the model and the `Trainer`.
 
-`scripts/train_image_classification.py` trains one model so, and `lab/grids.py` many, so that a cell of a grid is the run
-that its command names.
+`scripts/train_image_classification.py` and `lab/grids.py` both use it, so that a cell of a grid is the run that its
+command names.
 """
 
 import hashlib
@@ -143,7 +143,7 @@ class ClassificationJob(TrainingJob[ImageData]):
         values |= super().settings()
         for name in ("train_file", "validation_file", "train_dir", "validation_dir"):
             if self.data.hold_out_validation and name.startswith("validation"):
-                # other images than those of the training rows are not looked at
+                # images outside of the training split are not used
                 del values[name]
                 continue
             values[f"{name}_contents"], values[name] = _contents(values[name]), Path(values[name]).name

@@ -1,7 +1,7 @@
 """Classification metrics from logits: accuracy, top-5 accuracy, negative log-likelihood, expected calibration error.
 
-Everything is computed here with NumPy in float64, so nothing is ever downloaded. `classification_metrics` has the
-shape `Trainer` wants for its `compute_metrics`.
+Everything is computed here with NumPy in float64, and nothing is downloaded. `classification_metrics` is a
+`compute_metrics` for `Trainer`.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def top_k_accuracy(logits: NDArray[np.floating], labels: NDArray[np.integer], *, k: int) -> float:
-    """Share of images whose label is among the `k` largest logits.
+    """Fraction of images whose label is among the `k` largest logits.
 
     A tie counts against the model: a label is in the top `k` only when fewer than `k` other classes score as high,
     so a model that gives every class the same logit is not right by luck of the class order.
@@ -30,7 +30,7 @@ def top_k_accuracy(logits: NDArray[np.floating], labels: NDArray[np.integer], *,
     """
     classes = logits.shape[-1]
     if not 1 <= k <= classes:
-        raise ValueError(f"k={k} is outside 1..{classes}, the number of classes; ask for a k in that range")
+        raise ValueError(f"k={k} is outside 1..{classes}, the number of classes; choose k in that range")
     own = np.take_along_axis(logits, labels[:, None], axis=-1)
     rivals = (logits >= own).sum(axis=-1) - 1
     return float((rivals < k).mean())
@@ -64,7 +64,7 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
         ValueError: There are no images, or a logit is not finite.
     """
     logits = prediction.predictions
-    # a model asked for attentions or hidden states returns a tuple that starts with the logits
+    # a model that also returns attentions or hidden states gives a tuple that starts with the logits
     logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)
     labels = np.asarray(prediction.label_ids)
     if len(labels) == 0:

@@ -20,7 +20,7 @@ HEADS = ("classifier.", "token_classifier.")
 
 
 def make_config(model: ModelArguments, dropkey: ClassificationDropKeyArguments, *, digits: bool) -> PreTrainedConfig:
-    """The configuration, checked, without the classes, which the data will tell.
+    """The configuration, checked; its classes come later, from the data.
 
     Raises:
         ValueError: A value is not allowed, the folder lacks files, or the pretrained model cannot classify images.
@@ -55,14 +55,14 @@ def own_settings(dropkey: ClassificationDropKeyArguments) -> dict[str, Any]:
     Raises:
         ValueError: Arguments are only for models that are patched.
     """
-    given = dropkey.given()
-    patched = [name for name in ("dropkey_include", "dropkey_exclude", "dropkey_patch") if given.pop(name, None)]
+    settings = dropkey.given()
+    patched = [name for name in ("dropkey_include", "dropkey_exclude", "dropkey_patch") if settings.pop(name, None)]
     if patched:
         raise ValueError(
             f"--{patched[0]} is for models that apply_dropkey patches, and this one has DropKey of its own; leave it out"
             + (", or pass --dropkey_patch with a plain ViT" if "dropkey_patch" not in patched else "")
         )
-    return given
+    return settings
 
 
 def is_native(config: PreTrainedConfig) -> bool:
@@ -76,17 +76,19 @@ def overrides(model: ModelArguments, family: str) -> dict[str, Any]:
     Raises:
         ValueError: The family has no such field, or the field has an argument of its own.
     """
-    given: Any = model.config_overrides or {}
+    values: Any = model.config_overrides or {}
     arguments = {field.name for group in (ModelArguments, ClassificationDropKeyArguments) for field in fields(group)}
-    twice = sorted(arguments & set(given))
+    twice = sorted(arguments & set(values))
     if twice:
         raise ValueError(f"--config_overrides has {twice}, which are arguments of their own: pass --{twice[0]}")
     everyones = {field.name for field in fields(PreTrainedConfig)}
     known = {field.name for field in fields(FAMILIES[family].config_class)} - everyones - arguments
-    unknown = sorted(set(given) - known)
+    unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(f"--config_overrides has {unknown}, no fields of the family {family}; it has {sorted(known)}")
-    return dict(given)
+        raise ValueError(
+            f"--config_overrides has {unknown}, not fields of the family {family}; it has {sorted(known)}"
+        )
+    return dict(values)
 
 
 def model_size(model: ModelArguments, *, digits: bool) -> str:
@@ -102,13 +104,13 @@ def model_size(model: ModelArguments, *, digits: bool) -> str:
         other = next((other for other, about in FAMILIES.items() if size in about.sizes), None)
         advice = f", or pass --model_family {other}" if other else ""
         raise ValueError(
-            f"model_size={size!r} is no size of the family {name}; choose from {', '.join(family.sizes)}{advice}"
+            f"--model_size {size} is not a size of the family {name}; choose from {', '.join(family.sizes)}{advice}"
         )
     return size
 
 
 def shape_from_scratch(model: ModelArguments, *, digits: bool) -> dict[str, Any]:
-    """The shape of a model from scratch: what was given, over the size, over what suits the data.
+    """The shape of a model from scratch: configured fields first, then those of the size, then those for the data.
 
     Raises:
         ValueError: The family has no such size or field, or patches do not fill the image.
@@ -116,26 +118,26 @@ def shape_from_scratch(model: ModelArguments, *, digits: bool) -> dict[str, Any]
     name = model.model_family or "vit"
     family: Family = FAMILIES[name]
     size = family.sizes[model_size(model, digits=digits)]
-    given = {field: getattr(model, field) for field in SHAPE_FIELDS if getattr(model, field) is not None}
-    foreign = sorted(set(given) - {field.name for field in fields(family.config_class)})
+    configured = {field: getattr(model, field) for field in SHAPE_FIELDS if getattr(model, field) is not None}
+    foreign = sorted(set(configured) - {field.name for field in fields(family.config_class)})
     if foreign:
         raise ValueError(
             f"the family {name} has no {', '.join(foreign)}; leave out --{foreign[0]}, "
             "--config_overrides sets the family's own fields"
         )
-    shape = {**size, **(family.digits_shape if digits else family.photo_shape), "num_channels": 3, **given}
+    shape = {**size, **(family.digits_shape if digits else family.photo_shape), "num_channels": 3, **configured}
     patch = shape.get("patch_size")
     # the other families check their images themselves
     if patch is not None and (patch < 1 or shape["image_size"] % patch):
         raise ValueError(
-            f"image_size={shape['image_size']} is not a multiple of patch_size={patch}; "
+            f"--image_size {shape['image_size']} is not a multiple of --patch_size {patch}; "
             "choose sizes so that patches fill the image"
         )
     return shape
 
 
 def check_loss(config: PreTrainedConfig, *, label_smoothing: float) -> None:
-    """Raises ValueError if label smoothing, which replaces the model's own loss, would leave a part of it untrained."""
+    """Raises ValueError if label smoothing, which replaces the model's own loss, would leave some of it untrained."""
     if label_smoothing and getattr(config, "dense_head", False):
         raise ValueError(
             f"--label_smoothing_factor {label_smoothing} replaces the model's loss, so that the dense head of VOLO, "
@@ -145,12 +147,12 @@ def check_loss(config: PreTrainedConfig, *, label_smoothing: float) -> None:
 
 
 def has_head(architectures: list[str] | None) -> bool:
-    """Whether a checkpoint has class scores; one that does not say what it is may have them."""
+    """Whether a checkpoint has class scores; one without a class name may have them."""
     return not architectures or "ForImageClassification" in str(architectures)
 
 
 def fit_classes(data: ImageData, config: PreTrainedConfig, model: ModelArguments) -> ImageData:
-    """The data with the model's class numbers; a model that does not know the classes gets them, if that was asked for.
+    """The data with the model's class numbers; a model that does not know the classes gets new scores on request.
 
     Raises:
         ValueError: As `hf_dropkey.images.classes.fit_classes`; or there is one class only.
@@ -164,10 +166,10 @@ def fit_classes(data: ImageData, config: PreTrainedConfig, model: ModelArguments
     )
     if len(fitted.label_names) < 2:
         raise ValueError(
-            f"the data has one class, {fitted.label_names[0]!r}, which any model gets right; give images of two classes or "
-            "more, or a model that knows others too"
+            f"the data has one class, {fitted.label_names[0]!r}, which any model gets right; give images of at least "
+            "two classes, or a model that knows others too"
         )
-    # what the first loss would find out: a checkpoint says so and must match
+    # the first loss would set it; checkpoints hold it, and a resumed run must have the same configuration
     config.problem_type = "single_label_classification"
     return fitted
 
@@ -213,7 +215,7 @@ def make_image_processor(config: PreTrainedConfig, model: ModelArguments, *, dig
     """The pretrained model's image processor, or the family's own for the configuration.
 
     Raises:
-        FileNotFoundError: A pretrained folder has none.
+        FileNotFoundError: A pretrained folder lacks it.
         ValueError: It makes images of another size than the model takes.
     """
     source = model.image_processor_name or model.model_name_or_path
@@ -235,7 +237,7 @@ def make_image_processor(config: PreTrainedConfig, model: ModelArguments, *, dig
         raise ValueError(
             f"the image processor of {source} makes images of different sizes ({processor.size}); pass --image_size"
         )
-    # other models are given an image of this size before training starts
+    # other models are called with an image of this size before training starts
     if is_native(config) and makes != image_size(config):
         raise ValueError(
             f"the image processor of {source} makes images of {makes} and the model takes {image_size(config)}; "

@@ -30,7 +30,7 @@ from .arguments import ClassificationDropKeyArguments, ModelArguments
 logger = logging.getLogger(__name__)
 
 AUTO_CLASS = "AutoModelForImageClassification"
-# architectures that drop patches of every image at random, so that their features are those of a part of it
+# architectures that mask random patches of every image, so that their features describe only a part of it
 MASKING_TYPES = ("vit_mae",)
 # first parts of the names of classifiers that are not called one
 HEAD_NAMES = ("head", "fc", "score")
@@ -42,7 +42,7 @@ def pretrained_config(model: ModelArguments, dropkey: ClassificationDropKeyArgum
     """The configuration of a pretrained image classifier, or of a new classifier on a pretrained vision model.
 
     Raises:
-        ValueError: The model is neither, or a value is not allowed.
+        ValueError: It is not a model of these kinds, or a value is not allowed.
     """
     if model.image_size is not None and model.image_size < 1:
         raise ValueError(
@@ -101,17 +101,17 @@ def change_fields(config: PreTrainedConfig, model: ModelArguments, dropkey: Clas
     """
     own: Any = vision_config(config)
     overrides: Any = model.config_overrides or {}
-    given: dict[str, Any] = dict(overrides)
+    changes: dict[str, Any] = dict(overrides)
     if model.hidden_dropout_prob is not None:
-        given["hidden_dropout_prob"] = model.hidden_dropout_prob
+        changes["hidden_dropout_prob"] = model.hidden_dropout_prob
     if dropkey.attention_probs_dropout_prob is not None:
         name = next((name for name in ATTENTION_DROPOUTS if hasattr(own, name)), ATTENTION_DROPOUTS[0])
-        given[name] = dropkey.attention_probs_dropout_prob
+        changes[name] = dropkey.attention_probs_dropout_prob
     known = sorted(name for name in own.to_dict() if not name.startswith("_"))
-    unknown = sorted(set(given) - set(known))
+    unknown = sorted(set(changes) - set(known))
     if unknown:
         raise ValueError(f"{type(own).__name__} has no fields {unknown}; it has {known}")
-    for name, value in given.items():
+    for name, value in changes.items():
         setattr(own, name, value)
 
 
@@ -136,8 +136,8 @@ def pretrained_model(
         size: Height and width of the images in pixels.
 
     Raises:
-        ValueError: Weights are missing, positions cannot be resized, the model does not take images of this size, or no
-            attention can drop keys.
+        ValueError: Weights are missing, positions cannot be resized, the model does not take images of this size, or
+            no attention can drop keys.
     """
     new_classifier = isinstance(config, DropKeyFeaturesConfig) and not config.architectures
     auto: Any = AutoModel if new_classifier else AutoModelForImageClassification
@@ -172,8 +172,8 @@ def check_weights(missing: Iterable[str], source: str) -> None:
     lacking = sorted(name for name in missing if not is_head(name) and "pool" not in name)
     if lacking:
         raise ValueError(
-            f"{source} lacks {len(lacking)} weights of the model, such as {lacking[0]}; use a whole checkpoint, and no "
-            "--config_overrides that change its shape"
+            f"{source} lacks {len(lacking)} weights of the model, such as {lacking[0]}; use a whole checkpoint, and "
+            "no --config_overrides that change its shape"
         )
     if missing:
         logger.info("new weights, which training has to learn: %s", ", ".join(sorted(missing)))
@@ -259,7 +259,7 @@ def resized_table(old: torch.Tensor, new: torch.Tensor, grid: tuple[int, int], n
 
 
 def resized_bias_table(old: torch.Tensor, new: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """BEiT's relative biases `[(2 rows - 1)(2 columns - 1) + 3, H]` at another grid; the last 3 are of the class token."""
+    """BEiT's relative biases `[(2 rows - 1)(2 columns - 1) + 3, H]` at another grid; the last 3: class token."""
     extra = 3
     side = math.isqrt(len(old) - extra)
     distances = (2 * grid[0] - 1, 2 * grid[1] - 1)
@@ -268,7 +268,7 @@ def resized_bias_table(old: torch.Tensor, new: torch.Tensor, grid: tuple[int, in
 
 
 def check_images(model: PreTrainedModel, size: tuple[int, int], source: str) -> None:
-    """Raises ValueError if the model does not take images of `size` (height, width), by giving it one."""
+    """Raises ValueError if the model does not take images of `size` (height, width), by calling it with one."""
     images = torch.zeros(1, channels(model.config), *size, dtype=model.dtype)
     was_training = model.training
     try:

@@ -20,8 +20,8 @@ from ..images.folders import (
     check_classes_of_splits,
     check_separate,
     local_class_folders,
+    log_left_out,
     read_class_folders,
-    tell_left_out,
 )
 from ..images.sources import is_csv, load_named
 from ..images.tables import escaped, labels_from_text, matching_files, read_csv
@@ -34,7 +34,7 @@ with needed("train"):
     from sklearn.datasets import load_digits
 
 
-DIGITS_TEST_SHARE = 0.2
+DIGITS_TEST_FRACTION = 0.2
 FILE_LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 IMAGE_COLUMNS = ("image", "img", "file_name", "file", "path")
 LABEL_COLUMNS = ("label", "labels", "class", "target")
@@ -76,7 +76,7 @@ def digits() -> DatasetDict:
     images = [Image.fromarray(np.rint(pixels * (255 / 16)).astype(np.uint8)) for pixels in source.images]
     rows = {"image": [{"bytes": png_bytes(image), "path": None} for image in images], "label": source.target.tolist()}
     features = Features({"image": datasets.Image(), "label": ClassLabel(names=[str(n) for n in source.target_names])})
-    test = stratified_share(rows["label"], share=DIGITS_TEST_SHARE)
+    test = stratified_rows(rows["label"], fraction=DIGITS_TEST_FRACTION)
     chosen = {"train": np.setdiff1d(np.arange(len(images)), test), "test": test}
     return DatasetDict(
         {
@@ -98,24 +98,25 @@ def load_directories(arguments: DataArguments) -> Mapping[str, Dataset]:
 
     Raises:
         FileNotFoundError: A folder is not there.
-        ValueError: A folder holds what cannot be meant, or only one of both has a table.
+        ValueError: The contents of a folder look like a mistake, or only one of both has a table.
     """
     folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
-    given = {split: Path(folder) for split, folder in folders.items() if folder}
-    for split, folder in given.items():
+    configured = {split: Path(folder) for split, folder in folders.items() if folder}
+    for split, folder in configured.items():
         if not folder.is_dir():
             advice = "a file, which --train_file and --validation_file take" if folder.is_file() else "not there"
             raise FileNotFoundError(f"the {split} folder {folder} is {advice}; check --train_dir and --validation_dir")
     tables = {
         split: [str(folder / name) for name in METADATA_FILES if (folder / name).is_file()]
-        for split, folder in given.items()
+        for split, folder in configured.items()
     }
     if not any(tables.values()):
-        return usual_splits(load_folders(given, {split: f"--{split}_dir" for split in given}), arguments)
+        options = {split: f"--{split}_dir" for split in configured}
+        return usual_splits(load_folders(configured, options), arguments)
     if any(len(found) != 1 for found in tables.values()):
         raise ValueError(
-            f"{name_some(file for found in tables.values() for file in found)}: a table in every folder, one, or in "
-            "none; name tables with --train_file and --validation_file"
+            f"found the tables {name_some(file for found in tables.values() for file in found)}, but every folder must "
+            "have exactly one table, or none may have any; name tables with --train_file and --validation_file"
         )
     return load_files({split: found[0] for split, found in tables.items()}, arguments)
 
@@ -124,7 +125,7 @@ def load_folders(folders: Mapping[str, Path], options: Mapping[str, str]) -> dic
     """Image folders with one sub-folder per class, all with the same classes; `options` name them in messages.
 
     Raises:
-        ValueError: A folder holds what cannot be meant; says what.
+        ValueError: The contents of a folder look like a mistake; names them.
     """
     evaluated = [split for split in folders if split != "train" and "train" in folders]
     for split in evaluated:
@@ -132,7 +133,7 @@ def load_folders(folders: Mapping[str, Path], options: Mapping[str, str]) -> dic
     found = {split: read_class_folders(folder) for split, folder in folders.items()}
     for split, classes in found.items():
         check_class_folders(classes, options[split])
-        tell_left_out(classes, split)
+        log_left_out(classes, split)
     for split in evaluated:
         check_classes_of_splits(found["train"], found[split], options[split])
     names = sorted({name for classes in found.values() for name in classes.images})
@@ -185,7 +186,7 @@ def load_files(patterns: Mapping[str, str | None], arguments: DataArguments) -> 
 
 
 def with_labels_from_text(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
-    """Splits of CSV files with labels in place of their text, all read alike."""
+    """Splits of CSV files with the labels read from their text, all in the same way."""
     labels = labels_from_text([labels_of(rows) for rows in splits.values()])
     return {
         name: rows.remove_columns("label").add_column("label", column)
@@ -203,7 +204,9 @@ def csv_rows(files: Sequence[str]) -> Dataset:
     first = next(iter(tables.values()))
     for file, table in tables.items():
         if table.keys() != first.keys():
-            raise ValueError(f"{file} has the columns {list(table)} and {files[0]} has {list(first)}; use the same")
+            raise ValueError(
+                f"{file} has the columns {list(table)} and {files[0]} has {list(first)}; give both the same"
+            )
     columns = {name: [cell for table in tables.values() for cell in table[name]] for name in first}
     return Dataset.from_dict(columns, Features({name: Value("string") for name in columns}))
 
@@ -285,18 +288,18 @@ def may_be_image(kind: Any) -> bool:
 
 
 def labels_of(split: Dataset) -> list[Any]:
-    """The `label` column, without a look at the images."""
+    """The `label` column, without reading the images."""
     labels: list[Any] = split.select_columns("label").with_format(None)["label"][:]
     return labels
 
 
-def stratified_share(labels: Sequence[Any], *, share: float) -> np.ndarray:
-    """Sorted row numbers of a share of each class, evenly spaced over its rows; the same on every call."""
+def stratified_rows(labels: Sequence[Any], *, fraction: float) -> np.ndarray:
+    """Sorted row numbers of a fraction of each class, evenly spaced over its rows; the same on every call."""
     rows_of: dict[Any, list[int]] = {}
     for row, label in enumerate(labels):
         rows_of.setdefault(label, []).append(row)
     chosen: list[int] = []
     for rows in rows_of.values():
-        count = round(len(rows) * share)
+        count = round(len(rows) * fraction)
         chosen += [rows[int((number + 0.5) * len(rows) / count)] for number in range(count)]
     return np.array(sorted(chosen), dtype=np.int64)

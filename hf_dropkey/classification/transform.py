@@ -32,14 +32,14 @@ class ImageTransform:
         augmentation: Augmentation | None = None,
         seed: int = 0,
     ) -> None:
-        """Without `augmentation` the processor does everything, as it does for whoever loads the saved model.
+        """Without `augmentation` the processor does everything, as it does for users of the saved model.
 
         Raises:
             ValueError: The model has neither one nor three channels.
         """
         if num_channels not in IMAGE_MODES:
             raise ValueError(
-                f"num_channels={num_channels}; images have {sorted(IMAGE_MODES)} channels, choose one of them"
+                f"--num_channels {num_channels} is not among {sorted(IMAGE_MODES)}, the channels of images; choose one of them"
             )
         self.processor = processor
         self.label_ids = dict(label_ids)

@@ -1,7 +1,7 @@
-"""Model cards from a saved folder and the results files of its run, merged into a card that somebody has edited.
+"""Model cards from a saved folder and the results files of its run, merged into a card that was edited by hand.
 
-Every number comes from a file of the run. Only the sections between markers and the metadata are made anew; what else
-an existing card says stays.
+Every number comes from a file of the run. Only the sections between markers and the metadata are made anew; the rest
+of an existing card stays.
 """
 
 import json
@@ -57,15 +57,15 @@ CITATION = """@inproceedings{li2023dropkey,
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a run knows and no other file beside its weights says; kept there as `run_facts.json`, for every later card.
+    """Facts about a run that no other saved file holds; kept beside the weights as `run_facts.json`, for later cards.
 
     Attributes:
-        dataset: What the data is called.
+        dataset: Name of the data.
         dataset_id: Its id on the Hub, if it has one.
-        dataset_split: The split that was evaluated on.
-        evaluation_dataset: What the data that was evaluated on is called, where it is not `dataset`.
+        dataset_split: The split used for evaluation.
+        evaluation_dataset: Name of the evaluation data, where it is not `dataset`.
         base_model: Hub id, or any name, of the model that training started from.
-        from_scratch: Whether training started from none.
+        from_scratch: Whether training started from random weights.
         license: The weights' licence, an identifier of the Hub such as "apache-2.0".
         language: Language of the data, for models that read text.
         pipeline_tag: The Hub's name of the task, where the class does not say it.
@@ -74,7 +74,7 @@ class RunFacts:
         versions: Version of each package by name.
         tags: More tags.
         results: Text of the results, where more than this one run was measured.
-        limits: More that a reader has to know.
+        limits: Further limits, one sentence each.
     """
 
     dataset: str | None = None
@@ -95,15 +95,15 @@ class RunFacts:
 
     def save(self, folder: Path) -> None:
         """Writes the file."""
-        given = {name: value for name, value in asdict(self).items() if value}
-        (folder / RUN_FACTS).write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
+        known = {name: value for name, value in asdict(self).items() if value}
+        (folder / RUN_FACTS).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "RunFacts":
-        """Reads the file; knows nothing if there is none.
+        """Reads the file; without one, no facts are known.
 
         Raises:
-            ValueError: The file is no JSON object, or has fields that are no facts.
+            ValueError: The file is not a JSON object, or has unknown fields.
         """
         found = _read_json(folder / RUN_FACTS)
         unknown = sorted(set(found) - {entry.name for entry in fields(cls)})
@@ -118,16 +118,16 @@ def model_card(
 ) -> ModelCard:
     """The card of a saved folder: an existing card with its marked sections and metadata made anew, or a new one.
 
-    Existing metadata that the folder says nothing about stays, and so does the licence unless `run_facts.json` names one.
+    Existing metadata that the folder does not replace stays, as does the licence unless `run_facts.json` names one.
 
     Args:
         folder: A saved model with the results files of its run.
         repo_id: Where it is or will be on the Hub; default: the usage shows a local folder.
         revision: The commit or tag that the usage pins; default: a word to replace.
-        existing: Text of the card there is; default: `README.md` in the folder, if any. "" for a new one.
+        existing: Text of the existing card; default: `README.md` in the folder, if any. "" for a new one.
 
     Raises:
-        ValueError: The existing card's metadata cannot be read, or a marker has lost its other half.
+        ValueError: The existing card's metadata cannot be read, or a section has lost one of its markers.
     """
     if existing is None:
         existing = read_readme(folder)
@@ -142,7 +142,7 @@ def model_card(
 
 
 def read_readme(folder: Path) -> str | None:
-    """The text of the card in a folder, with its own line ends; None if there is none."""
+    """The text of the card in a folder, with its own line ends; None without a card."""
     file = folder / README
     return file.read_bytes().decode("utf-8-sig") if file.is_file() else None
 
@@ -150,10 +150,10 @@ def read_readme(folder: Path) -> str | None:
 def write_card(
     folder: Path, *, repo_id: str | None = None, revision: str | None = None, facts: RunFacts | None = None
 ) -> Path:
-    """Writes or brings up to date `README.md` in a saved folder, after the facts if there are new ones; returns its path.
+    """Writes or updates `README.md` in a saved folder, and saves the facts if there are new ones; returns its path.
 
     Raises:
-        FileNotFoundError: There is no configuration.
+        FileNotFoundError: The folder has no configuration.
         ValueError: As `model_card`.
     """
     if not (folder / "config.json").is_file():
@@ -165,7 +165,7 @@ def write_card(
 
 
 def hand_written(card: str) -> str:
-    """What of a card's text its marked sections and metadata leave."""
+    """The text of a card without its marked sections and metadata."""
     text = ModelCard(card, ignore_metadata_errors=True).text if card.lstrip().startswith("---") else card
     return SECTION.sub("", text).strip()
 
@@ -218,7 +218,7 @@ def _metadata(folder: Path, facts: RunFacts, config: dict[str, Any], name: str) 
 
 
 def shown_command(words: Sequence[str]) -> str:
-    """A command line for others to read: absolute paths by their last part, the rest is nobody's business."""
+    """The command, with absolute paths cut to their last part so that no local path is published."""
     shown = []
     for word in words:
         option, equals, value = word.rpartition("=")
@@ -228,7 +228,7 @@ def shown_command(words: Sequence[str]) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is an id of somebody's repository on the Hub, "owner/name"."""
+    """Whether a name is a repository id on the Hub, "owner/name"."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -237,7 +237,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def _merge_metadata(card: ModelCard, made: ModelCardData) -> None:
-    """Puts the metadata that was made into a card; lists that people add to are joined, not replaced."""
+    """Puts new metadata into a card; lists that may have been extended by hand are joined, not replaced."""
     data: Any = card.data
     for name, value in vars(made).items():
         if value is None or name in ("eval_results", "model_name"):
@@ -273,13 +273,13 @@ def _merge_sections(text: str, sections: dict[str, str]) -> str:
     """A card's text with each section in its place, or at the end.
 
     Raises:
-        ValueError: A begin or an end of a section stands alone, so that nobody knows what is hand-written.
+        ValueError: A section has lost one of its two markers, so that hand-written text cannot be distinguished.
     """
     alone = MARKER.search(SECTION.sub("", text))
     if alone:
         raise ValueError(
             f"the card's section {alone[1]!r} has lost one of its two markers: '<!-- hf_dropkey:{alone[1]} begin -->' "
-            f"and '<!-- hf_dropkey:{alone[1]} end -->'; put the other back, or delete both"
+            f"and '<!-- hf_dropkey:{alone[1]} end -->'; restore the missing one, or delete both"
         )
     line_end = "\r\n" if "\r\n" in text else "\n"
     blocks = {
@@ -296,7 +296,7 @@ def _merge_sections(text: str, sections: dict[str, str]) -> str:
 
 
 def _image_size(folder: Path, config: dict[str, Any]) -> str:
-    """A sentence on the images that the model gets: as the processor makes them, else as the configuration says."""
+    """A sentence on the size of the images: as the processor makes them, else as in the configuration."""
     processor = _read_json(folder / "preprocessor_config.json")
     processor = processor or _read_json(folder / "processor_config.json").get("image_processor") or {}
     crop = processor.get("crop_size") if processor.get("do_center_crop") else None
@@ -338,7 +338,7 @@ def _usage(folder: Path, config: dict[str, Any], repo_id: str | None, revision: 
     lines = ["## Usage", ""]
     if repo_id and revision is None:
         lines += [
-            f"Replace `COMMIT` by a commit that you have looked at; `hf-dropkey check {repo_id}` compares the code and "
+            f"Replace `COMMIT` by a commit that you have checked; `hf-dropkey check {repo_id}` compares the code and "
             "the files of the newest one with a released package and prints its hash.",
             "",
         ]
@@ -386,7 +386,7 @@ def _training(folder: Path, facts: RunFacts) -> str:
     text = "## Training\n\n"
     if facts.command:
         text += f"```\n{facts.command}\n```\n\n"
-    return text + (_table(("setting", "value"), rows) if rows else "No file of the run tells how it was trained.")
+    return text + (_table(("setting", "value"), rows) if rows else "No file of the run records how it was trained.")
 
 
 def _results(folder: Path, facts: RunFacts) -> str:
@@ -402,13 +402,13 @@ def _results(folder: Path, facts: RunFacts) -> str:
 
 
 def _limits(folder: Path, facts: RunFacts, config: dict[str, Any]) -> str:
-    lines = ["DropKey changes training only: what it is worth is what the results say, compared with a run without."]
+    lines = ["DropKey changes training only; compare the results with those of a run without it to see its effect."]
     if measured(folder) and not facts.results:
         lines.append("The results are of a single run; another seed gives other numbers.")
     if config.get("id2label"):
         lines.append("It chooses among the classes above whatever the image shows.")
     if facts.dataset:
-        lines.append(f"It was tried on {facts.dataset} only, and inherits what is wrong with that data.")
+        lines.append(f"It was evaluated on {facts.dataset} only, and inherits the faults of that data.")
     lines += facts.limits
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
@@ -420,7 +420,7 @@ def _task(config: dict[str, Any]) -> tuple[str | None, str]:
 
 
 def _link(name: str) -> str:
-    # of a local path the rest concerns nobody
+    # only the last part of a local path is published
     shown = PurePath(name).name if PurePath(name).is_absolute() else name
     return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{shown}`"
 
@@ -438,8 +438,8 @@ def _parse(text: str, folder: Path) -> ModelCard:
         return ModelCard(text)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(
-            f"the metadata of the existing card of {folder} cannot be read ({error}); mend it between the two lines "
-            "'---', nothing was changed"
+            f"the metadata of the existing card of {folder} cannot be read ({error}); repair it between the two lines "
+            "'---'. Nothing was changed"
         ) from error
 
 
@@ -450,7 +450,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON ({error}); complete it, or delete it") from error
+        raise ValueError(f"{file} is not JSON ({error}); repair it, or delete it") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__}, not an object; complete it, or delete it")
+        raise ValueError(f"{file} holds a {type(found).__name__}, not an object; repair it, or delete it")
     return found

@@ -1,7 +1,7 @@
-"""The files of a folder that somebody else may have made: found without following links, read without trusting sizes.
+"""The files of a folder from an untrusted source: found without following links, read without trusting sizes.
 
-A checkpoint can hold pipes that never end, links to devices or in circles, files with holes that say they are larger
-than any disk, and JSON so deep that a parser gives up. Whoever looks at one goes through these functions.
+A checkpoint can hold pipes that never end, links to devices or in circles, sparse files whose size is larger than any
+disk, and JSON so deep that a parser gives up. Everything that reads one uses these functions.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ SKIPPED = (".git", ".cache")
 TEXT_LIMIT = 64 * 2**20
 FILES_LIMIT = 100_000
 DEPTH_LIMIT = 100
-# files with holes below this size are read like others
+# sparse files below this size are read like others
 HOLES_FROM = 64 * 2**20
 SPECIAL = {
     stat.S_ISFIFO: "a pipe",
@@ -31,7 +31,7 @@ SPECIAL = {
 
 
 class UnreadableFile(ValueError):
-    """A file that cannot be looked at, so that nothing can be said about its folder."""
+    """A file that cannot be read, so that its folder cannot be checked."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Entry:
         name: Its path in the folder, with "/".
         path: Where its content lies, links resolved.
         size: In bytes.
-        leaves: Where a link leads to that leaves the folder, or that leads to a folder; None for all others.
+        leaves: Target of a link that leaves the folder or leads to a folder; None for all others.
         executable: Whether it is marked as a program.
     """
 
@@ -59,7 +59,7 @@ class Entry:
 
 
 def visible(line: str) -> str:
-    """A line in which no control character can hide or colour what stands there."""
+    """A line with control characters escaped, so that they cannot hide or colour text."""
     return "".join(char if char.isprintable() or char == "\t" else ascii(char)[1:-1] for char in line)
 
 
@@ -67,7 +67,7 @@ def entries(folder: Path, *, lenient: bool = False) -> list[Entry]:
     """Every file in a folder, by name; `.git` and `.cache` at its top are left out.
 
     Links are followed to a file in the folder, and from the cache of huggingface_hub to a blob of the same repository.
-    With `lenient`, what is no file is listed like a link that leaves the folder.
+    With `lenient`, what is not a file is listed like a link that leaves the folder.
 
     Raises:
         UnreadableFile: There is a pipe, a socket, a device, a link in a circle or to nothing, or too many files.
@@ -100,7 +100,7 @@ def _entry(folder: Path, path: Path) -> Entry:
         state = path.stat()
         real = Path(os.path.realpath(path, strict=True))
     except (OSError, RuntimeError) as error:
-        reason = "links lead in a circle or to nothing" if path.is_symlink() else str(error)
+        reason = "its links lead in a circle or to nothing" if path.is_symlink() else str(error)
         raise UnreadableFile(visible(f"{folder / name} cannot be read: {reason}; delete it")) from error
     for is_special, what in SPECIAL.items():
         if is_special(state.st_mode):
@@ -126,7 +126,7 @@ def _is_blob(folder: Path, real: Path) -> bool:
 
 
 def has_holes(entry: Entry) -> bool:
-    """Whether a file is far larger than what the disk holds of it."""
+    """Whether a file is sparse: far larger than the space that it takes on the disk."""
     blocks = getattr(entry.path.stat(), "st_blocks", None)
     # compressed file systems save a factor on weights too, but not this one
     return blocks is not None and entry.size > HOLES_FROM and blocks * 512 * 16 < entry.size
@@ -142,7 +142,7 @@ def read_bytes(entry: Entry, limit: int = TEXT_LIMIT) -> bytes:
         content: bytes = opened.read(limit + 1)
     if len(content) > limit:
         raise UnreadableFile(
-            visible(f"{entry.name} has {entry.size} bytes, more than the {limit} that such a file may have; delete it")
+            visible(f"{entry.name} has {entry.size} bytes; such a file may have at most {limit}; delete it")
         )
     return content
 
@@ -151,11 +151,11 @@ def digest_of(entry: Entry) -> str:
     """SHA-256 of a file.
 
     Raises:
-        UnreadableFile: It has holes.
+        UnreadableFile: It is sparse.
     """
     if has_holes(entry):
         raise UnreadableFile(
-            visible(f"{entry.name} says it has {entry.size} bytes, of which the disk holds few: a file with holes")
+            visible(f"{entry.name} is a sparse file: {entry.size} bytes, of which the disk holds few; delete it")
         )
     hashed = hashlib.sha256()
     with _opened(entry) as opened:
@@ -165,7 +165,7 @@ def digest_of(entry: Entry) -> str:
 
 
 def folder_digest(found: list[Entry]) -> str:
-    """One hash of names and contents of all files, "sha256:...": the same files in another place have the same."""
+    """One hash of names and contents of all files, "sha256:..."; a copy of the folder has the same."""
     lines = sorted(f"{digest_of(entry)}  {json.dumps(entry.name)}\n" for entry in found)
     return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
@@ -176,19 +176,19 @@ def _opened(entry: Entry) -> Any:
     number = os.open(entry.path, flags)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise UnreadableFile(visible(f"{entry.name} is no file any more; check again"))
+        raise UnreadableFile(visible(f"{entry.name} is not a file any more; check again"))
     return os.fdopen(number, "rb")
 
 
 class RepeatedKey(ValueError):
-    """A JSON object that gives one key twice, of which parsers take the first or the last."""
+    """A JSON object with one key twice, of which some parsers take the first and others the last."""
 
 
 def parsed(content: bytes, name: str) -> Any:
     """What a JSON file holds.
 
     Raises:
-        ValueError: It is no JSON, or has a key twice.
+        ValueError: It is not JSON, or has a key twice.
         UnreadableFile: It is nested too deeply for the parser.
     """
     too_deep = UnreadableFile(visible(f"{name} is nested too deeply for a configuration; delete it"))
@@ -215,7 +215,7 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
     waiting: list[tuple[tuple[str, ...], Any]] = [(path, value)]
     while waiting:
         at, one = waiting.pop()
-        # what lies deeper than any configuration is a leaf, or the paths alone would fill the memory
+        # whatever lies deeper than in any configuration is a leaf, because the paths alone would fill the memory
         if len(at) > DEPTH_LIMIT:
             yield at, one
         elif isinstance(one, dict) and one:

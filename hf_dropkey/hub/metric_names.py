@@ -1,4 +1,4 @@
-"""The one table of what metrics are called: in model cards, in tables and on axes, and in sentences."""
+"""The names of all metrics: in model cards, in tables and on axes, and in sentences."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,10 @@ class MetricName(NamedTuple):
     """How one metric is shown.
 
     Attributes:
-        full: In a model card, which somebody may read without knowing the abbreviation.
+        full: In a model card, for readers who do not know the abbreviation.
         label: In the head of a table or on an axis, with its unit.
         word: In a sentence.
-        larger_is_better: None where neither is.
+        larger_is_better: None where neither direction is better.
     """
 
     full: str
@@ -67,5 +67,5 @@ METRICS["mpvpe_to_mean_body"] = MetricName(
 
 
 def full_name(metric: str) -> str:
-    """What a model card calls a metric: its name in full, or its key where the table has none."""
+    """The name of a metric in a model card: its full name, or its key where the table has none."""
     return METRICS[metric].full if metric in METRICS else metric

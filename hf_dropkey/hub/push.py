@@ -1,7 +1,7 @@
-"""A saved folder on the Hub: what of it belongs there, its card merged with the one there, all in one commit.
+"""Pushes a saved folder to the Hub: the files that belong there and a merged card, in one commit.
 
-`HfApi.upload_folder` and `Trainer` upload everything that lies in a folder, `training_args.bin` with its token included,
-and the first in several commits. What is uploaded here is what `plan_push` lists, which leaves out every pickle.
+`HfApi.upload_folder` and `Trainer` upload every file in a folder, also `training_args.bin` with its token, and the
+first in several commits. Here only the files that `plan_push` lists are uploaded, and no pickle is among them.
 """
 
 import re
@@ -47,7 +47,7 @@ class PushResult:
     Attributes:
         repo_id: "owner/name".
         info: The commit that holds everything.
-        changed: Whether there was anything new; if not, no commit was made.
+        changed: Whether anything was new; if not, no commit was made.
         files: Paths in the repository, the card included.
         left_out: Paths in the folder that do not belong on the Hub.
     """
@@ -82,30 +82,30 @@ def push_folder(
     include: Sequence[str] = (),
     announce: Callable[[PushPlan], None] | None = None,
 ) -> PushResult:
-    """Uploads a saved model, with its code and its card, in one commit; again without changes, it makes none.
+    """Uploads a saved model, with its code and its card, in one commit; without changes, no commit is made.
 
-    Everything is checked before anything is sent. The card in the repository keeps its hand-written parts; a card in the
-    folder is used if the repository has none.
+    Everything is checked before anything is sent. The card in the repository keeps its hand-written parts; a card in
+    the folder is used if the repository has none.
 
     Args:
-        folder: What `save_pretrained`, `Trainer` or `write_card` left: a model, or an adapter.
+        folder: A model or an adapter, as `save_pretrained`, `Trainer` or `write_card` leave it.
         repo_id: "owner/name", or "name" for one's own. Created if it is not there.
         revision: Branch, created if it is not there; default "main".
-        private: Whether a new repository is private; default: as the owner's settings say.
-        token: Default: what `hf auth login` or the environment variable HF_TOKEN left.
+        private: Whether a new repository is private; default: as in the owner's settings.
+        token: Default: the token of `hf auth login` or of the environment variable HF_TOKEN.
         commit_message: Title of the commit.
         copy_under: Folder of the repository for a second copy in the same commit, which costs no second upload.
         replace_readme: Take the card in the folder, not the one in the repository.
         include: Patterns of more files to send, as for `plan_push`.
-        announce: Called with what goes and what stays, before the first byte is sent.
+        announce: Called with the plan, before the first byte is sent.
 
     Raises:
-        FileNotFoundError: The folder, or something the model needs, is not there.
+        FileNotFoundError: The folder, or a file that the model needs, is not there.
         NotADirectoryError: The folder is a file.
-        ValueError: Weights are damaged or pickles, a file holds a secret, a link leaves the folder, the name or the revision
-            is not allowed, or the repository is public and `private` was asked for.
+        ValueError: Weights are damaged or pickles, a file holds a secret, a link leaves the folder, the name or the
+            revision is not allowed, or the repository is public and `private` was requested.
         PermissionError: No token, or one that may not write there.
-        ConnectionError: The upload failed. The repository has all of the push or nothing; pushing again goes on.
+        ConnectionError: The upload failed. The repository has all of the push or nothing; another push completes it.
     """
     folder = Path(folder)
     check_target(repo_id, revision=revision, token=token)
@@ -115,7 +115,7 @@ def push_folder(
     files = {file.name: folder / file.name if file.content is None else file.content for file in plan.files}
     repo_id = prepare_repository(repo_id, revision=revision, private=private, token=token)
     with clear_errors(repo_id, f"{folder} was not pushed"):
-        # whoever commits between this and our commit makes ours fail, so that no edit of theirs is lost
+        # a commit of someone else between this line and ours makes ours fail, so that their edit is not lost
         there = api.model_info(repo_id, revision=revision, token=token)
         parent = str(there.sha)
         readme = remote_readme(repo_id, parent, token)
@@ -148,11 +148,11 @@ def merged_readme(folder: Path, repo_id: str, there: str | None, *, replace: boo
     own = read_readme(folder)
     if own is not None and there is not None and not replace:
         mine, theirs = hand_written(own), hand_written(there)
-        # a card that we wrote has its title for hand-written text
+        # the only hand-written text of a new card is its title
         if mine not in theirs and len(mine.splitlines()) > 1:
             logger.warning(
-                f"{folder / README} has text of its own that the card of {repo_id} has not; the card of the repository "
-                "is kept. To publish the folder's instead, pass replace_readme=True (--replace-readme)"
+                f"{folder / README} has hand-written text that the card of {repo_id} does not have; the repository's card "
+                "is kept. To publish the folder's card instead, pass replace_readme=True (--replace-readme)"
             )
     base = own if there is None or (replace and own is not None) else there
     return str(model_card(folder, repo_id=repo_id, existing=base or "")).encode()
@@ -162,11 +162,11 @@ def merged_readme(folder: Path, repo_id: str, there: str | None, *, replace: boo
 
 
 def check_target(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> None:
-    """What can be said without the network of where a push is to go.
+    """Checks the target of a push as far as possible without the network.
 
     Raises:
         ValueError: The name or the revision is not allowed.
-        PermissionError: There is no token.
+        PermissionError: No token is set.
     """
     validate_repo_id(repo_id)
     if revision is not None and COMMIT.fullmatch(revision):
@@ -181,7 +181,7 @@ def check_target(repo_id: str, *, revision: str | None = None, token: str | bool
 def prepare_repository(
     repo_id: str, *, revision: str | None = None, private: bool | None = None, token: str | bool | None = None
 ) -> str:
-    """Makes sure that a repository and a branch are there and can be written to; returns "owner/name".
+    """Creates the repository and the branch if they are not there; returns "owner/name".
 
     Raises:
         ValueError, PermissionError, ConnectionError: As `push_folder`.
@@ -191,7 +191,8 @@ def prepare_repository(
         repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         if private and not api.model_info(repo_id, token=token).private:
             raise ValueError(
-                f"{repo_id} is there already and public; make it private in its settings, or leave out private"
+                f"{repo_id} already exists and is public; make it private in its settings, or leave out --private "
+                "(private=True)"
             )
         if revision not in (None, "main") and not str(revision).startswith("refs/"):
             api.create_branch(repo_id, branch=str(revision), token=token, exist_ok=True)
@@ -221,14 +222,12 @@ def clear_errors(repo_id: str, consequence: str) -> Iterator[None]:
     """Turns the errors of a Hub client into one sentence that says what to do.
 
     Raises:
-        FileNotFoundError: There is no such repository.
-        PermissionError: The Hub does not take the token.
-        ValueError: There is no such branch or commit.
-        ConnectionError: Anything else went wrong on the way.
+        FileNotFoundError: The repository does not exist.
+        PermissionError: The Hub does not accept the token.
+        ValueError: The branch or commit does not exist.
+        ConnectionError: Any other error of the network or the Hub.
     """
-    again = (
-        "A push is one commit: the repository has all of it or nothing. Push again, what has arrived is not sent again"
-    )
+    again = "A push is one commit: the repository has all of it or nothing. Push again; what arrived is not sent twice"
     try:
         yield
     except OfflineModeIsEnabled as error:
@@ -247,14 +246,14 @@ def clear_errors(repo_id: str, consequence: str) -> Iterator[None]:
             ) from error
         if status == 403:
             raise PermissionError(
-                f"{consequence}: the token may not write to {repo_id} (403, {said}); give one that may, or another owner"
+                f"{consequence}: the token may not write to {repo_id} (403, {said}); use a token that may, or another owner"
             ) from error
         if status == 412:
             raise ConnectionError(
-                f"{consequence}: somebody changed {repo_id} at the same time, and their change is kept. Push again"
+                f"{consequence}: {repo_id} was changed at the same time, and that change is kept. Push again"
             ) from error
         if isinstance(error, RevisionNotFoundError):
-            raise ValueError(f"{consequence}: {repo_id} has no such branch or commit") from error
+            raise ValueError(f"{consequence}: {repo_id} has no such branch or commit; check --revision") from error
         raise ConnectionError(f"{consequence}: the Hub answered {status} ({said}). {again}") from error
     except HTTPError as error:
         raise ConnectionError(f"{consequence}: the Hub cannot be reached ({error}). {again}") from error

@@ -1,4 +1,4 @@
-"""What of a saved folder belongs on the Hub: chosen by name, looked through for secrets, listed before anything is sent."""
+"""The files of a saved folder that go to the Hub: chosen by name, searched for secrets, listed before a push."""
 
 import json
 import posixpath
@@ -23,7 +23,7 @@ from .secret_scan import secrets_in
 # kinds of file that cannot run anything when they are read; Python files are chosen by name
 PUSHED = (".safetensors", ".json", ".jinja", ".md", ".txt", ".model", ".csv", ".png", ".jpg", ".jpeg", ".svg")
 PUSHED_NAMES = ("LICENSE", "NOTICE", ".gitattributes")
-# what belongs to a model, an adapter or their card, at the top of a folder
+# files of a model, an adapter or their card, at the top of a folder
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -46,7 +46,7 @@ MODEL_FILES = (
 )
 # large, and without a path in them
 UNCHANGED = ("tokenizer.json", "vocab.json", "model.safetensors.index.json")
-# folders of a run that are no part of the model
+# folders of a run that are not part of the model
 RUN_FOLDERS = ("checkpoint-*", "runs", "wandb", "mlruns", "trackio", ".*", "_*")
 # a whole value that is a path from the root, and a home or temporary folder inside a text
 ABSOLUTE = re.compile(r"(file:/{2,3}|/(?=[^/\s]+/)|~/|[A-Za-z]:[\\/]|\\\\)[^\n]+")
@@ -58,13 +58,13 @@ LOCAL_PATH = re.compile(
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file of a folder, and what a push does with it.
+    """A file of a folder in a plan.
 
     Attributes:
         name: Its path in the folder.
         size: In bytes.
-        note: What there is to know about it, "" if nothing.
-        content: What goes instead of the file as it lies there; None for the file itself.
+        note: A remark for the list, "" for none.
+        content: Content that is sent in place of the file's own; None for the file as it is.
     """
 
     name: str
@@ -75,7 +75,7 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a push would send of a folder, and what it would leave: `str` of it lists both with sizes."""
+    """The files of a folder that a push would send, and those that would stay; `str` of it lists both with sizes."""
 
     folder: Path
     files: tuple[PlannedFile, ...]
@@ -94,13 +94,14 @@ class PushPlan:
 def plan_push(folder: Path | str, *, include: Sequence[str] = (), token: str | bool | None = None) -> PushPlan:
     """What `push_folder` would send, after all its checks of the folder; nothing is sent and no network is used.
 
-    A model's own files go: weights, configurations, processors, code that `auto_map` leads to, the card, the results; images,
-    tables and texts only if the card refers to them. Paths of this machine in JSON files are cut to their last part.
+    A model's own files go: weights, configurations, processors, code that `auto_map` names, the card, the results;
+    images, tables and texts only if the card refers to them. Paths of this machine in JSON files are cut to their last
+    part.
 
     Args:
         folder: As for `push_folder`.
         include: Patterns of more files to send, such as "figures/*.png"; pickles and programs never go.
-        token: As for `push_folder`; only looked for in the files.
+        token: As for `push_folder`; the files must not contain it.
 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: As `push_folder`.
@@ -131,7 +132,7 @@ def _planned(entry: Entry) -> PlannedFile:
     try:
         found = parsed(original, entry.name)
     except ValueError as error:
-        raise ValueError(f"{entry.name} is no JSON ({error}); mend or delete it. Nothing was sent") from error
+        raise ValueError(f"{entry.name} is not JSON ({error}); repair or delete it. Nothing was sent") from error
     notes = [
         f"runs code of another repository, {value}"
         for path, value in leaves(found)
@@ -190,7 +191,7 @@ def _by_folder(files: Sequence[PlannedFile]) -> Iterator[PlannedFile]:
 
 
 def check_pushable(folder: Path) -> None:
-    """Raises as `push_folder` does if a folder is no whole model or adapter in safetensors."""
+    """Raises as `push_folder` does if a folder is not a complete model or adapter in safetensors."""
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file; give the folder it lies in")
     adapter = folder / "adapter_config.json"
@@ -211,17 +212,17 @@ def check_pushable(folder: Path) -> None:
 
 
 def files_to_push(folder: Path, include: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """Paths in a folder that belong on the Hub, and those that do not: pickles, optimizers, logs, other code, other images.
+    """Paths in a folder that belong on the Hub, and those that do not: pickles, optimizers, logs, other code, images.
 
-    Of the Python files those belong that `auto_map` names, and what they import; of images, tables and texts those that
-    the card refers to, and what `include` names.
+    Python files belong if `auto_map` names them or such a file imports them; images, tables and texts if the card
+    refers to them or `include` names them.
     """
     wanted, left = chosen(folder, include)
     return [entry.name for entry in wanted], [entry.name for entry in left]
 
 
 def chosen(folder: Path, include: Sequence[str] = ()) -> tuple[list[Entry], list[Entry]]:
-    """As `files_to_push`, with sizes and where links lead."""
+    """As `files_to_push`, with sizes and targets of links."""
     code, card = code_of(folder), _referred_to(folder)
     wanted: list[Entry] = []
     left: list[Entry] = []
@@ -229,8 +230,8 @@ def chosen(folder: Path, include: Sequence[str] = ()) -> tuple[list[Entry], list
         name = PurePosixPath(entry.name)
         part_of_run = any(fnmatchcase(part, pattern) for part in name.parts[:-1] for pattern in RUN_FOLDERS)
         own = any(fnmatchcase(entry.name, pattern) for pattern in MODEL_FILES) and "/" not in entry.name
-        asked = entry.name in card or any(fnmatchcase(entry.name, pattern) for pattern in include)
-        belongs = entry.name in code or own or (asked and entry.kind in PUSHED and not part_of_run)
+        requested = entry.name in card or any(fnmatchcase(entry.name, pattern) for pattern in include)
+        belongs = entry.name in code or own or (requested and entry.kind in PUSHED and not part_of_run)
         (wanted if belongs else left).append(entry)
     return wanted, left
 
@@ -243,7 +244,7 @@ def _referred_to(folder: Path) -> set[str]:
 
 
 def code_of(folder: Path) -> set[str]:
-    """Names of the Python files that the `auto_map` of a model, and of what goes with it, leads to."""
+    """Names of the Python files that an `auto_map` in the folder names, and of those that these import."""
     waiting: set[str] = set()
     for name in ("config.json", *PROCESSOR_FILES):
         file = folder / name
@@ -263,11 +264,11 @@ def code_of(folder: Path) -> set[str]:
 
 
 def check_no_secrets(folder: Path, files: Sequence[Entry], token: str | bool | None) -> None:
-    """Raises ValueError naming the files that hold a token, a key or a password: one in a usual form, or the one in use."""
+    """Raises ValueError naming the files that hold a token, a key or a password, or the token in use in any form."""
     own = token if isinstance(token, str) else None if token is False else get_token()
-    told = [f"{folder / entry.name} ({', '.join(kinds)})" for entry in files if (kinds := secrets_in(entry, own))]
-    if told:
-        verb = "holds something that looks like a secret" if len(told) == 1 else "hold what looks like secrets"
+    found = [f"{folder / entry.name} ({', '.join(kinds)})" for entry in files if (kinds := secrets_in(entry, own))]
+    if found:
+        verb = "holds something that looks like a secret" if len(found) == 1 else "hold what looks like secrets"
         raise ValueError(
-            visible(f"{'; '.join(told)} {verb}; take it out, and revoke it if it was ever shared. Nothing was sent")
+            visible(f"{'; '.join(found)} {verb}; remove it, and revoke it if it was ever published. Nothing was sent")
         )

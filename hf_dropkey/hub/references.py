@@ -1,9 +1,9 @@
-"""What the JSON files of a checkpoint make a loader follow: everything but plain values and our own classes is named.
+"""What a loader would follow in the JSON files of a checkpoint: all but plain values and our own classes is reported.
 
 Transformers, PEFT and the Hub's libraries read class references, other repositories, kernels, templates and paths from
 JSON, at any depth and in forms that grow with every release. So this is a list of what is allowed, not of what is
-known to be bad: numbers, words and labels; and `module.Class` where a class reference belongs, if `module.py` lies beside,
-is code of this package and defines that class.
+known to be bad: numbers, words and labels; and `module.Class` where a class reference belongs, if `module.py` lies
+beside, is code of this package and defines that class.
 """
 
 import ast
@@ -22,7 +22,7 @@ from ..models.configuration_dropkey import shadowing_fields
 from .contents import leaves
 
 
-# what another library follows by the file's very name
+# files that another library follows by their name alone
 FOLLOWED_FILES = {
     "adapter_config.json": "makes Auto classes and pipelines load another model, with its code, where peft is installed",
     "model_index.json": "names the classes of a diffusers pipeline",
@@ -30,7 +30,7 @@ FOLLOWED_FILES = {
     "chat_template.json": "is a template, a program that runs where the model is used to chat",
     "config_sentence_transformers.json": "is followed by sentence-transformers",
 }
-# fields that some loader follows, wherever they stand; these are no part of any model of this package
+# fields that some loader follows, wherever they stand; no model of this package has them
 FOLLOWED_FIELDS = {
     "custom_generate": "is code for generation",
     "quantization_config": "names a quantiser and its settings",
@@ -50,7 +50,7 @@ FOLLOWED_FIELDS = {
     "parent_library": "names another library to import",
     "kernel_config": "names kernels to download",
     "kernel_mapping": "names kernels to download",
-    "use_kernels": "asks for kernels to download",
+    "use_kernels": "makes the loader download kernels",
     "distributed_config": "is a plan of how to run the model on several machines",
     "speculators_config": "names another model",
 }
@@ -82,7 +82,7 @@ PRIVATE = ("_attn_implementation", "_experts_implementation", "_name_or_path", "
 
 @lru_cache(maxsize=256)
 def defined_classes(source: bytes) -> frozenset[str]:
-    """Names of the classes that a Python file defines at its top level; none if it is no Python."""
+    """Names of the classes that a Python file defines at its top level; none if it is not Python."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -91,7 +91,7 @@ def defined_classes(source: bytes) -> frozenset[str]:
 
 
 def json_problems(name: str, found: Any, classes: Mapping[str, Collection[str]], *, code: bool) -> Iterator[str]:
-    """What of a JSON file could be followed by a loader, one sentence each.
+    """Values of a JSON file that a loader could follow, one sentence each.
 
     Args:
         name: Path of the file in the checkpoint.
@@ -139,7 +139,7 @@ def _leaf_problems(
 
 
 def _text_problems(path: tuple[str, ...], value: Any, code: bool) -> Iterator[str]:
-    """What is wrong with a value where a loader may look for a name or a place."""
+    """Problems of a value where a loader may look for a name or a place."""
     top, key = path[0], next((key for key in reversed(path) if not key.isdigit()), "")
     if any(one in LABELS for one in path):
         return
@@ -147,7 +147,7 @@ def _text_problems(path: tuple[str, ...], value: Any, code: bool) -> Iterator[st
         return
     strange = [one for one in path if not PLAIN.fullmatch(one) or "--" in one]
     if strange:
-        yield f"has the key {_shown(strange[0])}, which is no name of a field"
+        yield f"has the key {_shown(strange[0])}, which is not the name of a field"
     if not isinstance(value, str) or any(TOKENS.fullmatch(one) for one in path):
         return
     if key in ("_name_or_path", "name_or_path") and path in ((top,), (key,)):
@@ -156,10 +156,10 @@ def _text_problems(path: tuple[str, ...], value: Any, code: bool) -> Iterator[st
         return
     if key in ("dtype", "torch_dtype") or "dtype" in path:
         if not DTYPE.fullmatch(value):
-            yield f"is {_shown(value)}, which is no type of numbers"
+            yield f"is {_shown(value)}, which is not a type of numbers"
     elif CLASS_NAMES.fullmatch(key):
         if not IDENTIFIER.fullmatch(value) and not PLAIN.fullmatch(value):
-            yield f"is {_shown(value)}, which is no name of a class"
+            yield f"is {_shown(value)}, which is not the name of a class"
         elif DOTTED.search(value) or "--" in value:
             yield f"is {_shown(value)}, which may name a class elsewhere"
     elif not PLAIN.fullmatch(value) or "--" in value or ".." in value:
@@ -169,7 +169,7 @@ def _text_problems(path: tuple[str, ...], value: Any, code: bool) -> Iterator[st
 
 
 def _reference_problems(value: Any, classes: Mapping[str, Collection[str]]) -> Iterator[str]:
-    """What is wrong with a class reference: it must be `module.Class` of a checked file."""
+    """Problems of a class reference: it must be `module.Class` of a checked file."""
     if isinstance(value, str) and "--" in value:
         yield f"is code of another repository, {_shown(value)}"
         return
@@ -183,7 +183,7 @@ def _reference_problems(value: Any, classes: Mapping[str, Collection[str]]) -> I
 
 
 def _config_problems(config: dict[str, Any]) -> Iterator[str]:
-    """Fields that would take the place of methods and class attributes, here and in configurations within."""
+    """Fields that would replace methods and class attributes, here and in nested configurations."""
     waiting: list[tuple[str, dict[str, Any]]] = [("", config)]
     while waiting:
         place, fields = waiting.pop()
@@ -194,8 +194,8 @@ def _config_problems(config: dict[str, Any]) -> Iterator[str]:
         hidden += [key for key in private if key not in _own_private(cls)]
         if hidden:
             yield (
-                f"the fields {', '.join(map(_shown, hidden))}{where} would take the place of what {cls.__name__} has "
-                "under these names, and could plant code in what is saved from it"
+                f"the fields {', '.join(map(_shown, hidden))}{where} would replace the attributes of {cls.__name__} with "
+                "these names, and could plant code in what is saved from it"
             )
         waiting += [
             (key, value)

@@ -1,8 +1,8 @@
 """Whether a checkpoint can be trusted before `trust_remote_code=True`: `check_release` of a folder or a repository.
 
 Nothing of the checkpoint is run and no pickle is opened: code is compared as bytes with this package's releases, every
-JSON file is walked to its leaves, weights are read as safetensors and loaded by our own classes, and every other file must
-be of a kind that cannot run. What this promises, and what not, is in docs/limits.md.
+JSON file is walked to its leaves, weights are read as safetensors and loaded by our own classes, and every other file
+must be of a kind that cannot run. docs/limits.md says what this promises and what it does not.
 """
 
 import re
@@ -32,7 +32,7 @@ from .weights_check import header, loading_problems, weights_problems
 
 
 HARMLESS_NAMES = (*PUSHED_NAMES, ".gitignore")
-# first bytes of programs, archives and pickles, which no file of a harmless kind has
+# first bytes of programs, archives and pickles; files of the harmless kinds start otherwise
 MAGIC = {
     b"\x7fELF": "a program",
     b"MZ": "a program",
@@ -47,7 +47,7 @@ MAGIC = {
 IMAGES = {".png": b"\x89PNG\r\n\x1a\n", ".jpg": b"\xff\xd8\xff", ".jpeg": b"\xff\xd8\xff"}
 TEMPLATES = (".jinja", ".j2")
 SCRIPTED = re.compile(r"<script|javascript:|\son[a-z]+\s*=|<foreignobject|<!entity", re.IGNORECASE)
-# what a Trainer leaves in its folder beside the model; only resuming reads it, and `push` leaves it at home
+# files that a Trainer leaves in its folder beside the model; only resuming reads them, and `push` does not send them
 RUN_FILES = re.compile(
     r"(.*/)?(training_args\.bin|(optimizer|scheduler|scaler|rng_state)[\w.-]*\.(pt|pth|bin))"
     r"|(.*/)?(runs|wandb|mlruns|trackio)/.*|(.*/)?events\.out\.tfevents\.[^/]*|(.*/)?[^/]*\.log"
@@ -57,7 +57,7 @@ DIGEST = re.compile(r"(sha256:)?[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class ReleaseReport:
-    """What was found.
+    """The result of a check.
 
     Attributes:
         target: The folder or the repository.
@@ -65,7 +65,7 @@ class ReleaseReport:
         version: Versions of this package whose code the checkpoint carries, the installed one if it carries none.
         identical: Python files that are those of this package, to the byte.
         problems: What is wrong, one sentence each; empty if the checkpoint can be trusted.
-        diffs: Unified diff of each Python file that is not, by path.
+        diffs: Unified diff of each Python file that differs, by path.
         digest: One hash of all names and contents of a folder, "sha256:..."; None for a repository.
     """
 
@@ -110,21 +110,23 @@ def check_release(
     token: str | bool | None = None,
     digest: str | None = None,
 ) -> ReleaseReport:
-    """Checks a checkpoint folder, or a repository of the Hub, of which only files that cannot run are downloaded.
+    """Checks a checkpoint folder, or a repository of the Hub; only files that cannot run are downloaded.
 
     Args:
-        target: Folder, or "owner/name" if there is no such folder.
+        target: Folder, or "owner/name" of a repository.
         revision: Branch, tag or commit of a repository; default: the newest commit of "main".
-        token: For a private repository; default: what `hf auth login` or HF_TOKEN left.
-        digest: What an earlier check of a folder printed, for a folder that must not have changed since.
+        token: For a private repository; default: the token of `hf auth login` or HF_TOKEN.
+        digest: The digest that an earlier check of the folder printed; the folder must not have changed since.
 
     Raises:
         NotADirectoryError: The target is a file.
-        FileNotFoundError, ValueError, PermissionError, ConnectionError: There is no such folder, repository or revision, or
-            it cannot be read: a pipe, a device, a link in a circle, JSON too deep, a file with holes or too large.
+        FileNotFoundError, ValueError, PermissionError, ConnectionError: The folder, repository or revision does not
+            exist, or cannot be read: a pipe, a device, a link in a circle, JSON too deep, a file sparse or too large.
     """
     if digest is not None and not DIGEST.fullmatch(digest):
-        raise ValueError(f"--digest {digest} is none; give what an earlier check printed, sha256: and 64 digits")
+        raise ValueError(
+            f"--digest {digest} is not a digest; give what an earlier check printed, sha256: and 64 digits"
+        )
     folder, commit, names = _located(target, revision, token)
     if commit is not None and digest is not None:
         raise ValueError("--digest is for folders; a repository is pinned by its commit, with --revision")
@@ -157,7 +159,7 @@ def check_release(
 
 
 def _located(target: Path | str, revision: str | None, token: str | bool | None) -> tuple[Path, str | None, list[str]]:
-    """The folder to look at, the commit of a repository, and the names of all files."""
+    """The folder to check, the commit of a repository, and the names of all files."""
     folder = Path(target)
     if folder.is_dir():
         if revision is not None:
@@ -167,12 +169,12 @@ def _located(target: Path | str, revision: str | None, token: str | bool | None)
         raise NotADirectoryError(f"{folder} is a file; give the folder it lies in")
     # pathlib drops a leading "./", which no repository's name has
     if len(PurePosixPath(str(target)).parts) > 2 or str(target).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{target} is no folder, and no name of a repository, 'owner/name'")
+        raise FileNotFoundError(f"{target} is neither a folder nor the name of a repository, 'owner/name'; check it")
     return _download(str(target), revision, token)
 
 
 def _download(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Path, str, list[str]]:
-    """The files of a repository that may be looked at, the commit they are of, and the names of all its files."""
+    """The files of a repository that may be read, the commit they are of, and the names of all its files."""
     with clear_errors(repo_id, f"{repo_id} was not checked"):
         about = api.model_info(repo_id, revision=revision, token=token, files_metadata=True)
         siblings = about.siblings or []
@@ -184,16 +186,16 @@ def _download(repo_id: str, revision: str | None, token: str | bool | None) -> t
         if too_large:
             raise UnreadableFile(
                 visible(
-                    f"{repo_id} was not checked: {too_large[0]} has more than {TEXT_LIMIT} bytes and is no weights"
+                    f"{repo_id} was not checked: {too_large[0]} has more than {TEXT_LIMIT} bytes and is not weights"
                 )
             )
         names = sorted(one.rfilename for one in siblings)
-        looked_at = [
+        readable = [
             _escaped(name)
             for name in names
             if PurePosixPath(name).suffix in (*PUSHED, ".py") or Path(name).name in HARMLESS_NAMES
         ]
-        folder = api.snapshot_download(repo_id, revision=about.sha, token=token, allow_patterns=looked_at)
+        folder = api.snapshot_download(repo_id, revision=about.sha, token=token, allow_patterns=readable)
     return Path(folder), str(about.sha), names
 
 
@@ -203,7 +205,7 @@ def _escaped(name: str) -> str:
 
 
 def _parsed(kept: Mapping[str, Entry]) -> tuple[dict[str, Any], list[str]]:
-    """What the JSON files hold, and what is wrong with those that are none."""
+    """The contents of the JSON files, and a problem for each file that is not JSON."""
     found, problems = {}, []
     for name, entry in kept.items():
         if entry.kind.lower() != ".json":
@@ -213,7 +215,7 @@ def _parsed(kept: Mapping[str, Entry]) -> tuple[dict[str, Any], list[str]]:
         except UnreadableFile:
             raise
         except ValueError as error:
-            problems.append(f"{name} is no JSON ({error})")
+            problems.append(f"{name} is not JSON ({error})")
     return found, problems
 
 
@@ -225,10 +227,10 @@ def _model_problems(
     *,
     complete: bool,
 ) -> Iterator[str]:
-    """What is missing, and weights that are not what the loader takes, in the folder and in folders within."""
+    """Missing files, and weights that the loader would not take as they are, in the folder and its sub-folders."""
     homes = sorted({str(PurePosixPath(name).parent) for name in contents if PurePosixPath(name).name == "config.json"})
     if "config.json" not in contents:
-        yield "there is no config.json at the top, so this is no saved model"
+        yield "there is no config.json at the top, so this is not a saved model"
     for home in homes:
         inside = "" if home == "." else home
         problems = list(weights_problems(inside, kept, contents))
@@ -249,7 +251,7 @@ def _missing_code(kept: Mapping[str, Entry], classes: Mapping[str, Collection[st
         if module != "__init__":
             needed |= set(re.findall(r"^\s*from\s+\.(\w+)\s+import", source, re.MULTILINE))
     gone = sorted(module for module in needed if f"{module}.py" not in kept)
-    yield from (f"{module}.py is not there, which other code imports" for module in gone)
+    yield from (f"{module}.py is not there, though other code imports it" for module in gone)
 
 
 def _is_run(names: list[str]) -> bool:
@@ -258,18 +260,18 @@ def _is_run(names: list[str]) -> bool:
 
 
 def _run_problem(names: list[str]) -> str:
-    """One sentence about everything that a training run left."""
+    """One sentence about all files that a training run left."""
     shown = f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
     belongs = "belongs" if len(names) == 1 else "belong"
     return (
         f"{shown} {belongs} to a training run, so this is a run's folder and not a release: they are pickles and logs "
-        "that only resuming that run reads, and `hf-dropkey push` leaves them at home. If the run is yours, nothing is "
+        "that only resuming that run reads, and `hf-dropkey push` does not send them. If the run is yours, nothing is "
         "wrong; check what was pushed, or a folder that save_pretrained wrote"
     )
 
 
 def _file_problems(name: str, entry: Entry | None) -> Iterator[str]:
-    """What is wrong with a file that is no Python: its kind, or a content that is of another kind."""
+    """Problems of a file that is not Python: its kind, or content of another kind."""
     kind = PurePosixPath(name).suffix
     if entry is not None and entry.leaves:
         yield f"{name} is a link to {entry.leaves}, outside the folder"
@@ -287,7 +289,7 @@ def _file_problems(name: str, entry: Entry | None) -> Iterator[str]:
         yield f"{name} is marked as executable"
     if kind == ".safetensors":
         if has_holes(entry):
-            raise UnreadableFile(visible(f"{name} says it has {entry.size} bytes, of which the disk holds few: holes"))
+            raise UnreadableFile(visible(f"{name} is a sparse file: {entry.size} bytes, of which the disk holds few"))
         try:
             header(entry)
         except ValueError as error:
@@ -299,7 +301,7 @@ def _file_problems(name: str, entry: Entry | None) -> Iterator[str]:
         yield f"{name} is {disguised}, whatever its name says"
     elif kind in IMAGES:
         if not content.startswith(IMAGES[kind]):
-            yield f"{name} is no image, whatever its name says"
+            yield f"{name} is not an image, whatever its name says"
     elif kind != ".model":
         yield from _disguised_text(name, kind, content)
 
@@ -308,7 +310,7 @@ def _disguised_text(name: str, kind: str, content: bytes) -> Iterator[str]:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
-        yield f"{name} is no text, whatever its name says"
+        yield f"{name} is not text, whatever its name says"
         return
     if kind == ".svg" and SCRIPTED.search(text):
         yield f"{name} is a drawing with a script, which browsers run"

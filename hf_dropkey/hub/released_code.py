@@ -1,6 +1,7 @@
-"""Whose Python files are: SHA-256 of the code of every released version, so that old checkpoints stay trusted.
+"""Recognises our Python files by SHA-256: the code of every released version, so that old checkpoints stay trusted.
 
-`released_code.json` is made from git by scripts/write_released_code.py; the present version's code is hashed as installed.
+`released_code.json` is made from git by scripts/write_released_code.py; the present version's code is hashed as
+installed.
 """
 
 import difflib
@@ -33,11 +34,11 @@ def known_code() -> dict[str, dict[str, str]]:
 
 @dataclass(frozen=True)
 class CodeReport:
-    """Whose code a checkpoint carries.
+    """The origin of the code in a checkpoint.
 
     Attributes:
-        versions: Versions of this package that all its files are of; empty if there is none, or no file.
-        identical: Files that are of one of these versions, or, if there is none, of any.
+        versions: Versions of this package that have all its files; empty without such a version, or without files.
+        identical: Files of one of these versions, or of any version if `versions` is empty.
         problems: What is wrong, one sentence each.
     """
 
@@ -61,7 +62,7 @@ def compare_code(digests: Mapping[str, str]) -> CodeReport:
     problems = {
         name: f"differs from hf_dropkey {', '.join(known)}, see the diff"
         if any(PurePosixPath(name).name in files for files in known.values())
-        else "is no code of hf_dropkey"
+        else "is not code of hf_dropkey"
         for name, versions in of.items()
         if not versions
     }

@@ -1,8 +1,8 @@
-"""Secrets in files that are about to be published: tokens, keys and passwords, looked for in every way they are written.
+"""Searches files that are about to be published for secrets: tokens, keys and passwords, plain or encoded.
 
-Own patterns always; those of detect-secrets too where it is installed (`pip install "hf_dropkey[push]"`). A file is looked
-at as bytes, as UTF-8 and UTF-16 text, and with escapes undone: of JSON and Python, of URLs, of HTML, and base64. Texts inside
-images and the metadata of safetensors are looked at as well; the numbers of tensors only as bytes.
+The patterns here are always used, those of detect-secrets where it is installed (`pip install "hf_dropkey[push]"`). A
+file is searched as bytes, as UTF-8 and UTF-16 text, and with escapes undone: of JSON and Python, of URLs, of HTML, and
+base64. Texts inside images and the metadata of safetensors are searched as well; the numbers of tensors only as bytes.
 """
 
 import base64
@@ -41,10 +41,10 @@ PATTERNS = {
     "an address with a password": r"[a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>{}$]{0,100}:[^\s/:@\"'<>{}$]{3,200}@[^\s/\"'<>]{3,}",
 }
 COMPILED = {kind: re.compile(pattern) for kind, pattern in PATTERNS.items()}
-# 34 times x is a place to fill in
+# a long run of one character, or such a word, stands for a secret to fill in
 PLACEHOLDER = re.compile(r"_?(.)\1{11,}|(?i:your|example|placeholder|xxxx)")
 BASE64 = re.compile(r"[A-Za-z0-9+/_-]{24,4096}={0,2}")
-# a pickled, encoded or spoken word for a boundary: how far two blocks of one file overlap
+# two blocks of one file overlap, so that a secret on their boundary is whole in one of them
 BLOCK, OVERLAP = 2**24, 2**12
 # those of detect-secrets that are quick on large files and guess nothing
 DETECTORS = (
@@ -98,11 +98,11 @@ def _matches(text: str, own: str | None) -> Iterator[str]:
 
 
 def forms(text: str) -> Iterator[str]:
-    """A text, and what it says once the escapes of JSON, Python, URLs, HTML and base64 are undone."""
+    """A text as it is, and with the escapes of JSON, Python, URLs, HTML and base64 undone."""
     seen = {text}
     yield text
     waiting = [text]
-    # an address in JSON in an address: as deep as people nest it
+    # encodings are nested three deep at most, as in a URL in JSON in a URL
     for _ in range(3):
         waiting = [made for one in waiting for made in _unescaped(one) if made not in seen and not seen.add(made)]  # type: ignore[func-returns-value]
         yield from waiting
@@ -127,7 +127,7 @@ def _unescaped(text: str) -> Iterator[str]:
 
 
 def _escaped(letter: str) -> str:
-    """What stands for a backslash and a letter; white space for what has no form."""
+    """The character of a backslash and a letter; white space for those without a visible one."""
     return letter if letter in "\\/\"'" else "\n"
 
 
@@ -137,13 +137,13 @@ def _character(digits: str) -> str:
 
 
 def _from_base64(text: str) -> str | None:
-    """The text that base64 holds, None if it is none."""
+    """The text that base64 holds, None if it does not hold text."""
     whole = text.rstrip("=").replace("-", "+").replace("_", "/")
     try:
         content = base64.b64decode(whole + "=" * (-len(whole) % 4), validate=True)
     except (binascii.Error, ValueError):
         return None
-    # other words of these letters are not readable text
+    # words that are not base64 decode to bytes outside of readable text
     return content.decode("ascii") if all(9 <= byte < 127 for byte in content) else None
 
 
@@ -158,7 +158,7 @@ def texts_of(entry: Entry) -> Iterator[str]:
         before = b""
         while block := opened.read(BLOCK):
             content = before + block
-            # bytes as they are: what lies between zeros and other bytes is found too
+            # runs of text between zeros and other bytes
             if kind in (".safetensors", ".png", ".jpg", ".jpeg", ".model") or entry.size > TEXT_LIMIT:
                 yield from _readable(content)
             else:
@@ -167,7 +167,7 @@ def texts_of(entry: Entry) -> Iterator[str]:
 
 
 def decoded(content: bytes) -> Iterator[str]:
-    """Bytes as text in the encodings that people save text in."""
+    """Bytes as text, in the usual encodings of text files."""
     yield content.decode("utf-8", "replace")
     if b"\0" in content or content.startswith((b"\xff\xfe", b"\xfe\xff")):
         for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
@@ -189,7 +189,7 @@ def _metadata(path: Path) -> Iterator[str]:
     try:
         metadata = json.loads(content).get("__metadata__", {})
     except (ValueError, AttributeError, RecursionError):
-        # what it holds is looked at as bytes
+        # its contents are searched as bytes
         return
     yield json.dumps(metadata, ensure_ascii=False)
 
@@ -200,11 +200,11 @@ def _image_texts(path: Path) -> Iterator[str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                # texts behind the pixels are known after those
+                # texts after the pixels are known once those are read
                 image.load()
                 found = [*image.info.items(), *getattr(image, "text", {}).items(), *image.getexif().items()]
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
-        # what it holds is looked at as bytes
+        # its contents are searched as bytes
         return
     for name, value in found:
         parts = value if isinstance(value, list | tuple) else (value,)
@@ -214,7 +214,7 @@ def _image_texts(path: Path) -> Iterator[str]:
 
 @cache
 def _detectors() -> tuple[tuple[str, Any], ...]:
-    """Those of detect-secrets with the name of what each finds; none where it is not installed."""
+    """The detectors of detect-secrets, each with the name of its secrets; none where it is not installed."""
     try:
         plugins: Any = importlib.import_module("detect_secrets.core.plugins.util")
     except ImportError:
@@ -224,7 +224,7 @@ def _detectors() -> tuple[tuple[str, Any], ...]:
 
 
 def _detected(text: str) -> Iterator[str]:
-    """What detect-secrets finds, of patterns over the whole text; the guesses by entropy and by keyword are left out."""
+    """What the patterns of detect-secrets find in a text; its guesses by entropy and by keyword are not used."""
     for kind, detector in _detectors():
         if any(not PLACEHOLDER.search(secret) for secret in detector.analyze_string(text)):
             yield f"{kind} (detect-secrets)"

@@ -1,9 +1,9 @@
-"""`HubTrainer`: a `Trainer` whose pushes are whole and hold nothing that must stay at home.
+"""`HubTrainer`: a `Trainer` whose pushes are complete and hold nothing private.
 
-Stock `Trainer` (Transformers 5.23) uploads `training_args.bin` at every push, a pickle that holds the token; at the pushes
-in training `auto_map` without the code it names; optimizer states with `hub_strategy` "checkpoint" and
-"all_checkpoints"; and it replaces the card. Its list of what not to upload is fixed inside two methods, out of reach of
-callbacks, so these two are replaced, and the two that make the repository and the card.
+Stock `Trainer` (Transformers 5.23) uploads `training_args.bin` at every push, a pickle that holds the token; pushes in
+training have `auto_map` without the code it names; optimizer states go with `hub_strategy` "checkpoint" and
+"all_checkpoints"; and it replaces the card. Its list of files that are not uploaded is fixed inside two methods, out
+of reach of callbacks, so these two are replaced, and the two that make the repository and the card.
 """
 
 import os
@@ -51,7 +51,7 @@ RECORDED = (
     "seed",
     "world_size",
 )
-# a release that calls them otherwise would push as stock `Trainer` does
+# a release with other names for these would push as stock `Trainer` does
 for _replaced in ("_push_from_checkpoint", "_finish_current_push", "init_hf_repo", "push_to_hub", "create_model_card"):
     if not hasattr(Trainer, _replaced):
         raise ImportError(
@@ -61,13 +61,13 @@ for _replaced in ("_push_from_checkpoint", "_finish_current_push", "init_hf_repo
 
 
 def check_training_arguments(training: TrainingArguments) -> None:
-    """Raises ValueError for a token among the arguments, a bad name on the hub, or if there is nothing to do.
+    """Raises ValueError for a token among the arguments, a bad name on the Hub, or if there is nothing to do.
 
-    Raises PermissionError if the run is to be pushed and there is no token.
+    Raises PermissionError if the run is to be pushed and no token is set.
     """
     if training.hub_token is not None:
         raise ValueError(
-            "--hub_token would be saved in training_args.bin in clear; "
+            "--hub_token would be saved unencrypted in training_args.bin; "
             "log in with `hf auth login` or set the environment variable HF_TOKEN"
         )
     if not (training.do_train or training.do_eval):
@@ -85,9 +85,9 @@ class HubTrainer(Trainer):
     """`Trainer`, with pushes through `push_folder`: code beside `auto_map`, no pickles, one commit, the card merged.
 
     Every `hub_strategy` is followed. "checkpoint" and "all_checkpoints" upload weights, configuration, code, image
-    processor and trainer state of the checkpoint, for others to load (`subfolder="last-checkpoint"`) or to start from;
-    optimizer, learning rate schedule and random states stay at home, so `resume_from_checkpoint` needs the run's own
-    folder. A push that fails in training is told and does not stop it; the last one raises.
+    processor and trainer state of the checkpoint, for others to load (`subfolder="last-checkpoint"`) or to start from.
+    Optimizer, learning rate schedule and random states are not uploaded, so `resume_from_checkpoint` needs the run's
+    own folder. A failed push during training is logged and does not stop it; the last one raises.
     """
 
     hub_model_id: Any
@@ -132,7 +132,7 @@ class HubTrainer(Trainer):
             self._push, commit_message=f"Training in progress, {when}", copy_under=under.get(HubStrategy(strategy))
         )
         job = api.run_as_future(_push_and_clear, push, stage)
-        job.add_done_callback(partial(_tell_failure, when))
+        job.add_done_callback(partial(_log_failure, when))
         if busy:
             running.jobs.append(job)
         else:
@@ -185,9 +185,9 @@ class HubTrainer(Trainer):
         evaluation_dataset: str | None = None,
         command: str | None = None,
     ) -> None:
-        """Writes what the run knows to `run_facts.json`, and the card to `README.md`, whose hand-written parts stay.
+        """Writes the facts of the run to `run_facts.json`, and the card to `README.md`, whose hand-written parts stay.
 
-        As `Trainer.create_model_card`; `dataset_tags` are ids on the Hub. `model_name` and `dataset_args` are not used.
+        As `Trainer.create_model_card`; `dataset_tags` are ids on the Hub; `model_name` and `dataset_args` are unused.
         """
         if not self.is_world_process_zero():
             return
@@ -217,8 +217,8 @@ class HubTrainer(Trainer):
         )
         write_card(folder, repo_id=self.hub_model_id, facts=facts)
 
-    def _facts(self, **given: Any) -> RunFacts:
-        """What is given, what was told before, and the settings that another person needs to train the same way."""
+    def _facts(self, **new: Any) -> RunFacts:
+        """The new facts, those recorded before, and the settings that are needed to train the same way."""
         args = self.args
         length = "max_steps" if args.max_steps > 0 else "num_train_epochs"
         values = {name: getattr(args, name) for name in (length, *RECORDED)}
@@ -227,7 +227,7 @@ class HubTrainer(Trainer):
             RunFacts.load(self._output()),
             hyperparameters={name: value for name, value in values.items() if value not in (None, False)},
             versions={module.__name__: module.__version__ for module in (transformers, torch, accelerate)},
-            **{name: value for name, value in given.items() if value},
+            **{name: value for name, value in new.items() if value},
         )
 
     def _output(self) -> Path:
@@ -254,9 +254,9 @@ class HubTrainer(Trainer):
         return stage
 
     def _push(self, folder: Path, **kwargs: Any) -> PushResult:
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        settings = {"token": self.args.hub_token, "revision": self.args.hub_revision, **given}
-        # whether a new repository is private was said when it was made
+        passed = {name: value for name, value in kwargs.items() if value is not None}
+        settings = {"token": self.args.hub_token, "revision": self.args.hub_revision, **passed}
+        # the repository already exists, so that `private` has no effect any more
         return push_folder(folder, str(self.hub_model_id), **settings)
 
 
@@ -268,10 +268,10 @@ def _push_and_clear(push: Any, stage: Path) -> PushResult:
         shutil.rmtree(stage)
 
 
-def _tell_failure(when: str, job: Future) -> None:
+def _log_failure(when: str, job: Future) -> None:
     error = None if job.cancelled() else job.exception()
     if error is not None:
-        logger.warning(f"the push of {when} failed, training goes on and the next push has everything: {error}")
+        logger.warning(f"the push of {when} failed; training continues, and the next push has everything: {error}")
 
 
 def _list(value: str | list[str] | None) -> list[str]:

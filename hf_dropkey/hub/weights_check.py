@@ -1,7 +1,7 @@
 """Whether a checkpoint's weights are what its model loads: the files by name, the tensors key by key.
 
-Nothing of the checkpoint runs: files are read as safetensors, and the model is built by the class of this package or of
-Transformers, first without memory and within bounds that the file itself sets, then with the weights.
+No code of the checkpoint runs: files are read as safetensors, and the model is built by the class of this package or
+of Transformers, first without memory and within bounds that the file itself sets, then with the weights.
 """
 
 import json
@@ -52,31 +52,31 @@ FAILURES = (
 
 
 class TooLarge(ValueError):
-    """A configuration asks for a model that its weights cannot fill."""
+    """The model of a configuration is far larger than its weights."""
 
 
 def header(entry: Entry) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor in a safetensors file.
 
     Raises:
-        ValueError: It has holes, or is no whole safetensors file.
+        ValueError: It is sparse, damaged, or not a safetensors file.
     """
     if has_holes(entry):
-        raise ValueError(f"says it has {entry.size} bytes, of which the disk holds few: a file with holes")
+        raise ValueError(f"is a sparse file: {entry.size} bytes, of which the disk holds few")
     try:
         with safe_open(entry.path, framework="np") as opened:
             return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118  # no mapping
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"is damaged or no safetensors file ({error})") from error
+        raise ValueError(f"is damaged or not a safetensors file ({error})") from error
 
 
 def weights_problems(folder: str, found: Mapping[str, Entry], parsed: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the weights of one folder of a checkpoint, one sentence each.
+    """Problems of the weights in one folder of a checkpoint, one sentence each.
 
     Args:
         folder: The folder's path in the checkpoint, "" for its top.
         found: All files by name.
-        parsed: What the JSON files hold.
+        parsed: Contents of the JSON files.
     """
     names = [PurePosixPath(folder, name).as_posix() for name in (WHOLE, INDEX)]
     if names[0] in found:
@@ -103,7 +103,7 @@ def weights_problems(folder: str, found: Mapping[str, Entry], parsed: Mapping[st
         try:
             held = header(found[shard])
         except ValueError:
-            # told with the other files
+            # reported with the other files
             return
         wrong = [key for key in held if keys is not None and keys.get(key) != shard]
         if wrong:
@@ -139,7 +139,7 @@ def _too_large(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def loading_problems(folder: Path, config: dict[str, Any], found: Mapping[str, Entry]) -> Iterator[str]:
-    """What the loader says of the weights: weights that are missing or of another shape. Only for files without problems.
+    """Weights that the loader finds missing or of another shape. Only for files without problems.
 
     Args:
         folder: A folder with configuration and weights.
@@ -158,7 +158,7 @@ def loading_problems(folder: Path, config: dict[str, Any], found: Mapping[str, E
             made = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             with bounded(shapes), torch.device("meta"):
                 cls(made)
-            # with the report it returns two, which its types do not say
+            # with the report it returns a pair, which its types do not show
             load: Any = cls.from_pretrained
             _, report = load(
                 folder,
@@ -195,7 +195,7 @@ def model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
         raise ValueError(f"neither hf_dropkey nor Transformers has a model {name}")
     expected: type[PreTrainedConfig] = configuration_class(config.get("model_type"))
     if not issubclass(expected, cls.config_class):
-        raise ValueError(f"{name} is no model of type {config.get('model_type')!r}")
+        raise ValueError(f"{name} is not a model of type {config.get('model_type')!r}")
     found: type[PreTrainedModel] = cls
     return found
 
@@ -205,7 +205,7 @@ def bounded(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
     """Stops a model that is being built as soon as it has far more parameters than the weights.
 
     Raises:
-        TooLarge: It has.
+        TooLarge: It has more.
     """
     tensors = 2 * len(shapes) + SPARE_TENSORS
     elements = 2 * sum(torch.Size(shape).numel() for shape in shapes.values()) + SPARE_ELEMENTS
@@ -215,7 +215,7 @@ def bounded(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
         nonlocal count, size
         count, size = count + 1, size + (parameter.numel() if parameter is not None else 0)
         if count > tensors or size > elements:
-            raise TooLarge("the configuration asks for a model that is larger than the weights")
+            raise TooLarge("the model of the configuration is far larger than the weights")
 
     handle = register_module_parameter_registration_hook(registered)
     try:
@@ -226,7 +226,7 @@ def bounded(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps Transformers from telling about a load that nobody uses."""
+    """Silences Transformers while a model is loaded only to be checked."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()

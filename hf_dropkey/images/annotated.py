@@ -1,4 +1,4 @@
-"""Images with annotations, from where people keep them: what every task with annotated images checks and reads.
+"""Images with annotations: reading and checking that all tasks with annotated images have in common.
 
 A split of a task extends `AnnotatedImages`; its annotations are its own.
 """
@@ -47,8 +47,8 @@ class AnnotatedImages(ABC):
     """Images with annotations.
 
     Attributes:
-        name: What messages call it.
-        images: A record of each image: `id`, `file_name`, `width`, `height`, and `row` where it is a row of a data set.
+        name: Its name in messages.
+        images: A record of each image: `id`, `file_name`, `width`, `height`, and `row` if it is a row of a data set.
         cell: Gives the undecoded image, `{"bytes": ..., "path": ...}`, of an image record.
     """
 
@@ -70,7 +70,7 @@ class AnnotatedImages(ABC):
 
     @abstractmethod
     def annotations_as_text(self, row: int) -> str:
-        """All that is annotated in an image, by names, for the fingerprint of the data."""
+        """All annotations of an image, by names, for the fingerprint of the data."""
 
     def identities(self) -> Iterator[tuple[str, str, int]]:
         """Name, annotations as text, and size in bytes of each image."""
@@ -86,11 +86,11 @@ Split = TypeVar("Split", bound=AnnotatedImages)
 
 
 def read_annotations(folder: Path, file: Path, kind: str) -> Any:
-    """What an annotation file beside a folder of images holds; `kind` names the format that is expected.
+    """The contents of an annotation file for a folder of images; `kind` names the expected format.
 
     Raises:
         FileNotFoundError: The folder or the file is not there.
-        ValueError: The file is no JSON.
+        ValueError: The file is not JSON.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -103,9 +103,9 @@ def read_annotations(folder: Path, file: Path, kind: str) -> Any:
             "--validation_annotations"
         )
     try:
-        # from bytes, so that a byte order mark is read for what it is
+        # from bytes, so that a byte order mark is recognised
         return json.loads(file.read_bytes())
-    # bytes that are no text, text that is no JSON, and JSON that is nested too deeply
+    # bytes that are not text, text that is not JSON, and JSON that is nested too deeply
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}; give an annotation file in {kind}") from error
 
@@ -115,7 +115,7 @@ def sized_record(row: Mapping[str, Any], cell: dict[str, Any] | None) -> dict[st
     if "width" in row and "height" in row:
         return {"width": row["width"], "height": row["height"]}
     size = file_size(cell)
-    # the check of the images tells what is wrong with one that has no size
+    # the check of the images reports one that has no size
     return dict(zip(("width", "height"), size or (1, 1), strict=True))
 
 
@@ -130,7 +130,7 @@ def usable_images(split: Split, *, check: bool, skip: bool) -> Split:
     """The images that are there and, where they are checked, can be read and have the annotated size.
 
     Args:
-        split: To look through.
+        split: The images to check.
         check: Read every image.
         skip: Leave out images that cannot be used, instead of stopping.
 
@@ -179,14 +179,14 @@ def checked_image(
     if stored == annotated:
         return (
             f"{image['file_name']} is stored as {stored} pixels (width, height), as annotated, and its EXIF orientation "
-            f"{orientation} turns it to {size}: the boxes are those of the image before it is turned; remove that entry "
-            "from the file, or turn pixels, sizes and boxes"
+            f"{orientation} turns it to {size}, so that the boxes would not fit; remove the orientation from the file, or "
+            "turn the annotated size and boxes"
         )
     return f"{image['file_name']} is {size} pixels (width, height) and annotated as {annotated}"
 
 
 def file_size(cell: dict[str, Any] | None) -> tuple[int, int] | None:
-    """Width and height of an undecoded image once it is turned as its file says; None if it is no image."""
+    """Width and height of an undecoded image once it is turned as its file says; None if it is not an image."""
     sizes = file_sizes(cell)
     return None if sizes is None else sizes[0]
 
@@ -243,7 +243,7 @@ def row_cell(rows: datasets.Dataset, image: dict[str, Any]) -> dict[str, Any]:
 
 
 def object_fields(features: Features) -> dict[str, Any]:
-    """The fields of `objects` and what each holds for one object, in either of the two layouts."""
+    """The fields of `objects` and the type of each for one object, in either of the two layouts."""
     kind = features["objects"]
     inner = getattr(kind, "feature", kind[0] if isinstance(kind, list) else kind)
     return {

@@ -50,7 +50,7 @@ class Augmentation:
         }
         for name, (inside, span) in allowed.items():
             if not inside:
-                raise ValueError(f"{name}={getattr(self, name)} is outside {span}; choose a value inside it")
+                raise ValueError(f"--{name} {getattr(self, name)} is outside {span}; choose a value inside it")
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
         """A random variant of `image`, in its own mode."""

@@ -1,4 +1,4 @@
-"""Boxes on images: random changes that keep them in place, shares of the image, batches of images of several sizes.
+"""Boxes on images: augmentation of both, boxes as fractions of the image, batches of images of several sizes.
 
 Every draw is a function of a generator that the caller seeds.
 """
@@ -24,10 +24,10 @@ class BoxAugmentation:
 
     Attributes:
         flip_probability: Probability of a left-right mirror image, [0, 1].
-        crop_scale: Smallest share of the area that a random crop keeps, (0, 1]; 1 never crops. A box stays if its
+        crop_scale: Smallest fraction of the area that a random crop keeps, (0, 1]; 1 never crops. A box stays if its
             centre does, cut at the border of the crop.
         keep_cut: Keep a box that a crop cuts as long as some of it is left, wherever its centre is.
-        color_jitter: Brightness, contrast and saturation are each scaled by 1 - color_jitter to 1 + color_jitter, [0, 1].
+        color_jitter: Brightness, contrast and saturation are each scaled by 1 ± color_jitter at most, [0, 1].
     """
 
     flip_probability: float = 0.5
@@ -44,7 +44,7 @@ class BoxAugmentation:
         }
         for name, (inside, span) in allowed.items():
             if not inside:
-                raise ValueError(f"{name}={getattr(self, name)} is outside {span}; choose a value inside it")
+                raise ValueError(f"--{name} {getattr(self, name)} is outside {span}; choose a value inside it")
 
     def __call__(
         self, image: Image.Image, corners: NDArray[np.float64], generator: np.random.Generator
@@ -94,13 +94,20 @@ def crop_boxes(
 
 
 def centered(corners: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.float64]:
-    """Boxes `[n, 4]` (x1, y1, x2, y2) in pixels of an image of (width, height) as its shares: centre x, y, width, height."""
-    shares = corners / np.array([*size, *size])
-    return np.concatenate([(shares[:, :2] + shares[:, 2:]) / 2, shares[:, 2:] - shares[:, :2]], axis=1)
+    """Boxes `[n, 4]` as fractions of an image (centre x, y, width, height), from pixels (x1, y1, x2, y2).
+
+    `size` is the width and height of the image in pixels.
+    """
+    fractions = corners / np.array([*size, *size])
+    first, last = fractions[:, :2], fractions[:, 2:]
+    return np.concatenate([(first + last) / 2, last - first], axis=1)
 
 
 def padded(images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images `[3, H, W]` of several sizes as a batch `[B, 3, H, W]` padded with zeros, and its mask `[B, H, W]`, 1 = image."""
+    """Images `[3, H, W]` of several sizes as a batch `[B, 3, H, W]`, padded with zeros, and its mask `[B, H, W]`.
+
+    The mask is 1 on the image and 0 on the padding.
+    """
     height, width = (max(image.shape[side] for image in images) for side in (1, 2))
     batch = torch.zeros(len(images), 3, height, width)
     mask = torch.zeros(len(images), height, width, dtype=torch.int64)

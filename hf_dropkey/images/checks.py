@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 # more than eight bits have no agreed range, and a plain conversion would silently clip them to white
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 NAMES_SHOWN = 20
-# the errors of Pillow's readers for damaged files of the various formats: RuntimeError AVIF, NotImplementedError DDS and BLP
+# the errors of Pillow's readers for damaged files of the various formats: RuntimeError of AVIF, NotImplementedError of
+# DDS and BLP
 READER_ERRORS = (
     OSError,
     SyntaxError,
@@ -134,7 +135,7 @@ def warn_of_transparency(found: Sequence[Transparency], total: int, what: str) -
     colours = Counter(one.behind for one in found)
     seen = ", ".join(f"{'several colours' if name == 'other' else name} in {count}" for name, count in colours.items())
     blank = sum(one.blank for one in found)
-    lost = f"; {blank} of them become one plain colour, in which nothing is left to see" if blank else ""
+    lost = f"; {blank} of them become one plain colour, and the model sees nothing of their contents" if blank else ""
     # a ground that sets off what the file's own colour hides
     ground = "white" if colours.most_common(1)[0][0] == "black" else "gray"
     logger.warning(
@@ -188,7 +189,7 @@ def read_checked_image(cell: dict[str, Any] | None, row: int) -> Image.Image:
     except ValueError as error:
         raise ValueError(
             f"an image cannot be used: {error}. Repair or remove it; --check_images True finds all such images before "
-            "anything else, and --skip_bad_images leaves them out"
+            "training starts, and --skip_bad_images leaves them out"
         ) from error
 
 

@@ -135,7 +135,7 @@ def check_name(name: str, folder: str) -> None:
     try:
         name.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name!a} in {folder} is no name in UTF-8; rename it") from error
+        raise ValueError(f"the name {name!a} in {folder} is not valid UTF-8; rename the file or folder") from error
 
 
 def visible_files(folder: str) -> Iterator[str]:
@@ -151,7 +151,7 @@ def visible_files(folder: str) -> Iterator[str]:
 
 
 def check_class_folders(found: ClassFolders, option: str) -> None:
-    """Raises ValueError for what cannot be meant: loose files, deeper levels, no class, a class without images.
+    """Raises ValueError for contents that look like a mistake: loose files, deeper levels, no class, an empty class.
 
     `option` is the argument that names the folder.
     """
@@ -172,7 +172,7 @@ def check_class_folders(found: ClassFolders, option: str) -> None:
             "its own and move them there, or name them and their classes in a table (--train_file, --validation_file)"
         )
     if not names:
-        left = told_endings(found.left_out)
+        left = ending_counts(found.left_out)
         raise ValueError(
             f"{option} {folder} has no folders of images{f', only files ({left})' if left else ''}; give each class a "
             "sub-folder of its own"
@@ -186,14 +186,14 @@ def check_class_folders(found: ClassFolders, option: str) -> None:
         )
     empty = [name for name in names if not found.images[name]]
     if empty:
-        held = (f"{name!r} ({told_endings(found.endings[name]) or 'nothing'})" for name in empty)
+        held = (f"{name!r} ({ending_counts(found.endings[name]) or 'nothing'})" for name in empty)
         raise ValueError(
             f"{option} {folder}: {len(empty)} class folders hold no image that Pillow reads: {name_some(held)}; add "
             "images, convert them (to .jpg or .png), or remove the folders"
         )
 
 
-def told_endings(endings: Mapping[str, int]) -> str:
+def ending_counts(endings: Mapping[str, int]) -> str:
     """Counts of files by ending, for a message."""
     return ", ".join(f"{ending} {count}" for ending, count in sorted(endings.items()))
 
@@ -203,12 +203,14 @@ def check_separate(train: Path, other: Path, option: str) -> None:
     one, two = train.resolve(), other.resolve()
     if one == two:
         logger.warning(
-            "%s %s is the folder that is trained on: what is measured there says nothing of new images", option, other
+            "%s %s is also the training folder, so that its metrics do not measure accuracy on new images",
+            option,
+            other,
         )
     elif one in two.parents or two in one.parents:
         raise ValueError(
-            f"--train_dir {train} and {option} {other}: one folder lies in the other, so images would be trained and "
-            "evaluated on; name folders that lie beside each other"
+            f"--train_dir {train} and {option} {other}: one folder lies in the other, so that the same images would be "
+            "used for training and evaluation; name two separate folders"
         )
 
 
@@ -225,7 +227,7 @@ def check_classes_of_splits(train: ClassFolders, other: ClassFolders, option: st
         )
 
 
-def tell_left_out(found: ClassFolders, split: str) -> None:
+def log_left_out(found: ClassFolders, split: str) -> None:
     """Logs the files of a folder that are not used, by ending."""
     if found.left_out:
         logger.warning(
@@ -233,7 +235,7 @@ def tell_left_out(found: ClassFolders, split: str) -> None:
             found.left_out.total(),
             split,
             found.folder,
-            told_endings(found.left_out),
+            ending_counts(found.left_out),
         )
 
 
@@ -245,7 +247,7 @@ def local_class_folders(folder: Path) -> dict[str, Path] | None:
     if not folder.is_dir():
         return None
     endings, files = image_endings(), list(visible_files(str(folder)))
-    # tables, archives and configurations are a matter of the library for data sets
+    # tables, archives and configurations are left to the library for data sets
     if not any(ending_of(file) in endings for file in files) or any(ending_of(file) in OTHER_DATA for file in files):
         return None
     card = folder / "README.md"

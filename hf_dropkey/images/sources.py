@@ -39,7 +39,9 @@ def load_named(name: str, config: str | None) -> datasets.DatasetDict:
         found = datasets.load_dataset(name, config)
         return load_as_text(found, name, name=config) if is_csv(found) else found
     if config is not None:
-        raise ValueError(f"--dataset_config_name {config} of a folder with brackets in its name ({name}); rename it")
+        raise ValueError(
+            f"--dataset_config_name {config} cannot be used with a folder with brackets in its name, {name}; rename it"
+        )
     base = glob.escape(os.path.abspath(name))
     patterns = get_data_patterns(base)
     files = {str(split): [f"{base}/{pattern}" for pattern in found] for split, found in patterns.items()}
@@ -48,7 +50,7 @@ def load_named(name: str, config: str | None) -> datasets.DatasetDict:
     kinds = sorted({BUILDERS[ending] for ending in endings & BUILDERS.keys()})
     if len(kinds) != 1 and not images:
         raise ValueError(
-            f"{name} holds files of {kinds or 'no known kind'}; use files of one among {sorted(BUILDERS)}"
+            f"{name} holds files of {kinds or 'no known kind'}; use files of one kind among {sorted(BUILDERS)}"
         )
     builder = "imagefolder" if images else kinds[0]
     found = datasets.load_dataset(builder, data_files=files)
@@ -79,8 +81,8 @@ def check_known(names: Sequence[str], known: Sequence[str]) -> None:
     if twice:
         numbers = [number for number, name in enumerate(known) if name == twice[0]]
         raise ValueError(
-            f"the model has the classes {numbers} under one name, {twice[0]!r}, so that the data's cannot be told apart; "
-            "repair id2label in its config.json"
+            f"the model has the classes {numbers} under one name, {twice[0]!r}, so that these cannot be distinguished; repair "
+            "id2label in its config.json"
         )
 
 

@@ -31,12 +31,12 @@ def read_csv(file: Path) -> dict[str, list[str]]:
                 if row and len(row) != len(header):
                     raise ValueError(
                         f"{file}, line {reader.line_num}: {len(row)} columns, and {len(header)} in the header {header}; "
-                        "repair the line, text with commas stands in double quotes"
+                        "repair the line; text with commas must stand in double quotes"
                     )
                 if row:
                     rows.append(row)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8 ({error}); save it in that encoding") from error
+        raise ValueError(f"{file} is not text in UTF-8 ({error}); save it in that encoding") from error
     except csv.Error as error:
         raise ValueError(f"{file}, line {reader.line_num}: {error}; repair the line") from error
     if len(header) == 1 and any(separator in header[0] for separator in ";\t"):
