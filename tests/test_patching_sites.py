@@ -212,7 +212,7 @@ class Deferring(ViTAttention):
 
 
 class Replacing(ViTAttention):
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return hidden_states, None
 
 
@@ -244,7 +244,7 @@ class FusedAttention(nn.Module):
 
 class MultiHeadAttention(nn.Module):
     def forward(self, states: torch.Tensor) -> Any:
-        return nn.functional.multi_head_attention_forward(states)  # type: ignore[call-arg]  # is only read
+        return nn.functional.multi_head_attention_forward(states)  # only read
 
 
 class HoldingAttention(nn.Module):
