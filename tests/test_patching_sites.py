@@ -212,8 +212,8 @@ class Deferring(ViTAttention):
 
 
 class Replacing(ViTAttention):
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
-        return hidden_states, None
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0], None
 
 
 def test_a_subclass_dispatches_where_it_calls_the_forward_that_does() -> None:
@@ -243,8 +243,9 @@ class FusedAttention(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
+    # is only read
     def forward(self, states: torch.Tensor) -> Any:
-        return nn.functional.multi_head_attention_forward(states)  # type: ignore[call-arg]  # is only read
+        return nn.functional.multi_head_attention_forward(states)
 
 
 class HoldingAttention(nn.Module):
