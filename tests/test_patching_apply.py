@@ -26,12 +26,15 @@ from stock_architectures import (
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
 from hf_dropkey.patching.apply import (
+    SETTING_NAMES,
     apply_dropkey,
     dropkey,
     dropkey_active,
     dropkey_disabled,
     dropkey_modules,
+    forgotten_ratio,
     remove_dropkey,
+    warn_if_forgotten,
 )
 from hf_dropkey.patching.dispatch import DropKeyConfigView
 
@@ -89,6 +92,44 @@ def test_bad_settings_change_nothing(settings: dict[str, Any], error: type, mess
     with pytest.raises(error, match=message):
         quiet(model, **settings)
     assert state_of(model) == state
+
+
+def test_defaults_are_those_of_the_docstring() -> None:
+    model = tiny_vit()
+    report = quiet(model, 0.3)
+    assert [site.ratio for site in report.sites] == pytest.approx([0.3, 0.15, 0.0])
+    remembered = {name: getattr(model.config, f"dropkey_{name}") for name in SETTING_NAMES}
+    assert remembered == {
+        "ratio": 0.3,
+        "final_ratio": 0.0,
+        "schedule": "decreasing",
+        "pattern": "score",
+        "window": 3,
+        "include": ["*"],
+        "exclude": [],
+        "cross_attention": False,
+        "with_attention_dropout": False,
+    }
+    assert quiet(model, 0.3, window=1).sites and model.config.dropkey_window == 1
+
+
+def test_an_unknown_backend_is_named_before_transformers_is_asked() -> None:
+    with pytest.raises(ValueError, match=r"Unknown `backend` 'flash_attention_2'"):
+        quiet(tiny_vit(), 0.3, backend="flash_attention_2")
+    assert quiet(tiny_vit(), 0.3, backend="eager", pattern="token").sites[0].backend == "eager"
+
+
+def test_settings_that_no_attention_follows_are_noticed() -> None:
+    model = tiny_vit()
+    assert forgotten_ratio(model) is None and not warn_if_forgotten(model)
+    quiet(model, 0.3)
+    assert forgotten_ratio(model) is None and not warn_if_forgotten(model)
+    remove_dropkey(model)
+    model.config.dropkey_ratio = 0.3
+    assert forgotten_ratio(model) == 0.3 and warn_if_forgotten(model)
+    model.config.dropkey_ratio = 0
+    assert forgotten_ratio(model) is None
+    assert forgotten_ratio(torch.nn.Linear(2, 2)) is None
 
 
 def test_attention_dropout_beside_dropkey_must_be_asked_for() -> None:

@@ -212,8 +212,9 @@ def test_masks_and_position_biases_become_one() -> None:
     assert combined_mask(None, bias, 3) is bias
     padding = torch.tensor([[1, 1, 0]])
     assert combined_mask(padding, None, 3) is padding
-    hidden = [[[[1.0, -80.0, lowest]] * 2]]
-    for visible in (padding, padding.bool(), padding.bool()[:, None, None]):
+    hidden = [[[[1.0, -80.0, lowest]] * 2], [[[1.0, lowest, lowest]] * 2]]
+    two = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    for visible in (two, two.bool(), two.bool()[:, None, None]):
         assert combined_mask(visible, bias, 3).tolist() == hidden
     # a float mask may be longer than the keys, and hides what is at -50 or below
     additive = torch.tensor([[[[0.5, -49.0, -50.0, -100.0, 0.0]]]])
