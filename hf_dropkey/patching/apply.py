@@ -19,7 +19,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..models.attention import DROPKEY_BACKENDS
-from ..models.dropkey import PATTERNS, check_choice, hold_ratio_data, layer_ratios, release_ratio_data
+from ..models.dropkey import (
+    PATTERNS,
+    SCHEDULES,
+    check_choice,
+    check_ratio,
+    hold_ratio_data,
+    layer_ratios,
+    release_ratio_data,
+)
 from .dispatch import WINDOWED_PATTERNS, DropKeyConfigView, SeenPixels, takes_pixels
 from .legacy_names import convert_legacy_names
 from .modes import check_owner, check_threads, held_mode, owned
@@ -55,10 +63,14 @@ class DropKeySettings:
     with_attention_dropout: bool = False
 
     def __post_init__(self) -> None:
+        # under the names of the arguments: `apply_dropkey` takes no others
+        check_ratio(self.ratio, "ratio")
+        check_ratio(self.final_ratio, "final_ratio")
+        check_choice(self.schedule, SCHEDULES, "schedule")
+        check_choice(self.pattern, PATTERNS, "pattern")
         layer_ratios(1, self.ratio, self.final_ratio, self.schedule)
-        check_choice(self.pattern, PATTERNS, "dropkey_pattern")
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
-            raise ValueError(f"`dropkey_window` must be a whole number of patches, at least 1, got {self.window!r}.")
+            raise ValueError(f"`window` must be a whole number of patches, at least 1, got {self.window!r}.")
 
     @classmethod
     def resolve(cls, config: PreTrainedConfig, **given: Any) -> "DropKeySettings":
