@@ -24,7 +24,7 @@ def test_the_rest_of_the_command_wins_over_the_recipe(tmp_path: Path) -> None:
     recipe.write_text(json.dumps(fields))
     model, dropkey = parse_arguments(GROUPS, [str(recipe), "--dropkey_ratio", "0.3"])
     assert (model.model_family, model.config_overrides) == ("volo", {"depths": [1, 2]})
-    assert dropkey.given() == {"dropkey_ratio": 0.3}
+    assert dropkey.given() == {"dropkey_ratio": 0.3, "dropkey_patch": False}
 
 
 def test_overrides_are_json_on_the_command_line() -> None:
@@ -51,7 +51,7 @@ def test_an_unknown_field_of_a_recipe_is_an_error(tmp_path: Path) -> None:
         parse_arguments(GROUPS, [str(recipe)])
 
 
-@pytest.mark.parametrize("shape", [{"model_family": "volo"}, {"model_size": "tiny"}, {"image_size": 32}])
+@pytest.mark.parametrize("shape", [{"model_family": "volo"}, {"model_size": "tiny"}, {"patch_size": 8}])
 def test_a_pretrained_model_has_its_shape(shape: dict) -> None:
     with pytest.raises(ValueError, match=f"fixes the shape of the model; leave out .*{next(iter(shape))}"):
         ModelArguments(model_name_or_path="there", **shape)

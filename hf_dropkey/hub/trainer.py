@@ -67,7 +67,7 @@ def check_training_arguments(training: TrainingArguments) -> None:
     """
     if training.hub_token is not None:
         raise ValueError(
-            "--hub_token would be saved unencrypted in training_args.bin; "
+            "--hub_token would be saved in training_args.bin as plain text; "
             "log in with `hf auth login` or set the environment variable HF_TOKEN"
         )
     if not (training.do_train or training.do_eval):
