@@ -27,8 +27,8 @@ TASKS = {
 def main(command: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns 0, 1 if a checkpoint is not to be trusted, 2 after an error."""
     words = list(sys.argv[1:] if command is None else command)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    # behind `train` it is an argument of `Trainer`
+    debug = words[:1] == ["--debug"]
     # the job reads its own arguments, recipes among them, and has its own --help
     arguments, rest = _parser().parse_known_args(words)
     if rest and arguments.command != "train":

@@ -534,6 +534,7 @@ def facts_of(job: LoopJob, data: ImageData, command: Sequence[str]) -> RunFacts:
         dataset=facts["dataset"],
         dataset_id=facts["dataset_tags"],
         dataset_split=facts["dataset_split"],
+        evaluation_dataset=facts["evaluation_dataset"],
         base_model=facts["finetuned_from"],
         from_scratch=facts["finetuned_from"] is None,
         command=shown_command(command),

@@ -140,7 +140,7 @@ def test_a_mistake_is_one_line_and_debug_shows_more(tmp_path: Path, capsys: pyte
         and "Traceback" not in error
     )
     with pytest.raises(ValueError, match="--image_size 9"):
-        main([*words, "--debug"])
+        main(["--debug", *words])
 
 
 @pytest.mark.parametrize(

@@ -481,3 +481,18 @@ def test_another_architecture_is_refused_and_a_plain_vit_loads_without_a_warning
     finally:
         logger.removeHandler(handler)
     assert model.config.model_type == "dropkey_vit" and not [line for line in shown if "of type" in line]
+
+
+def test_a_misspelt_field_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("hf_dropkey.models.configuration_dropkey")
+    logger.addHandler(caplog.handler)
+    try:
+        DropKeyViTConfig(dropkey_ration=0.2)
+        # what apply_dropkey remembers, and fields of Transformers that it keeps for users, are fine
+        DropKeyViTConfig(dropkey_ratio=0.2, dropkey_include=["*"], dropkey_exclude=[], my_note="x")
+    finally:
+        logger.removeHandler(caplog.handler)
+    lines = [record.getMessage() for record in caplog.records]
+    assert set(lines) == {
+        "DropKeyViTConfig has no field dropkey_ration, which changes nothing; did you mean dropkey_ratio?"
+    }

@@ -243,6 +243,12 @@ class DataArguments:
         return Path(path).resolve().name if path else self.dataset_name or DIGITS
 
     @property
+    def evaluation_name(self) -> str | None:
+        """The public name of the data to evaluate on, where it has a file or folder of its own; else None."""
+        path = None if self.hold_out_validation else self.validation_dir or self.validation_file
+        return Path(path).resolve().name if path and (self.train_dir or self.train_file) else None
+
+    @property
     def is_digits(self) -> bool:
         """Whether these are the built-in digits."""
         files = (self.train_dir, self.validation_dir, self.train_file, self.validation_file)

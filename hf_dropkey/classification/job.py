@@ -122,12 +122,14 @@ class ClassificationJob(TrainingJob[ImageData]):
         logger.info("evaluation on %s: %d images", data.evaluation_split, len(data.evaluation))
 
     def card(self, data: ImageData) -> dict[str, Any]:
-        """Data set and starting point."""
+        """Data set, what was evaluated on, and starting point."""
+        separate = self.data.evaluation_name
         return {
             "tags": ["vision"],
             "dataset": self.data.name,
             "dataset_tags": self.dataset_id,
-            "dataset_split": data.evaluation_split,
+            "dataset_split": None if separate else data.evaluation_split,
+            "evaluation_dataset": separate,
             "finetuned_from": public_name(self.model.model_name_or_path),
         }
 

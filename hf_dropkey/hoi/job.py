@@ -166,10 +166,12 @@ class HoiJob(TrainingJob[HoiData]):
             )
 
     def card(self, data: HoiData) -> dict[str, Any]:
-        """Data set and starting point."""
+        """Data set, what was evaluated on, and starting point."""
+        files = self.data.validation_annotations
         return {
             "tags": ["vision", "human-object-interaction"],
             "dataset": self.data.name,
+            "evaluation_dataset": Path(files).stem if files else None,
             "finetuned_from": public_name(self.model.model_name_or_path or self.model.detr),
         }
 

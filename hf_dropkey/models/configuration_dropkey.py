@@ -4,6 +4,7 @@ This file travels with checkpoints: it imports transformers, huggingface_hub and
 """
 
 import copy
+import difflib
 import operator
 import os
 import shutil
@@ -16,11 +17,16 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import as_validated_field
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_in_module, get_relative_import_files, init_hf_modules
+from transformers.utils import logging
 
 from .dropkey import PATTERNS, SCHEDULES, check_choice, check_ratio, layer_ratios
 
 
+logger = logging.get_logger(__name__)
+
 REMOTE_PACKAGE = "transformers_modules"
+# what `apply_dropkey` remembers beside the fields of every family
+PATCHING_FIELDS = ("dropkey_include", "dropkey_exclude", "dropkey_cross_attention")
 
 
 def shadowing_fields(cls: type, names: Iterable[str]) -> list[str]:
@@ -142,6 +148,15 @@ class DropKeyConfigMixin(RemotePickleMixin):
                 f"config.json has {', '.join(shadowing)} as fields, which are methods or class attributes of "
                 f"{type(self).__name__}: it could plant code in what is saved from it. Do not use this checkpoint, or "
                 "delete them"
+            )
+        known = {*(field.name for field in fields(self)), *PATCHING_FIELDS}
+        for name in sorted(name for name in kwargs if name.startswith("dropkey_") and name not in known):
+            near = difflib.get_close_matches(name, known, n=1)
+            logger.warning(
+                "%s has no field %s, which changes nothing%s",
+                type(self).__name__,
+                name,
+                f"; did you mean {near[0]}?" if near else ".",
             )
         # a plain checkpoint's "model_type" would shadow the class attribute that Transformers looks conversions up by
         kwargs.pop("model_type", None)
