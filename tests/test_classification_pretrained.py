@@ -199,3 +199,19 @@ def test_arguments_for_patched_models_are_refused_for_others(tmp_path: Path) -> 
     model = training.make_model(training.load())
     assert len(drop_schedule(model)) == 2
     refused(source, tmp_path, r"ViTConfig has no fields \['mix_token'\]", "--config_overrides", '{"mix_token": true}')
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--dropkey_ratio", "1.0"], "ratio"),
+        (["--dropkey_ratio", "0.1", "--dropkey_schedule", "linear"], "schedule"),
+        (["--dropkey_ratio", "0.1", "--dropkey_pattern", "blok"], "pattern"),
+        (["--image_size", "45"], "--image_size 45 is not a multiple of the model's patches of 8 pixels"),
+    ],
+)
+def test_settings_are_checked_before_data_and_weights(tmp_path: Path, words: list[str], match: str) -> None:
+    source = saved("siglip", tmp_path / "siglip")
+    training = job(source, tmp_path / "run", *words)
+    with pytest.raises(ValueError, match=match):
+        training.check()

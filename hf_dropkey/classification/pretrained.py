@@ -65,6 +65,11 @@ def pretrained_config(model: ModelArguments, dropkey: ClassificationDropKeyArgum
     change_fields(config, model, dropkey)
     if model.image_size is not None:
         vision_config(config).image_size = model.image_size
+        if getattr(vision_config(config), "patch_size", None) is not None:
+            # patches have to fill the images
+            patch_grid(config)
+    # found here, before any data is read and any weights are loaded
+    dropkey.settings_for(config)
     return config
 
 

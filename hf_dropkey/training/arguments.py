@@ -10,9 +10,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from transformers import HfArgumentParser, PreTrainedModel, TrainerCallback
+from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 from ..patching import DropKeyReport, apply_dropkey
+from ..patching.apply import DropKeySettings
 from .callbacks import DropKeyScheduleCallback
 
 
@@ -64,17 +65,27 @@ class DropKeyArguments:
         """The arguments that were given."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def settings_for(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """The arguments of `apply_dropkey` for a model of this configuration.
+
+        Raises:
+            ValueError: A setting is not allowed.
+        """
+        known = inspect.signature(apply_dropkey).parameters
+        given = {name.removeprefix("dropkey_"): value for name, value in self.given().items()}
+        if "ratio" not in given and getattr(config, "dropkey_ratio", None) is None:
+            given["ratio"] = DEFAULT_RATIO
+        given = {name: value for name, value in given.items() if name in known}
+        DropKeySettings.resolve(config, **given)
+        return given
+
     def apply(self, model: PreTrainedModel) -> DropKeyReport:
         """Patches a model of Transformers, as `apply_dropkey`, and logs the report.
 
         Raises:
             ValueError: A setting is not allowed, or reaches nothing.
         """
-        known = inspect.signature(apply_dropkey).parameters
-        given = {name.removeprefix("dropkey_"): value for name, value in self.given().items()}
-        if "ratio" not in given and getattr(model.config, "dropkey_ratio", None) is None:
-            given["ratio"] = DEFAULT_RATIO
-        report = apply_dropkey(model, **{name: value for name, value in given.items() if name in known})
+        report = apply_dropkey(model, **self.settings_for(model.config))
         logger.info("%s", report)
         return report
 
