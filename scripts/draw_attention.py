@@ -181,9 +181,9 @@ def load_model(arguments: DrawingArguments) -> Any:
     auto: Any = AutoModelForImageClassification if classifies else AutoModel
     model = auto.from_pretrained(arguments.model_name_or_path, dtype=torch.float32, **source)
     if arguments.dropkey_ratio is not None:
-        apply_dropkey(model, arguments.dropkey_ratio)
+        apply_dropkey(model, arguments.dropkey_ratio, verbose=True)
     elif getattr(config, "dropkey_ratio", None) is not None and not any(dropkey_modules(model)):
-        apply_dropkey(model)
+        apply_dropkey(model, verbose=True)
     accelerator = None if arguments.use_cpu else torch.accelerator.current_accelerator()
     return model.to(accelerator or "cpu").eval()
 

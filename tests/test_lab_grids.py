@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_grids import GRID, ORIGIN, RECIPE
 
 from hf_dropkey.classification.arguments import DataArguments
-from hf_dropkey.classification.data import png_bytes
+from hf_dropkey.classification.sources import png_bytes
 from hf_dropkey.lab.grids import (
     BEGUN,
     DONE,

@@ -168,6 +168,9 @@ outputs.loss.backward()
 norm = torch.stack([value.grad.norm() for value in model.parameters()]).norm()
 torch.distributed.all_reduce(outputs.loss.detach())
 print(rank, repr(outputs.loss.item() / 2), repr(norm.item()))
+# a process that ends while the other still talks to it would end with an error
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 

@@ -102,7 +102,7 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of twenty epochs."""
     folder = tmp_path_factory.mktemp("trained")
     done = run(*DETR, *EPOCHS, *data(shapes), "--output_dir", "run", "--eval_strategy", "epoch", folder=folder)
-    assert "the first decoder layer's queries start at zero" in done.stdout
+    assert "the first decoder layer's queries start at zero" in done.stderr
     assert "training on" in done.stderr and "8 images, 16 boxes" in done.stderr
     return folder / "run"
 

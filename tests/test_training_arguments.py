@@ -8,6 +8,8 @@ import pytest
 
 from hf_dropkey.classification.job import ClassificationJob
 from hf_dropkey.detection.job import DetectionJob
+from hf_dropkey.hoi.job import HoiJob
+from hf_dropkey.mesh.job import MeshJob
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,5 +85,6 @@ def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "scripts" / "recipes").glob("*.json")), ids=lambda file: file.name)
 def test_our_own_recipes_are_read(file: Path) -> None:
-    job: Any = DetectionJob if "detection" in file.name else ClassificationJob
+    jobs: dict[str, Any] = {"detection": DetectionJob, "hoi": HoiJob, "mesh": MeshJob}
+    job = jobs.get(file.name.split("_")[0], ClassificationJob)
     job.parse([str(file), "--use_cpu", "--output_dir", "unused"])

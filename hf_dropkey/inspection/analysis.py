@@ -227,6 +227,14 @@ def measured_drops(model: nn.Module, inputs: Mapping[str, Any], *, passes: int =
 def _only_attention_trains(root: PreTrainedModel) -> Iterator[None]:
     """Training mode for the attentions with DropKey, without dropout on their weights; everything else stays."""
     dropout = []
+    # sizes of earlier training images say nothing about these
+    seen = {
+        id(vars(module).get("dropkey_pixels")): vars(module).get("dropkey_pixels")
+        for _, module in dropkey_modules(root)
+    }
+    trained = [(pixels, pixels.trained) for pixels in seen.values() if pixels is not None]
+    for pixels, _ in trained:
+        pixels.trained = None
     for _, module in dropkey_modules(root):
         module.training = True
         dropout += [
@@ -243,6 +251,8 @@ def _only_attention_trains(root: PreTrainedModel) -> Iterator[None]:
             setattr(module, name, value)
         for _, module in dropkey_modules(root):
             module.training = False
+        for pixels, size in trained:
+            pixels.trained = size
 
 
 # --- uncertainty ------------------------------------------------------------------------------------------------------

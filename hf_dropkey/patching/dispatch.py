@@ -204,6 +204,10 @@ class SeenPixels:
             )
         self.trained = size
 
+    def size(self, *, training: bool) -> tuple[int, int] | None:
+        """Height and width for an attention in training mode or not; the model around it may be in eval mode."""
+        return self.trained if training and self.trained is not None else self.evaluated
+
 
 def takes_pixels(model: nn.Module) -> bool:
     """Whether the first argument of a model is `pixel_values`."""
@@ -227,7 +231,7 @@ def known_grid(module: Any, keys: int) -> tuple[int, int] | None:
     if module.dropkey_pattern not in WINDOWED_PATTERNS:
         return None
     config, seen = module.config, vars(module).get("dropkey_pixels")
-    size = None if seen is None else seen.trained if module.training else seen.evaluated
+    size = None if seen is None else seen.size(training=module.training)
     window, patch = getattr(config, "window_size", None), _pair(getattr(config, "patch_size", None))
     side = round(keys**0.5)
     if size is not None and isinstance(window, int) and side <= window and side**2 == keys:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from enum import Enum
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # of a model that remembers none
 DEFAULT_RATIO = 0.1
+# arguments of `apply_dropkey` in its errors
+OWN_NAMES = re.compile(r"`(ratio|final_ratio|schedule|pattern|window)`")
 
 
 @dataclass
@@ -76,7 +79,10 @@ class DropKeyArguments:
         if "ratio" not in given and getattr(config, "dropkey_ratio", None) is None:
             given["ratio"] = DEFAULT_RATIO
         given = {name: value for name, value in given.items() if name in known}
-        DropKeySettings.resolve(config, **given)
+        try:
+            DropKeySettings.resolve(config, **given)
+        except ValueError as error:
+            raise ValueError(OWN_NAMES.sub(r"--dropkey_\1", str(error))) from error
         return given
 
     def apply(self, model: PreTrainedModel) -> DropKeyReport:
