@@ -92,7 +92,7 @@ AutoModel.register(DropKeyMeshConfig, DropKeyMeshForBodyMesh, exist_ok=True)
 
 moved.install()
 
-# public names whose modules need more than the core, or that only some programs need: loaded when asked for
+# public names whose modules need more than the core, or that only some programs need: loaded when requested
 LAZY = {
     "DropKeyGuardCallback": "training.callbacks",
     "DropKeyLogCallback": "training.callbacks",

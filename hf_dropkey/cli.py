@@ -41,9 +41,9 @@ def main(command: Sequence[str] | None = None) -> int:
         if debug:
             raise
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
-        # a field of a configuration that is not allowed is told over two lines
-        told = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else error
-        print(f"hf-dropkey {arguments.command}: {told}{notes}", file=sys.stderr)
+        # the error of a configuration field has two lines
+        message = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else error
+        print(f"hf-dropkey {arguments.command}: {message}{notes}", file=sys.stderr)
         return 2
 
 

@@ -136,7 +136,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_model_source(source: str) -> None:
-    """Checks what stands for a model, a folder or an id of the Hub: a folder is whole, and a path that is none is told.
+    """Checks what stands for a model, a folder or an id of the Hub: a folder is whole, and a path without one is reported.
 
     Raises:
         FileNotFoundError: It is a path, which no id of the Hub is, and no folder lies there; or the folder lacks files.

@@ -446,7 +446,7 @@ def convert_mesh(arguments: ConversionArguments, weights: dict[str, torch.Tensor
     """As `convert`, for METRO and MeshGraphormer.
 
     Raises:
-        ConversionError, OfficialError: The checkpoint or the body is not what was asked for.
+        ConversionError, OfficialError: The checkpoint or the body is not what was requested.
     """
     if arguments.body_file is None:
         raise ConversionError(

@@ -1,4 +1,4 @@
-"""Scores a saved model on images with annotated interactions: HICO-DET's protocol, and V-COCO's if asked for.
+"""Scores a saved model on images with annotated interactions: HICO-DET's protocol, and V-COCO's if requested.
 
     python scripts/evaluate_hoi.py --model_name_or_path runs/scenes --dataset scenes --output_dir runs/scenes_scores
     python scripts/evaluate_hoi.py --model_name_or_path runs/mine --output_dir runs/mine_scores --verb_base 0 \

@@ -194,7 +194,7 @@ def test_the_fused_kernel_is_one_more_backend(pattern: str, padded: bool) -> Non
 
 def test_what_the_fused_kernel_cannot_do_is_refused() -> None:
     qkv = tensors(1, 1, 4, 16, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"'dropkey_triton' takes neither dropout .*asked for 0.1"):
+    with pytest.raises(ValueError, match=r"'dropkey_triton' takes neither dropout .*requested 0.1"):
         run(site(0.1), qkv, None, "dropkey_triton", dropout=0.1)
     with pytest.raises(ValueError, match="nor additive masks"):
         run(site(0.1), qkv, torch.zeros(1, 1, 4, 4), "dropkey_triton")

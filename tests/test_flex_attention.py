@@ -101,7 +101,7 @@ def test_training_on_a_cpu_is_refused() -> None:
 
 
 def test_dropout_on_weights_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"asked for 0.1"):
+    with pytest.raises(ValueError, match=r"requested 0.1"):
         flex_dropkey_forward(site(0.1), *float_tensors(1, 1, 4, 16), None, 0.25, dropout=0.1)
 
 

@@ -130,7 +130,7 @@ def test_a_complete_run_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureF
         again.execute([])
         assert again.calls == ["check"] and contents(tmp_path) == before
     assert f"the run in {tmp_path} is complete, nothing is left to do" in caplog.text
-    # what it was not asked for yet, it does
+    # what it was not requested yet, it does
     with pytest.raises(ValueError, match=r"is complete, with other settings: learning_rate .* there and 0\.5 here"):
         job(tmp_path, *AUTO, "--learning_rate", "0.5").execute([])
     assert contents(tmp_path) == before

@@ -79,8 +79,8 @@ class DetectionData:
     """What a detection model is trained and evaluated on.
 
     Attributes:
-        train: To train on; None if that was not asked for.
-        evaluation: To evaluate on; None if that was not asked for.
+        train: To train on; None if that was not requested.
+        evaluation: To evaluate on; None if that was not requested.
         label_names: Class names, in the order of the model's class numbers.
         category_ids: COCO's category id of each class; None for a class of the model that the data does not have.
     """

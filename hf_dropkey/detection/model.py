@@ -147,7 +147,7 @@ def config_from_scratch(arguments: DetectionModelArguments) -> PreTrainedConfig:
 
 
 def make_processor(config: PreTrainedConfig, arguments: DetectionModelArguments) -> BaseImageProcessor:
-    """The pretrained model's image processor on PIL, or the family's; with the size that was asked for.
+    """The pretrained model's image processor on PIL, or the family's; with the size that was requested.
 
     Raises:
         FileNotFoundError: A pretrained folder has none.
@@ -177,7 +177,7 @@ def has_head(architectures: list[str] | None) -> bool:
 
 
 def fit_classes(data: DetectionData, config: Any, arguments: DetectionModelArguments) -> DetectionData:
-    """The data with the model's class numbers; a model that does not know the classes gets them, if that was asked for.
+    """The data with the model's class numbers; a model that does not know the classes gets them, if that was requested.
 
     Raises:
         ValueError: As `hf_dropkey.images.classes.fit_classes`.

@@ -1,6 +1,6 @@
 """What happens to an image with boxes between its file and a detection model: augmentation, image processor, batch.
 
-All of it runs in the data loader, each time an image is asked for. Every draw is a function of (seed, epoch, image id),
+All of it runs in the data loader, each time an image is requested. Every draw is a function of (seed, epoch, image id),
 so a resumed run sees the images that the uninterrupted one would have seen.
 """
 

@@ -168,8 +168,8 @@ class HoiData:
     """What a model is trained and evaluated on.
 
     Attributes:
-        train: To train on; None if that was not asked for.
-        evaluation: To evaluate on; None if that was not asked for.
+        train: To train on; None if that was not requested.
+        evaluation: To evaluate on; None if that was not requested.
         objects: Class names in the order of the model's numbers, without the missing object.
         verbs: Verb names in the order of the model's numbers.
         missing_object: Whether somebody acts on no object in the data to train on, or the model knows of it.
@@ -272,7 +272,7 @@ def split_readers(arguments: HoiDataArguments) -> dict[str, Callable[[], HoiSpli
 
 
 def read_scenes(role: str, count: int, size: int) -> HoiSplit:
-    """Generated scenes, each drawn when it is asked for; the two roles have different ones."""
+    """Generated scenes, each drawn when it is requested; the two roles have different ones."""
     records = [scene_record(role, row, size) for row in range(count)]
     annotations = [
         Annotation(

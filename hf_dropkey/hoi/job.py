@@ -185,7 +185,7 @@ class HoiEvaluation(HoiJob):
         """As `TrainingJob.parse`, for evaluation alone.
 
         Raises:
-            ValueError: There is no model, or training was asked for.
+            ValueError: There is no model, or training was requested.
         """
         job = super().parse(command)
         if job.training.do_train:
@@ -255,7 +255,7 @@ def read_vcoco(score: HoiScoreArguments, split: HoiSplit | None) -> list[ActionT
 
 
 class HoiMetrics:
-    """`compute_metrics` for `HoiTrainer`: HICO-DET's numbers on the images that were evaluated, and V-COCO's if asked for.
+    """`compute_metrics` for `HoiTrainer`: HICO-DET's numbers on the images that were evaluated, and V-COCO's if requested.
 
     Attributes:
         scores: Of the last evaluation, class by class; None before.

@@ -103,7 +103,7 @@ def fit_names(data: HoiData, config: DropKeyHoiConfig, arguments: HoiModelArgume
     Names are compared, never their places.
 
     Raises:
-        ValueError: The pretrained model does not know the data's names, and new scores were not asked for.
+        ValueError: The pretrained model does not know the data's names, and new scores were not requested.
     """
     if arguments.model_name_or_path and not arguments.ignore_mismatched_sizes:
         objects = config.object_names()
@@ -177,7 +177,7 @@ def start_from_detr(model: DropKeyHoiForObjectDetection, detr: DetrForObjectDete
 
 
 def make_processor(arguments: HoiModelArguments, scene_size: int | None) -> BaseImageProcessor:
-    """The pretrained model's image processor on PIL, or a new one; with the size that was asked for.
+    """The pretrained model's image processor on PIL, or a new one; with the size that was requested.
 
     Args:
         arguments: Which model, and which size.

@@ -100,7 +100,7 @@ RESNET_NAMES = (
 
 
 class OfficialError(ValueError):
-    """The checkpoint or the body is not what was asked for."""
+    """The checkpoint or the body is not what was requested."""
 
 
 def _resnet(found: re.Match, rest: str) -> str:

@@ -140,7 +140,7 @@ def triton_dropkey_forward(
     """DropKey in the fused kernel, patterns "score" and "key", padding only. See `dropkey_attention_forward`."""
     if dropout > 0 or (attention_mask is not None and attention_mask.is_floating_point()):
         raise ValueError(
-            f"attn_implementation={TRITON_NAME!r} takes neither dropout on attention weights (asked for {dropout}) nor "
+            f"attn_implementation={TRITON_NAME!r} takes neither dropout on attention weights (requested {dropout}) nor "
             "additive masks. Train with model.set_attn_implementation('sdpa'), which drops the same scores."
         )
     padding = None
@@ -223,7 +223,7 @@ AttentionMaskInterface.register(TRITON_NAME, sdpa_mask)
 
 
 def default_backend(device_type: str, dtype: torch.dtype) -> str:
-    """The fastest backend that is known to be correct for a device, which models take where none is asked for.
+    """The fastest backend that is known to be correct for a device, which models take where none is requested.
 
     On a CPU without matrix units PyTorch's fused attention is slower than explicit weights in half precision
     (`scripts/benchmark_attention.py`). On a GPU this is `sdpa` until the fused kernel has been measured on one.

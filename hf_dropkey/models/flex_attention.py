@@ -127,7 +127,7 @@ def flex_dropkey_forward(
         )
     if dropout > 0:
         raise ValueError(
-            f"attn_implementation='flex_attention' has no dropout on attention weights (asked for {dropout}). "
+            f"attn_implementation='flex_attention' has no dropout on attention weights (requested {dropout}). "
             "Set attention_probs_dropout_prob=0, or train with 'sdpa' or 'eager'."
         )
     is_tensor = isinstance(attention_mask, torch.Tensor)

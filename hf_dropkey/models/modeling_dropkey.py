@@ -263,7 +263,7 @@ class DropKeyModelMixin(RemotePickleMixin):
     """What every DropKey model adds to `PreTrainedModel`: the choice of a backend, and pickles of remote classes."""
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As in Transformers; where no backend is asked for, the fastest one for the device and dtype (`default_backend`)."""
+        """As in Transformers; where no backend is requested, the fastest one for the device and dtype (`default_backend`)."""
         if requested_attention is None:
             device = torch.accelerator.current_accelerator() or torch.device("cpu")
             requested_attention = default_backend(device.type, torch.get_default_dtype())
@@ -365,7 +365,7 @@ class DropKeyClassifierMixin:
             kwargs: `output_attentions`, `output_hidden_states`, `return_dict`, `num_items_in_batch`.
 
         Returns:
-            The loss, if there are labels, the logits `[B, num_labels]`, and what was asked for.
+            The loss, if there are labels, the logits `[B, num_labels]`, and what was requested.
         """
         outputs = self.base_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         logits = self.classifier(outputs.pooler_output)

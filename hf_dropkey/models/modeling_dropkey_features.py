@@ -64,7 +64,7 @@ class DropKeyFeaturesForImageClassification(PreTrainedModel):
             kwargs: `num_items_in_batch` for the loss; what else the vision model takes.
 
         Returns:
-            The loss, if there are labels, the logits `[B, num_labels]`, and what was asked for.
+            The loss, if there are labels, the logits `[B, num_labels]`, and what was requested.
         """
         items = kwargs.pop("num_items_in_batch", None)
         kwargs["return_dict"] = True

@@ -41,8 +41,8 @@ class DropKeyMeshModelOutput(ModelOutput):
 
     Attributes:
         last_hidden_state: Coordinates of all tokens `[B, N, 3]`: joints, coarse vertices, grid positions.
-        hidden_states: Inputs and outputs of the layers, if asked for.
-        attentions: Weights `[B, H, N, N]` of every attention, if asked for.
+        hidden_states: Inputs and outputs of the layers, if requested.
+        attentions: Weights `[B, H, N, N]` of every attention, if requested.
     """
 
     last_hidden_state: torch.FloatTensor | None = None

@@ -199,7 +199,7 @@ def swap_with_mirror(values: torch.Tensor, swapped: torch.Tensor) -> torch.Tenso
 def draw_swapped_tokens(grid: tuple[int, int], device: torch.device) -> torch.Tensor:
     """A random box of tokens (mix-token, Jiang et al., "All Tokens Matter", 2021), bool `[rows, columns]`.
 
-    The box has a uniformly random share of the area and a uniformly random centre, and is cut at the borders. All draws
+    The box has a uniformly random fraction of the area and a uniformly random centre, and is cut at the borders. All draws
     come from torch's global generator of `device` and stay there, so training neither waits for them nor loses resume.
     """
     side = torch.rand((), device=device).sqrt()
@@ -368,7 +368,7 @@ class DropKeyVoloForImageClassification(DropKeyClassifierMixin, DropKeyVoloPreTr
 
         Returns:
             The loss, if there are labels, the logits `[B, num_labels]`, in training the logits of the tokens, and what
-            was asked for.
+            was requested.
 
         Raises:
             ValueError: The images are of a size that the model cannot take, or the targets do not fit the model.

@@ -304,7 +304,7 @@ def _check(
     pattern: str,
     padding: torch.Tensor | None,
 ) -> None:
-    """Raises unless the kernels can do exactly what is asked for."""
+    """Raises unless the kernels can do exactly what is requested."""
     if triton is None:
         raise ImportError("The fused attention needs Triton: run `pip install triton`, or use the backend 'sdpa'.")
     check_triton(triton.__version__)

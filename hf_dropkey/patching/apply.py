@@ -145,7 +145,7 @@ def _read(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 @dataclass
 class _Undo:
-    """What `remove_dropkey` needs: the state before the first call, the backends asked for, the hooks."""
+    """What `remove_dropkey` needs: the state before the first call, the backends requested, the hooks."""
 
     before: _Snapshot
     backends: list[tuple[PreTrainedConfig, str]]

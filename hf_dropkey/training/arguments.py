@@ -104,12 +104,12 @@ class RampArguments:
 
     dropkey_warmup: float = field(
         default=0.0,
-        metadata={"help": "Share of the steps, the first ones, over which the ratios grow from 0, [0, 1)."},
+        metadata={"help": "Fraction of the steps, the first ones, over which the ratios grow from 0, [0, 1)."},
     )
     dropkey_alignment: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the steps, the last ones, without DropKey: the paper's alignment fine-tune, [0, 1)."
+            "help": "Fraction of the steps, the last ones, without DropKey: the paper's alignment fine-tune, [0, 1)."
         },
     )
 

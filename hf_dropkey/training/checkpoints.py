@@ -131,10 +131,10 @@ def prepare_output_folder(output_dir: Path, *, resume: str | None, overwrite: bo
     would pick them up.
 
     Raises:
-        FileExistsError: The folder holds something, and neither resuming nor overwriting was asked for.
-        FileNotFoundError: There is no whole checkpoint, or the one asked for lacks files.
+        FileExistsError: The folder holds something, and neither resuming nor overwriting was requested.
+        FileNotFoundError: There is no whole checkpoint, or the requested one lacks files.
         NotADirectoryError, PermissionError: The folder cannot be made or written to.
-        ValueError: Resuming and overwriting were asked for at once, or the checkpoint asked for is damaged.
+        ValueError: Resuming and overwriting were requested at once, or the requested checkpoint is damaged.
     """
     check_writable(output_dir)
     wanted = "false" if resume is None else resume.lower()

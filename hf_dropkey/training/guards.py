@@ -163,14 +163,14 @@ def check_devices(environment: Mapping[str, str], command: Sequence[str]) -> Non
 
 
 def check_engine(accelerator: Accelerator, environment: Mapping[str, str]) -> None:
-    """Raises ValueError if sharding was asked for and accelerate (1.15) does something else, as it does on a CPU."""
+    """Raises ValueError if sharding was requested and accelerate (1.15) does something else, as it does on a CPU."""
     for name, engine in (
         ("ACCELERATE_USE_FSDP", DistributedType.FSDP),
         ("ACCELERATE_USE_DEEPSPEED", DistributedType.DEEPSPEED),
     ):
         if environment.get(name, "false").lower() == "true" and accelerator.distributed_type != engine:
             raise ValueError(
-                f"{engine.value} was asked for, and on {accelerator.num_processes} processes on "
+                f"{engine.value} was requested, and on {accelerator.num_processes} processes on "
                 f"{accelerator.device.type} accelerate would train with {accelerator.distributed_type.value} instead; "
                 "start at least two processes on devices that it shards over, or choose another configuration"
             )

@@ -141,7 +141,7 @@ def _described(file: Path) -> str:
 
 
 def write_complete(output_dir: Path, settings: Mapping[str, str]) -> None:
-    """Says that the run is complete: everything that was asked for is done and written."""
+    """Says that the run is complete: everything that was requested is done and written."""
     (output_dir / FOLDER).mkdir(exist_ok=True)
     (output_dir / FOLDER / COMPLETE).write_text(json.dumps(dict(settings), indent=1), encoding="utf-8")
 
@@ -156,7 +156,7 @@ def is_complete(output_dir: Path, settings: Mapping[str, str], *, may_change: Ma
 
     Args:
         output_dir: The folder of the run.
-        settings: What is asked for now.
+        settings: What is requested now.
         may_change: Settings with which a complete run can go on, and what for.
 
     Raises:

@@ -114,22 +114,22 @@ def check_progress(checkpoint: Path) -> None:
 
 def tell_changes(checkpoint: Path, settings: Mapping[str, Any], data: Fingerprint | None = None) -> list[str]:
     """What differs between a checkpoint's run and this one, and what each difference means; logged as warnings too."""
-    saved, told = recorded(checkpoint, "settings"), []
+    saved, lines = recorded(checkpoint, "settings"), []
     if not saved:
-        told.append("it does not say how many processes and which batch size wrote it, so they cannot be compared")
+        lines.append("it does not say how many processes and which batch size wrote it, so they cannot be compared")
     there, here = ({name: found.get(name, settings[name]) for name in BATCH} for found in (saved, settings))
     if there != here:
-        told.append(_other_batch(there, here, step=read_json(checkpoint / STATE)["global_step"]))
-    told += [
+        lines.append(_other_batch(there, here, step=read_json(checkpoint / STATE)["global_step"]))
+    lines += [
         f"{name} {saved[name]!r} there and {settings[name]!r} here: {meaning}"
         for name, meaning in CHANGES.items()
         if name in saved and saved[name] != settings[name]
     ]
     if data:
-        told += data_changes(recorded(checkpoint, "data"), data)
-    for change in told:
+        lines += data_changes(recorded(checkpoint, "data"), data)
+    for change in lines:
         logger.warning("resuming %s: %s.", checkpoint, change)
-    return told
+    return lines
 
 
 def _other_batch(there: Mapping[str, int], here: Mapping[str, int], *, step: int) -> str:
@@ -154,16 +154,16 @@ def data_changes(there: Fingerprint, here: Fingerprint) -> list[str]:
     """What differs between the data that a checkpoint was trained on and the data of this run, a sentence for a split."""
     if not there:
         return ["it does not say which data it was trained on, so that other data cannot be noticed"]
-    told = []
+    lines = []
     for split in sorted(there.keys() | here.keys()):
         before, now = there.get(split), here.get(split)
         if before is None or now is None:
-            told.append(f"there is {'no' if now is None else 'a'} split {split!r} here, unlike there")
+            lines.append(f"there is {'no' if now is None else 'a'} split {split!r} here, unlike there")
             continue
         changes = changed_data(before, now)
         if changes:
-            told.append(
+            lines.append(
                 f"the data of {split!r} is not what the checkpoint saw ({'; '.join(changes)}): the run goes on with the "
                 "data as it is here. Start a new one in another --output_dir if its results are to be of this data alone"
             )
-    return told
+    return lines

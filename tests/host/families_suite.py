@@ -120,7 +120,7 @@ class TestDropKeyVolo(FamilyTests, unittest.TestCase):
     # layers differ in shape, so these two tests are overridden as Transformers' own for PVT and Swin are
 
     def recorded(self, field: str, model_class: Any, *, by_config: bool) -> list[tuple[int, ...]]:
-        """Shapes of what an eager model in eval mode records, asked for in the call or in the configuration."""
+        """Shapes of what an eager model in eval mode records, requested in the call or in the configuration."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         if by_config:
             setattr(config, f"output_{field}", True)

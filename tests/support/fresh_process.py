@@ -17,7 +17,7 @@ NO_PACKAGE = "import importlib.util\nassert importlib.util.find_spec('hf_dropkey
 def fresh(
     code: str, *arguments: Path, cache: Path, preamble: str = "", package: bool = False, **environment: str
 ) -> str:
-    """Runs `code` in a new Python process and returns what it prints; the package is visible only if asked for."""
+    """Runs `code` in a new Python process and returns what it prints; the package is visible only if requested."""
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     own |= {"HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1", **environment}
     if package:

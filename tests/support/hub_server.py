@@ -127,7 +127,7 @@ class HubServer:
     def run(
         self, code: str, folder: Path, *arguments: str, package: bool = True, check: bool = True, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Runs Python code in a fresh process in `folder`; the package is on its path only if asked for."""
+        """Runs Python code in a fresh process in `folder`; the package is on its path only if requested."""
         own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
         own |= self.environment(folder / "home") | environment
         if package:

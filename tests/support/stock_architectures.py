@@ -51,7 +51,7 @@ class Row:
         title: Name in the table.
         sites: Attentions reached, by kind.
         unreached: Attentions not reached.
-        ratio: The ratio asked for.
+        ratio: The ratio requested.
         measured: Fraction of scores dropped over all sites.
         worst: Largest deviation of one site's fraction from its ratio, in standard deviations.
     """
