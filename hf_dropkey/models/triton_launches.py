@@ -57,11 +57,14 @@ _LAUNCHES = {
 }
 # where padded keys or columns need more registers: generation, kernel, padded head width
 _LAUNCHES_PADDED = {
+    (8, "query", 64): Launch(32, 4, 3),
     (8, "query", 128): Launch(16, 8, 2),
     (8, "key_value", 128): Launch(16, 8, 2),
+    (9, "long", 128): Launch(64, 8, 2),
     (9, "query", 128): Launch(64, 8, 2),
     (9, "key_value", 128): Launch(32, 8, 2),
     (10, "short", 128): Launch(64, 8, 1),
+    (10, "long", 32): Launch(64, 8, 2),
     (10, "key_value", 128): Launch(64, 8, 1),
 }
 # where releases of Triton before 3.9 need more registers: generation, kernel, padded head width (16 as 32)
