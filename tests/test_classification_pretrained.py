@@ -15,6 +15,9 @@ from hf_dropkey.classification.pretrained import resized_bias_table, resized_tab
 from hf_dropkey.inspection.analysis import drop_schedule, measured_drops
 
 
+# where Transformers (5.13) reads no image processor without torchvision, the file is skipped
+pytestmark = pytest.mark.usefixtures("auto_image_processor")
+
 SIDE = 32
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
 VIT = {**SMALL, "image_size": SIDE, "patch_size": 8}

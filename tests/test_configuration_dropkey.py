@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from small_runs import SHAPE
 from transformers import (
     AutoConfig,
@@ -58,6 +59,8 @@ def saved_config(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", SHADOWS)
 def test_fields_that_shadow_the_class_are_refused_by_name(folder, name):
+    if not hasattr(DropKeyViTConfig, name):
+        pytest.skip(f"configurations of Transformers {transformers.__version__} have no {name} to shadow")
     change(folder, **{name: SHADOWS[name]})
     for load in (AutoConfig, DropKeyViTConfig, AutoModelForImageClassification, DropKeyViTForImageClassification):
         with pytest.raises(ValueError, match=rf"config\.json has {name} as fields, .* could plant code"):

@@ -163,6 +163,7 @@ def evaluate(saved: Path, out: Path, *more: str) -> dict[str, Any]:
     return scores
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_evaluation_alone(saved: Path, tmp_path: Path) -> None:
     scores = evaluate(saved, tmp_path / "scores", "--qpic_vcoco")
     assert 0 <= scores["eval_mAP"] <= 1
@@ -173,6 +174,7 @@ def test_evaluation_alone(saved: Path, tmp_path: Path) -> None:
     assert (tmp_path / "scores" / "predictions.png").is_file()
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_names_in_another_order_score_the_same(saved: Path, tmp_path: Path) -> None:
     expected = evaluate(saved, tmp_path / "first")
     model = tiny_model(id2label=dict(enumerate(SCENE_OBJECTS)), verbs=list(SCENE_VERBS), num_queries=4)
@@ -188,6 +190,7 @@ def test_names_in_another_order_score_the_same(saved: Path, tmp_path: Path) -> N
     assert scores["eval_mAP"] == pytest.approx(expected["eval_mAP"])
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_a_model_of_other_verbs_is_refused(tmp_path: Path) -> None:
     tiny_model(id2label=dict(enumerate(SCENE_OBJECTS)), verbs=["hold", "fly"]).save_pretrained(tmp_path / "model")
     DetrImageProcessorPil().save_pretrained(tmp_path / "model")

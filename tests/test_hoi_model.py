@@ -48,6 +48,7 @@ def test_a_model_from_scratch_takes_the_datas_names() -> None:
     assert make_processor(arguments, None).size["longest_edge"] == 160
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_a_detr_gives_trunk_boxes_and_classes_by_name(tmp_path: Path) -> None:
     source = detr(tmp_path)
     arguments = HoiModelArguments(detr=str(tmp_path))

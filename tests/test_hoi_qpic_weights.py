@@ -74,6 +74,7 @@ def arguments(folder: Path, **more: Any) -> Any:
     return CONVERT.ConversionArguments(family="qpic", checkpoint=folder / "qpic.pth", out=folder / "out", **more)
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_a_checkpoint_becomes_a_folder(tmp_path: Path) -> None:
     weights = official()
     content = {"model": weights, "epoch": 3, "args": argparse.Namespace(lr=1e-4)}

@@ -106,10 +106,13 @@ LARGE = 1_000_000_000
     ("changes", "message"),
     [
         ({"architectures": None}, "was saved as no named class"),
-        ({"architectures": []}, "was saved as no named class"),
-        ({"architectures": 3}, "was saved as 3, which is not a model"),
-        ({"architectures": [None]}, "was saved as None, which is not a model"),
-        ({"architectures": {"a": 1}}, "which is not a model of hf_dropkey or Transformers"),
+        ({"architectures": []}, r"was saved as no named class|cannot be used .*architectures"),
+        ({"architectures": 3}, r"was saved as 3, which is not a model|cannot be used .*architectures"),
+        ({"architectures": [None]}, r"was saved as None, which is not a model|cannot be used .*architectures"),
+        (
+            {"architectures": {"a": 1}},
+            r"which is not a model of hf_dropkey or Transformers|cannot be used .*architectures",
+        ),
         ({"architectures": ["AutoModel"]}, "was saved as AutoModel, which is not a model"),
         ({"architectures": ["pipeline"]}, "was saved as pipeline, which is not a model"),
         ({"architectures": ["ViTConfig"]}, "was saved as ViTConfig, which is not a model"),

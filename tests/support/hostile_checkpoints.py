@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedConfig
 
 
 EVIL = "evil/x--m.P"
@@ -135,7 +136,8 @@ JSON_ATTACKS: dict[str, tuple[str, dict[str, Any]]] = {
             "save_pretrained": "x",
             "_auto_class": "AutoModel",
             "attribute_map": {"hidden_size": "num_labels"},
-            "sub_configs_defaults": {"a": "b"},
+            # Transformers 5.13 has no such attribute to shadow
+            **({"sub_configs_defaults": {"a": "b"}} if hasattr(PreTrainedConfig, "sub_configs_defaults") else {}),
             "extra_files": ["x"],
             "patch_grid": 3,
             "grid_of": 3,
