@@ -12,7 +12,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, 
 from ..hub.trainer import output_folder
 from ..images.augmentation import AugmentationEpoch
 from ..images.boxes import BoxAugmentation
-from ..training.arguments import RunArguments
+from ..training.arguments import BoxAugmentationArguments, RunArguments
 from ..training.detr import DetrTrainer
 from ..training.job import TrainingJob, public_name
 from ..training.record import Fingerprint
@@ -20,7 +20,6 @@ from ..training.trainer import GuardedTrainer
 from .arguments import (
     FIGURE,
     MASKED_TYPES,
-    BoxAugmentationArguments,
     DetectionDataArguments,
     DetectionDropKeyArguments,
     DetectionModelArguments,

@@ -241,21 +241,6 @@ class HoiScoreArguments:
 
 
 @dataclass
-class HoiAugmentationArguments:
-    """How training images vary."""
-
-    _argument_group_name = "Augmentation"
-
-    flip_probability: float = field(default=0.5, metadata={"help": "Probability of a mirror image, [0, 1]."})
-    crop_scale: float = field(
-        default=1.0, metadata={"help": "Smallest fraction of the area that a random crop keeps, (0, 1]; 1: no crops."}
-    )
-    color_jitter: float = field(
-        default=0.0, metadata={"help": "Largest change of brightness, contrast and saturation, [0, 1]."}
-    )
-
-
-@dataclass
 class HoiRunArguments:
     """How the model is trained and what is drawn."""
 

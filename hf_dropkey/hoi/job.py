@@ -18,7 +18,7 @@ from ..images.augmentation import AugmentationEpoch
 from ..images.boxes import BoxAugmentation
 from ..models.configuration_dropkey_hoi import HOI_TASK
 from ..models.pairs_dropkey_hoi import pair_arrays
-from ..training.arguments import RunArguments
+from ..training.arguments import BoxAugmentationArguments, RunArguments
 from ..training.detr import DetrTrainer
 from ..training.job import TrainingJob, public_name
 from ..training.trainer import GuardedTrainer
@@ -26,7 +26,6 @@ from .arguments import (
     CLASS_TABLE,
     GROUND_TRUTH,
     PREDICTIONS,
-    HoiAugmentationArguments,
     HoiDataArguments,
     HoiDropKeyArguments,
     HoiModelArguments,
@@ -62,7 +61,7 @@ class HoiJob(TrainingJob[HoiData]):
     model: HoiModelArguments
     dropkey: HoiDropKeyArguments
     data: HoiDataArguments
-    augmentation: HoiAugmentationArguments
+    augmentation: BoxAugmentationArguments
     score: HoiScoreArguments
     interactions: HoiRunArguments
     run: RunArguments
