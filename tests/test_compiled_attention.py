@@ -8,6 +8,7 @@ import pytest
 import torch
 from attention_inputs import tensors
 from torch import nn
+from torch._inductor import config as inductor_config
 
 from hf_dropkey import DropKey, DropKeyViTConfig, DropKeyViTForImageClassification
 from hf_dropkey.models.attention import dropkey_attention_forward
@@ -158,17 +159,17 @@ def saved_bytes(call: Callable[[], torch.Tensor]) -> int:
 @pytest.mark.parametrize("compiler", ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("pattern", ["score", "key", "block"])
-def test_compiled_sdpa_saves_nothing_of_the_size_of_the_mask(
-    compiler: str, masked: bool, pattern: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also through the partitioner that decides what to save between the passes."""
+@inductor_config.patch(fallback_random=True)
+def test_compiled_sdpa_saves_nothing_of_the_size_of_the_mask(compiler: str, masked: bool, pattern: str) -> None:
+    """Also through the partitioner that decides what to save between the passes.
+
+    Inductor has a random generator of its own, which would draw another seed than the plain module.
+    """
     torch._dynamo.reset()
     module, qkv = Site(0.3, pattern), tensors(1, 1, 197, 4, dtype=torch.float32)
     mask = (torch.arange(197) < 150)[None, None, None] if masked else None
     compiled = torch.compile(module, backend=compiler, fullgraph=True)
     results = []
-    # inductor has a random generator of its own, which would draw another seed
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)
     for call in (module, compiled):
         torch.manual_seed(1)
         # of key, value, output and their like: [1, 1, 197, 4] in float32, and a few integers for each row
