@@ -17,13 +17,14 @@ from ..images.augmentation import Augmentation, AugmentationEpoch
 from ..images.tables import matching_files
 from ..training.arguments import RampArguments, RunArguments
 from ..training.job import TrainingJob, public_name
+from ..training.lora import LoraArguments, add_lora
 from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import AugmentationArguments, ClassificationDropKeyArguments, DataArguments, ModelArguments
 from .data import ImageData, load_image_data
 from .metrics import classification_metrics
 from .model import check_loss, fit_classes, is_native, made_size, make_config, make_image_processor, make_model
-from .pretrained import pretrained_model
+from .pretrained import head_modules, pretrained_model
 from .transform import collate_images, transform_rows
 
 
@@ -68,6 +69,7 @@ class ClassificationJob(TrainingJob[ImageData]):
     ramp: RampArguments
     data: DataArguments
     augmentation_arguments: AugmentationArguments
+    lora: LoraArguments
     run: RunArguments
     training: TrainingArguments
 
@@ -78,6 +80,7 @@ class ClassificationJob(TrainingJob[ImageData]):
             ValueError, FileNotFoundError: As `make_config`, `check_loss` and `make_image_processor`.
         """
         digits = self.data.is_digits
+        self.lora.check(source=self.model.model_name_or_path, trains=self.training.do_train)
         self.config: PreTrainedConfig = make_config(self.model, self.dropkey, digits=digits)
         check_loss(self.config, label_smoothing=self.training.label_smoothing_factor)
         self.processor: BaseImageProcessor = make_image_processor(self.config, self.model, digits=digits)
@@ -92,10 +95,17 @@ class ClassificationJob(TrainingJob[ImageData]):
         return fit_classes(data, self.config, self.model)
 
     def make_model(self, data: ImageData) -> PreTrainedModel:
-        """The model, with pretrained weights or new ones."""
+        """The model, with pretrained weights or new ones; with `--lora_r` a `PeftModel` around it."""
         if is_native(self.config):
-            return make_model(self.config, self.model)
-        return pretrained_model(self.config, self.model, self.dropkey, self.size)
+            model = make_model(self.config, self.model)
+            new = head_modules(model)
+        else:
+            model, new = pretrained_model(self.config, self.model, self.dropkey, self.size)
+        if self.lora.lora_r is None:
+            return model
+        source, revision = str(self.model.model_name_or_path), self.model.revision
+        adapted: PreTrainedModel = add_lora(model, self.lora, source=source, revision=revision, trained=new)
+        return adapted
 
     def make_trainer(self, model: PreTrainedModel, data: ImageData) -> GuardedTrainer:
         """The `Trainer`; the data sets give tensors from now on."""
@@ -110,6 +120,7 @@ class ClassificationJob(TrainingJob[ImageData]):
             compute_metrics=classification_metrics,
             callbacks=[AugmentationEpoch(transform), *self.callbacks],
             on_nonfinite_loss=self.run.on_nonfinite_loss,
+            merge_adapter=self.lora.merge_adapter,
         )
 
     def fingerprint(self, data: ImageData) -> Fingerprint:
@@ -140,7 +151,7 @@ class ClassificationJob(TrainingJob[ImageData]):
 
     def settings(self) -> dict[str, str]:
         """All settings that determine the trained weights, as JSON values; data files by name and content hash."""
-        groups = (self.model, self.dropkey, self.ramp, self.data, self.augmentation_arguments)
+        groups = (self.model, self.dropkey, self.ramp, self.data, self.augmentation_arguments, self.lora)
         values = {name: str(value) for group in groups for name, value in asdict(group).items()}
         values |= super().settings()
         for name in ("train_file", "validation_file", "train_dir", "validation_dir"):

@@ -131,7 +131,7 @@ def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def pretrained_model(
     config: PreTrainedConfig, model: ModelArguments, dropkey: ClassificationDropKeyArguments, size: tuple[int, int]
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, list[str]]:
     """The model with pretrained weights, positions for its image size, and DropKey.
 
     Args:
@@ -140,10 +140,21 @@ def pretrained_model(
         dropkey: The settings of DropKey.
         size: Height and width of the images in pixels.
 
+    Returns:
+        The model, and the names of its modules that have new weights, the classifier among them.
+
     Raises:
         ValueError: Weights are missing, positions cannot be resized, the model does not take images of this size, or
             no attention can drop keys.
     """
+    made, new = load_weights(config, model)
+    check_images(made, size, str(model.model_name_or_path))
+    dropkey.apply(made)
+    return made, new
+
+
+def load_weights(config: PreTrainedConfig, model: ModelArguments) -> tuple[PreTrainedModel, list[str]]:
+    """As `pretrained_model`, without DropKey and without a look at the images."""
     new_classifier = isinstance(config, DropKeyFeaturesConfig) and not config.architectures
     auto: Any = AutoModel if new_classifier else AutoModelForImageClassification
     loaded, report = auto.from_pretrained(
@@ -167,9 +178,14 @@ def pretrained_model(
             config, attn_implementation=model.attn_implementation
         )
         made.features = loaded
-    check_images(made, size, str(model.model_name_or_path))
-    dropkey.apply(made)
-    return made
+    prefix = "features." if new_classifier else ""
+    new = {f"{prefix}{name.rpartition('.')[0]}" for name in report["missing_keys"] if not is_head(name)}
+    return made, [*head_modules(made), *sorted(new)]
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Names of a model's classifiers."""
+    return [name for name, _ in model.named_children() if is_head(name)]
 
 
 def check_weights(missing: Iterable[str], source: str) -> None:

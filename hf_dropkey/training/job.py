@@ -18,6 +18,9 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from ..hub.cards import shown_command
 from ..hub.trainer import check_training_arguments, output_folder
+from ..patching.adapters import is_adapted
+from ..patching.sites import transformers_model
+from ..saved import config_file
 from .arguments import RunArguments, parse_arguments
 from .checkpoints import check_same_model, check_writable, prepare_output_folder
 from .guards import check_devices
@@ -216,7 +219,8 @@ class TrainingJob(ABC, Generic[Data]):
         set_seed(self.training.seed)
         model = self.make_model(data)
         if checkpoint is not None:
-            check_same_model(model.config, checkpoint)
+            adapters: Any = getattr(model, "peft_config", {}) if is_adapted(model) else {}
+            check_same_model(transformers_model(model).config, checkpoint, next(iter(adapters.values()), None))
             if self.training.should_log:
                 tell_changes(checkpoint, run_settings(self.training), self.fingerprint(data))
         logger.info("%d parameters", model.num_parameters())
@@ -318,7 +322,7 @@ def write_card(trainer: GuardedTrainer, facts: dict[str, Any]) -> None:
     """Writes the model card beside the weights, and uploads everything if `--push_to_hub` is set."""
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**facts)
-    elif (output_folder(trainer.args) / "config.json").is_file():
+    elif config_file(output_folder(trainer.args)).is_file():
         # a run that only evaluates saves no model
         trainer.create_model_card(**facts)
 

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..hub.trainer import HubTrainer
 from .callbacks import DropKeySeedCallback
 from .guards import LossGuard, check_engine, named_save, note_where_to_resume
+from .lora import merged
 from .record import RunRecord, run_settings
 
 
@@ -67,8 +68,11 @@ class GuardedTrainer(HubTrainer):
     resume it averages losses and counts seconds from there, and takes a step too many if there is none left.
     """
 
-    def __init__(self, *args: Any, on_nonfinite_loss: str = "stop", **kwargs: Any) -> None:
-        """As `Trainer`; `on_nonfinite_loss` is "stop" or "skip"."""
+    def __init__(
+        self, *args: Any, on_nonfinite_loss: str = "stop", merge_adapter: bool = False, **kwargs: Any
+    ) -> None:
+        """As `Trainer`; `on_nonfinite_loss` is "stop" or "skip"; `merge_adapter` makes a trained adapter a plain model."""
+        self.merge_adapter = merge_adapter
         self.loss_guard = LossGuard(on_nonfinite_loss)
         self._begun, self._seconds_before = time.time(), 0.0
         super().__init__(*args, **kwargs)
@@ -136,7 +140,11 @@ class GuardedTrainer(HubTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; an error says which checkpoint to go on from."""
         with note_where_to_resume(Path(str(self.args.output_dir))):
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        if self.merge_adapter:
+            # what is evaluated and saved from now on; checkpoints hold the adapter
+            self.model = self.model_wrapped = merged(self.accelerator.unwrap_model(self.model))
+        return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `Trainer.training_step`, with a look at the loss.
