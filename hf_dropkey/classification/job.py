@@ -16,6 +16,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, 
 from ..images.augmentation import Augmentation, AugmentationEpoch
 from ..images.tables import matching_files
 from ..training.arguments import RampArguments, RunArguments
+from ..training.finetune import FineTuningArguments, freeze, learning_rates
 from ..training.job import TrainingJob, public_name
 from ..training.lora import LoraArguments, add_lora
 from ..training.record import Fingerprint
@@ -60,6 +61,7 @@ class ClassificationJob(TrainingJob[ImageData]):
         size: Height and width of the images that the model gets, in pixels.
         augmentation: How training images vary.
         processor: The image processor.
+        new_modules: Names of the modules of the model with new weights, the classifier among them.
     """
 
     TASK = "image-classification"
@@ -69,6 +71,7 @@ class ClassificationJob(TrainingJob[ImageData]):
     ramp: RampArguments
     data: DataArguments
     augmentation_arguments: AugmentationArguments
+    fine_tuning: FineTuningArguments
     lora: LoraArguments
     run: RunArguments
     training: TrainingArguments
@@ -80,6 +83,7 @@ class ClassificationJob(TrainingJob[ImageData]):
             ValueError, FileNotFoundError: As `make_config`, `check_loss` and `make_image_processor`.
         """
         digits = self.data.is_digits
+        self.fine_tuning.check(source=self.model.model_name_or_path, lora=self.lora.lora_r is not None)
         self.lora.check(source=self.model.model_name_or_path, trains=self.training.do_train)
         self.config: PreTrainedConfig = make_config(self.model, self.dropkey, digits=digits)
         check_loss(self.config, label_smoothing=self.training.label_smoothing_factor)
@@ -88,6 +92,7 @@ class ClassificationJob(TrainingJob[ImageData]):
         self.size: tuple[int, int] = made
         self.augmentation: Augmentation = self.augmentation_arguments.augmentation(made, digits=digits)
         self.callbacks = self.ramp.callbacks()
+        self.new_modules: list[str] = []
 
     def load(self) -> ImageData:
         """The images; the configuration gets their classes."""
@@ -101,6 +106,8 @@ class ClassificationJob(TrainingJob[ImageData]):
             new = head_modules(model)
         else:
             model, new = pretrained_model(self.config, self.model, self.dropkey, self.size)
+        self.new_modules = new
+        freeze(model, self.fine_tuning.freeze_layers, new)
         if self.lora.lora_r is None:
             return model
         source, revision = str(self.model.model_name_or_path), self.model.revision
@@ -121,7 +128,14 @@ class ClassificationJob(TrainingJob[ImageData]):
             callbacks=[AugmentationEpoch(transform), *self.callbacks],
             on_nonfinite_loss=self.run.on_nonfinite_loss,
             merge_adapter=self.lora.merge_adapter,
+            learning_rates=learning_rates(
+                model, self.fine_tuning, self.new_modules, float(self.training.learning_rate)
+            ),
         )
+
+    def fixed(self) -> dict[str, Any]:
+        """Which layers are trained, and how fast."""
+        return self.fine_tuning.recorded()
 
     def fingerprint(self, data: ImageData) -> Fingerprint:
         """Rows and hashes of names, labels and sizes of each split."""
@@ -151,7 +165,8 @@ class ClassificationJob(TrainingJob[ImageData]):
 
     def settings(self) -> dict[str, str]:
         """All settings that determine the trained weights, as JSON values; data files by name and content hash."""
-        groups = (self.model, self.dropkey, self.ramp, self.data, self.augmentation_arguments, self.lora)
+        groups: list[Any] = [self.model, self.dropkey, self.ramp, self.data, self.augmentation_arguments]
+        groups += [self.fine_tuning, self.lora]
         values = {name: str(value) for group in groups for name, value in asdict(group).items()}
         values |= super().settings()
         for name in ("train_file", "validation_file", "train_dir", "validation_dir"):

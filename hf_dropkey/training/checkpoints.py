@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,19 @@ def adapter_differences(adapter: Any, checkpoint: Path) -> list[str]:
         for name in ADAPTER_FIELDS
     ]
     return [f"{name} {there!r} there and {here!r} here" for name, there, here in pairs if there != here]
+
+
+def check_same_settings(settings: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raises ValueError if a checkpoint's run had other settings than these, by argument; what it did not record counts as equal."""
+    kept = recorded(checkpoint, "settings").get("fixed")
+    saved = kept if isinstance(kept, dict) else {}
+    differing = [
+        f"--{name} {saved[name]} there and {settings[name]} here"
+        for name in sorted(settings.keys() & saved.keys())
+        if saved[name] != settings[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{checkpoint} is of a run with other settings: {'; '.join(differing)}. Resume with those of that run, or start "
+            "a new one in another --output_dir"
+        )

@@ -22,7 +22,7 @@ from ..patching.adapters import is_adapted
 from ..patching.sites import transformers_model
 from ..saved import config_file
 from .arguments import RunArguments, parse_arguments
-from .checkpoints import check_same_model, check_writable, prepare_output_folder
+from .checkpoints import check_same_model, check_same_settings, check_writable, prepare_output_folder
 from .guards import check_devices
 from .lock import forget_complete, is_complete, locked_output, write_complete
 from .record import Fingerprint, run_settings, tell_changes
@@ -137,6 +137,10 @@ class TrainingJob(ABC, Generic[Data]):
         """Rows and hashes of labels, names and sizes of each split, by which a resumed run notices other data."""
         return {}
 
+    def fixed(self) -> dict[str, Any]:
+        """Settings of the task, as JSON values, that a resumed run must share with its checkpoint; none unless a task has some."""
+        return {}
+
     def draw(self, trainer: GuardedTrainer, data: Data) -> None:
         """Draws figures into the output folder; none unless a task does."""
 
@@ -221,6 +225,7 @@ class TrainingJob(ABC, Generic[Data]):
         if checkpoint is not None:
             adapters: Any = getattr(model, "peft_config", {}) if is_adapted(model) else {}
             check_same_model(transformers_model(model).config, checkpoint, next(iter(adapters.values()), None))
+            check_same_settings(self.fixed(), checkpoint)
             if self.training.should_log:
                 tell_changes(checkpoint, run_settings(self.training), self.fingerprint(data))
         logger.info("%d parameters", model.num_parameters())
@@ -237,6 +242,7 @@ class TrainingJob(ABC, Generic[Data]):
         kept = self.fingerprint(data) if self.training.do_train and self.training.should_save else {}
         trainer = self.make_trainer(model, data)
         trainer.record.data = {split: dict(parts) for split, parts in kept.items()}
+        trainer.record.settings["fixed"] = self.fixed()
         return trainer
 
     def settings(self) -> dict[str, str]:

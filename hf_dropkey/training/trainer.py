@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..hub.trainer import HubTrainer
 from .callbacks import DropKeySeedCallback
+from .finetune import split_groups
 from .guards import LossGuard, check_engine, named_save, note_where_to_resume
 from .lora import merged
 from .record import RunRecord, run_settings
@@ -69,10 +71,24 @@ class GuardedTrainer(HubTrainer):
     """
 
     def __init__(
-        self, *args: Any, on_nonfinite_loss: str = "stop", merge_adapter: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        on_nonfinite_loss: str = "stop",
+        merge_adapter: bool = False,
+        learning_rates: Mapping[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """As `Trainer`; `on_nonfinite_loss` is "stop" or "skip"; `merge_adapter` makes a trained adapter a plain model."""
+        """As `Trainer`, with three arguments more.
+
+        Args:
+            args: As `Trainer`.
+            on_nonfinite_loss: "stop" or "skip".
+            merge_adapter: Makes a trained adapter a plain model at the end.
+            learning_rates: Factors on the learning rate, by the name of the parameter; 1 for those that are left out.
+            kwargs: As `Trainer`.
+        """
         self.merge_adapter = merge_adapter
+        self.learning_rates = dict(learning_rates or {})
         self.loss_guard = LossGuard(on_nonfinite_loss)
         self._begun, self._seconds_before = time.time(), 0.0
         super().__init__(*args, **kwargs)
@@ -80,6 +96,14 @@ class GuardedTrainer(HubTrainer):
         record = RunRecord(run_settings(self.args))
         for callback in (DropKeySeedCallback(), TakeUp(self), record, SkipStep(self.loss_guard)):
             self.add_callback(callback)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As `Trainer.create_optimizer`, with the learning rates of the parameters."""
+        made = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if made and self.learning_rates:
+            split_groups(optimizer, self.model if model is None else model, self.learning_rates)
+        return optimizer
 
     @property
     def record(self) -> RunRecord:
