@@ -63,6 +63,7 @@ def pretrained_config(model: ModelArguments, dropkey: ClassificationDropKeyArgum
     if not remote and type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         config = features_config(config, source)
     change_fields(config, model, dropkey)
+    set_drop_path(vision_config(config), model)
     if model.image_size is not None:
         vision_config(config).image_size = model.image_size
         if getattr(vision_config(config), "patch_size", None) is not None:
@@ -118,6 +119,32 @@ def change_fields(config: PreTrainedConfig, model: ModelArguments, dropkey: Clas
         raise ValueError(f"{type(own).__name__} has no fields {unknown}; it has {known}")
     for name, value in changes.items():
         setattr(own, name, value)
+
+
+def set_drop_path(config: PreTrainedConfig, model: ModelArguments) -> None:
+    """Sets the rate of stochastic depth.
+
+    Raises:
+        ValueError: The rate is outside [0, 1), or the model has no stochastic depth.
+    """
+    rate = model.drop_path_rate
+    if rate is None:
+        return
+    if not 0 <= rate < 1:
+        raise ValueError(f"--drop_path_rate {rate} is outside [0, 1); choose for example 0.1")
+    if not hasattr(config, "drop_path_rate"):
+        raise ValueError(
+            f"--drop_path_rate {rate} is for models with stochastic depth, and {config.model_type} has none; leave it out"
+        )
+    config.drop_path_rate = rate
+
+
+def check_drop_path(model: PreTrainedModel, rate: float | None) -> None:
+    """Raises ValueError if no module of a model skips layers, although its configuration has a rate for it."""
+    if rate and not any("DropPath" in type(module).__name__ for module in model.modules()):
+        raise ValueError(
+            f"--drop_path_rate {rate} changes nothing in {type(model).__name__}, which has no stochastic depth; leave it out"
+        )
 
 
 def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -152,6 +152,8 @@ def split_groups(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapp
     Raises:
         ValueError: A group has no learning rate that could be scaled, as Adafactor's by default.
     """
+    if not rates:
+        return
     factors = {id(part): rates.get(plain_name(name), 1.0) for name, part in model.named_parameters()}
     groups = []
     for group in optimizer.param_groups:
