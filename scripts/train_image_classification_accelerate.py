@@ -46,6 +46,7 @@ from hf_dropkey.extras import needed
 from hf_dropkey.hub.cards import RunFacts, shown_command, write_card
 from hf_dropkey.training.callbacks import seed_process
 from hf_dropkey.training.checkpoints import checkpoints_in, step_of
+from hf_dropkey.training.defaults import default_words
 from hf_dropkey.training.finetune import split_groups
 from hf_dropkey.training.guards import LossGuard, check_devices, check_engine, named_save, note_where_to_resume
 from hf_dropkey.training.job import started_command
@@ -143,6 +144,11 @@ def check_training_arguments(training: TrainingArguments) -> None:
 
 class LoopJob(ClassificationJob):
     """The job of `train_image_classification.py`, with the arguments of `Trainer` that the loop below has."""
+
+    @classmethod
+    def defaults(cls, command: Sequence[str]) -> list[str]:
+        """As of `ClassificationJob`, without those that the loop does not have."""
+        return default_words(command, without=("load_best_model_at_end", "metric_for_best_model"))
 
     def check_training_arguments(self) -> None:
         """As the function of that name."""

@@ -135,7 +135,16 @@ def test_a_run_trains_what_is_not_frozen_and_resumes_to_the_same_bits(tmp_path: 
 @pytest.mark.usefixtures("auto_image_processor")
 def test_adapters_have_the_rates_of_their_layers(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    training = job(saved("vit", tmp_path / "source"), tmp_path / "run", "--lora_r", "2", "--layer_decay", "0.5")
+    training = job(
+        saved("vit", tmp_path / "source"),
+        tmp_path / "run",
+        "--lora_r",
+        "2",
+        "--layer_decay",
+        "0.5",
+        "--learning_rate",
+        "0.1",
+    )
     training.check()
     data = training.load()
     trainer = training.trainer(training.make_model(data), data)

@@ -6,7 +6,7 @@ command names.
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..images.augmentation import Augmentation, AugmentationEpoch
 from ..images.mixing import Mixing, MixingCollator, mixed_loss
 from ..images.tables import matching_files
 from ..training.arguments import RampArguments, RunArguments
+from ..training.defaults import STARTS, default_words, start_of
 from ..training.finetune import FineTuningArguments, freeze, learning_rates
 from ..training.job import TrainingJob, public_name
 from ..training.lora import LoraArguments, add_lora
@@ -81,6 +82,23 @@ class ClassificationJob(TrainingJob[ImageData]):
     lora: LoraArguments
     run: RunArguments
     training: TrainingArguments
+
+    @classmethod
+    def defaults(cls, command: Sequence[str]) -> list[str]:
+        """Defaults by kind of start, for a command without a recipe."""
+        return default_words(command)
+
+    def begin(self) -> None:
+        """As `TrainingJob.begin`, with the defaults in the log."""
+        super().begin()
+        if self.added:
+            kind = STARTS[start_of(self.start_words())]
+            logger.info("defaults for %s, where the command says nothing: %s", kind, " ".join(self.added))
+
+    def start_words(self) -> list[str]:
+        """The arguments that decide about the kind of start."""
+        source, rank = self.model.model_name_or_path, self.lora.lora_r
+        return [*(["--model_name_or_path"] if source else []), *(["--lora_r"] if rank else [])]
 
     def check(self) -> None:
         """Makes configuration, augmentation and image processor.

@@ -96,6 +96,8 @@ class TrainingJob(ABC, Generic[Data]):
     TASK: ClassVar[str]
     run: RunArguments
     training: TrainingArguments
+    # what `defaults` has added to the command
+    added: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, command: Sequence[str]) -> Self:
@@ -106,8 +108,15 @@ class TrainingJob(ABC, Generic[Data]):
         """
         groups = get_type_hints(cls)
         made: Any = cls
-        job: Self = made(*parse_arguments([groups[group.name] for group in fields(made)], command))
+        added = cls.defaults(command)
+        job: Self = made(*parse_arguments([groups[group.name] for group in fields(made)], [*command, *added]))
+        job.added = tuple(added)
         return job
+
+    @classmethod
+    def defaults(cls, command: Sequence[str]) -> list[str]:
+        """Words to add to a command that does not say everything; none unless a task has such defaults."""
+        return []
 
     @abstractmethod
     def check(self) -> None:
