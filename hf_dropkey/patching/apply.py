@@ -45,6 +45,8 @@ MODULE_STATE = (
     "dropkey_ratio",
     "dropkey_pattern",
     "dropkey_window",
+    "dropkey_configured",
+    "dropkey_owner_config",
     "dropkey_base_ratio",
     "dropkey_pixels",
 )
@@ -242,7 +244,7 @@ def apply_dropkey(
     report = DropKeyReport(
         type(root).__name__,
         settings.pattern,
-        tuple(_install(chosen, settings, undo.pixels)),
+        tuple(_install(chosen, settings, undo.pixels, root.config)),
         tuple(unreached),
         replaced,
     )
@@ -341,9 +343,9 @@ def _move(root: PreTrainedModel, chosen: list[AttentionSite], backend: str) -> N
 
 
 def _install(
-    chosen: list[AttentionSite], settings: DropKeySettings, pixels: SeenPixels
+    chosen: list[AttentionSite], settings: DropKeySettings, pixels: SeenPixels, config: PreTrainedConfig
 ) -> Iterator[RegularisedAttention]:
-    """Sets the chosen modules up, stack by stack in order of execution."""
+    """Sets the chosen modules up, stack by stack in order of execution; `config` is what remembers the settings."""
     stacks: dict[str, list[AttentionSite]] = {}
     for site in chosen:
         stacks.setdefault(site.stack, []).append(site)
@@ -356,6 +358,7 @@ def _install(
             module.dropkey_ratio = ratio
             module.dropkey_pattern = settings.pattern
             module.dropkey_window = settings.window
+            module.dropkey_configured, module.dropkey_owner_config = settings.ratio, config
             if not site.native and not isinstance(module.config, DropKeyConfigView):
                 module.config = DropKeyConfigView(module.config, module)
             if not site.native:
