@@ -248,6 +248,7 @@ def apply_dropkey(
         tuple(unreached),
         replaced,
     )
+    _leave_out(root, chosen, settings)
     _watch_pixels(root, undo)
     settings.remember(root.config)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -365,6 +366,16 @@ def _install(
                 hold_ratio_data(module)
                 module.dropkey_pixels = pixels
             yield RegularisedAttention(site.name, depth, site.kind, site.side, ratio, _backend(site))
+
+
+def _leave_out(root: PreTrainedModel, chosen: list[AttentionSite], settings: DropKeySettings) -> None:
+    """Gives the attentions of this package that are not chosen the ratio 0; they have one from their configuration."""
+    taken = {id(site.module) for site in chosen}
+    for site in find_attention(root)[0]:
+        module: Any = site.module
+        if site.native and id(module) not in taken:
+            module.dropkey_ratio = 0.0
+            module.dropkey_configured, module.dropkey_owner_config = settings.ratio, root.config
 
 
 def _watch_pixels(root: PreTrainedModel, undo: _Undo) -> None:
