@@ -13,8 +13,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_imports
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import models
+from .patching.dispatch import DROPKEY_NAME
 
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -149,6 +151,16 @@ def check_model_source(source: str) -> None:
             f"--model_name_or_path {source} is {'a file' if Path(source).is_file() else 'not there'}; give the folder of a "
             "saved model, or an id of the Hub such as owner/name"
         )
+
+
+def check_attention(name: str | None) -> None:
+    """Raises ValueError for an `attn_implementation` that neither Transformers nor this package has."""
+    # "owner/name" is a kernel of the Hub
+    if name is None or "/" in name:
+        return
+    known = ["eager", *(one for one in ALL_ATTENTION_FUNCTIONS.keys() if "|" not in one and one != DROPKEY_NAME)]  # noqa: SIM118  # no dict
+    if name not in known:
+        raise ValueError(f"--attn_implementation {name} is unknown; choose from {', '.join(sorted(known))}")
 
 
 def missing_model_files(folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, 
 
 from ..images.augmentation import Augmentation, AugmentationEpoch
 from ..images.tables import matching_files
+from ..saved import check_attention
 from ..training.arguments import RampArguments, RunArguments
 from ..training.job import TrainingJob, public_name
 from ..training.record import Fingerprint
@@ -77,6 +78,7 @@ class ClassificationJob(TrainingJob[ImageData]):
         Raises:
             ValueError, FileNotFoundError: As `make_config`, `check_loss` and `make_image_processor`.
         """
+        check_attention(self.model.attn_implementation)
         digits = self.data.is_digits
         self.config: PreTrainedConfig = make_config(self.model, self.dropkey, digits=digits)
         check_loss(self.config, label_smoothing=self.training.label_smoothing_factor)
