@@ -6,7 +6,7 @@ command names.
 
 import hashlib
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, 
 
 from ..images.augmentation import Augmentation, AugmentationEpoch
 from ..images.tables import matching_files
+from ..pages.observed import Observed
 from ..saved import check_attention
 from ..training.arguments import RampArguments, RunArguments
 from ..training.job import TrainingJob, public_name
@@ -23,6 +24,7 @@ from ..training.trainer import GuardedTrainer
 from .arguments import AugmentationArguments, ClassificationDropKeyArguments, DataArguments, ModelArguments
 from .data import ImageData, load_image_data
 from .metrics import classification_metrics
+from .mistakes import KeptPredictions, save_predictions
 from .model import check_loss, fit_classes, is_native, made_size, make_config, make_image_processor, make_model
 from .pretrained import pretrained_model
 from .transform import collate_images, transform_rows
@@ -87,6 +89,7 @@ class ClassificationJob(TrainingJob[ImageData]):
         self.size: tuple[int, int] = made
         self.augmentation: Augmentation = self.augmentation_arguments.augmentation(made, digits=digits)
         self.callbacks = self.ramp.callbacks()
+        self.kept = KeptPredictions(classification_metrics)
 
     def load(self) -> ImageData:
         """The images; the configuration gets their classes."""
@@ -109,10 +112,16 @@ class ClassificationJob(TrainingJob[ImageData]):
             eval_dataset=data.evaluation,
             processing_class=self.processor,
             data_collator=collate_images,
-            compute_metrics=classification_metrics,
+            compute_metrics=self.kept,
             callbacks=[AugmentationEpoch(transform), *self.callbacks],
             on_nonfinite_loss=self.run.on_nonfinite_loss,
         )
+
+    def observe(self, trainer: GuardedTrainer, data: ImageData) -> Observed:
+        """As `TrainingJob.observe`, with every prediction of the last evaluation and pictures of the worst mistakes."""
+        mistakes = save_predictions(self.output, self.kept, data)
+        classes = data.label_names if self.kept.kept is not None else []
+        return replace(super().observe(trainer, data), classes=classes, mistakes=mistakes)
 
     def fingerprint(self, data: ImageData) -> Fingerprint:
         """Rows and hashes of names, labels and sizes of each split."""
