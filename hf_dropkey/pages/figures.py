@@ -11,6 +11,7 @@ from ..plots import LINE_COLORS, LINE_STYLES, MARKERS, RIGHT_COLOR, WRONG_COLOR
 
 
 with needed("plots"):
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -39,11 +40,12 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: str, t
     axis.set(xlabel="optimiser step", ylabel=ylabel)
     axis.margins(y=0.08)
     axis.grid(visible=True, alpha=0.3)
-    axis.legend(fontsize=9)
+    if len(series) > 1:
+        axis.legend(fontsize=9)
     return figure
 
 
-def _axis(title: str, height: float = HEIGHT, width: float = WIDTH) -> tuple[Figure, "object"]:
+def _axis(title: str, height: float = HEIGHT, width: float = WIDTH) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axis = figure.subplots()
     axis.set_title(title, fontsize=10)

@@ -23,7 +23,7 @@ p { margin: .5rem 0; } .note { color: #555; font-size: .9rem; }
 .tile { flex: 1 1 8.5rem; border: 1px solid #ccc; border-radius: .4rem; padding: .5rem .75rem; }
 .tile b { display: block; font-size: 1.35rem; } .tile span { color: #555; font-size: .85rem; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-figure { margin: 0; } figure.chart { flex: 0 1 30rem; } figure.wide { flex: 1 1 100%; }
+figure { margin: 0; } figure.chart { flex: 0 1 30rem; max-width: 30rem; } figure.wide { flex: 1 1 100%; }
 figure img { max-width: 100%; height: auto; } figcaption { font-size: .85rem; color: #333; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .75rem; }
 .pictures img { width: 100%; image-rendering: auto; } .pictures img.small { image-rendering: pixelated; }

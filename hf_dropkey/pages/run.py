@@ -110,7 +110,10 @@ class Run:
             )
             return
         shown = {name: value for name, value in self.metrics.items() if name != "loss"} or self.metrics
-        first = [(_label(name), f"{value:.4g}") for name, value in list(shown.items())[:4]]
+        first = [
+            (_label(name), f"{value:.4f}" if abs(value) < 10 else f"{value:.4g}")
+            for name, value in list(shown.items())[:4]
+        ]
         if "train_runtime" in self.results:
             first.append(("training time", _duration(self.results["train_runtime"])))
         if "parameters" in self.results:
@@ -181,6 +184,8 @@ class Run:
     def dropkey_sections(self) -> Iterator[page.Section]:
         """Settings, schedule, measured fractions, and the attentions that drop nothing."""
         rows = [(text, self.config[name]) for name, text in SETTINGS.items() if self.config.get(name) is not None]
+        if self.config.get("dropkey_pattern") not in ("block", "cross"):
+            rows = [(text, value) for text, value in rows if text != SETTINGS["dropkey_window"]]
         report = _attentions(self.folder)
         layers, note = self._drops(report)
         if not rows and not layers:
