@@ -28,7 +28,7 @@ figure img { max-width: 100%; height: auto; } figcaption { font-size: .85rem; co
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .75rem; }
 .pictures img { width: 100%; image-rendering: auto; } .pictures img.small { image-rendering: pixelated; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { text-align: left; padding: .2rem .75rem .2rem 0; border-bottom: 1px solid #eee; vertical-align: top; }
+th, td { text-align: left; padding: .2rem .75rem .2rem 0; border-bottom: 1px solid #eee; vertical-align: top; overflow-wrap: normal; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { overflow-x: auto; background: #f4f4f4; padding: .5rem; font-size: .85rem; white-space: pre-wrap; }
 nav a { margin-right: .75rem; } a { color: #0057a0; } summary { cursor: pointer; }
