@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
 from safetensors.torch import load_file
 from stock_models import SIDE, job, saved, words_of
 from transformers import AutoModelForImageClassification
 
 from hf_dropkey import apply_dropkey, load_classifier
+from hf_dropkey.classification import evaluation, prediction
 from hf_dropkey.classification.job import ClassificationJob
 from hf_dropkey.hub.cards import write_card
 from hf_dropkey.hub.push_plan import plan_push
@@ -174,3 +176,19 @@ def test_an_adapter_that_lacks_something_is_an_error_that_says_so(adapter: Path,
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="has base_model_name_or_path None; write there"):
         load_classifier(folder)
+
+
+def test_an_adapter_is_evaluated_and_predicts_from_the_command_line(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (40, 40), (200, 30, 30)).save(tmp_path / "a.png")
+    words = ["--model_name_or_path", str(adapter)]
+    out = ["--output_file", str(tmp_path / "out.json")]
+    evaluation.main([*words, "--use_cpu", "--max_eval_samples", "16", *out])
+    trained = json.loads((adapter / "eval_results.json").read_text())
+    assert json.loads((tmp_path / "out.json").read_text())["nll"] == pytest.approx(trained["eval_nll"], abs=1e-4)
+    prediction.predict(prediction.PredictionArguments(str(adapter), [str(tmp_path / "a.png")], output_file=out[1]))
+    (found,) = json.loads((tmp_path / "out.json").read_text())
+    assert found["label"] in map(str, range(10)) and "PeftModel" in capsys.readouterr().out
+    page = (adapter / "report.html").read_text()
+    assert "Measured on" in page

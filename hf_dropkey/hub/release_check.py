@@ -50,6 +50,7 @@ SCRIPTED = re.compile(r"<script|javascript:|\son[a-z]+\s*=|<foreignobject|<!enti
 # files that a Trainer leaves in its folder beside the model; only resuming reads them, and `push` does not send them
 RUN_FILES = re.compile(
     r"(.*/)?(training_args\.bin|(optimizer|scheduler|scaler|rng_state)[\w.-]*\.(pt|pth|bin))"
+    r"|report\.html|report_data\.json|predictions\.csv|mistakes/.*"
     r"|(.*/)?(runs|wandb|mlruns|trackio)/.*|(.*/)?events\.out\.tfevents\.[^/]*|(.*/)?[^/]*\.log"
 )
 DIGEST = re.compile(r"(sha256:)?[0-9a-f]{64}")
