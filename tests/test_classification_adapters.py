@@ -18,6 +18,7 @@ from hf_dropkey.classification import evaluation, prediction
 from hf_dropkey.classification.job import ClassificationJob
 from hf_dropkey.hub.cards import write_card
 from hf_dropkey.hub.push_plan import plan_push
+from hf_dropkey.hub.release_check import check_release
 from hf_dropkey.inspection.analysis import drop_schedule
 from hf_dropkey.inspection.saved import inspect_folder
 from hf_dropkey.patching.apply import forgotten_ratio
@@ -153,6 +154,17 @@ def test_cards_reports_and_pushes_understand_adapters(adapter: Path, tmp_path: P
     assert "training_args.bin" not in sent
     (folder / "README.md").unlink()
     assert "adapter of rank 4" in write_card(folder).read_text()
+
+
+def test_a_check_names_the_base_model_that_it_has_not_seen(adapter: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(adapter, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*"))
+    report = check_release(folder)
+    assert not report.trusted
+    (line,) = [problem for problem in report.problems if "this is an adapter of" in problem]
+    assert "source, which is loaded with it and was not checked: check that too" in line
+    assert not any("base_config.json" in problem or "not a saved model" in problem for problem in report.problems)
+    (folder / "adapter_model.safetensors").unlink()
+    assert any("adapter_model.safetensors is not there" in problem for problem in check_release(folder).problems)
 
 
 def test_an_adapter_that_lacks_something_is_an_error_that_says_so(adapter: Path, tmp_path: Path) -> None:
