@@ -8,6 +8,7 @@ the last layer, the mean over heads, for a Vision Transformer.
 import json
 import sys
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,8 @@ def load(arguments: PredictionArguments) -> tuple[Any, list[str], Any]:
     attention = {} if arguments.attention_file is None else {"attn_implementation": "eager"}
     processor = AutoImageProcessor.from_pretrained(name, **source)
     if find_adapter_config_file(name, revision=arguments.revision) is not None:
-        from hf_dropkey import load_classifier
-
-        model = load_classifier(name, **source, **attention)
+        # by name, because this file also runs outside of the package
+        model = import_module("hf_dropkey.classification.adapters").load_classifier(name, **source, **attention)
         found = {"id2label": {str(number): label for number, label in model.config.id2label.items()}}
         return model, class_names(found, name), processor
     config, _ = PreTrainedConfig.get_config_dict(name, revision=arguments.revision)
