@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import transformers as hf
-from stock_models import MODELS, SWIN
+from stock_models import MODELS, SWIN, VIT
 from torch import nn
 
 from hf_dropkey.training.lora import LoraArguments, add_lora, lora_targets, merged
@@ -50,7 +50,7 @@ def test_queries_and_values_are_found_in_every_architecture(name: str) -> None:
 
 
 def test_targets_that_match_nothing_are_named() -> None:
-    model = hf.SwinForImageClassification(hf.SwinConfig(**SWIN))
+    model = hf.ViTForImageClassification(hf.ViTConfig(**VIT))
     with pytest.raises(
         ValueError, match=r"--lora_target_modules wrong query matches no linear layer.* end in .*q_proj"
     ):
