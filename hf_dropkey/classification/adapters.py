@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from ..extras import needed
 from ..images.classes import check_id2label
