@@ -17,7 +17,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import moved
-from .export import export_plain
+from .export import export_graph, export_plain
 from .inference import MonteCarloPrediction, monte_carlo_predict
 from .models import (
     DropKeyCeitConfig,
@@ -147,6 +147,7 @@ __all__ = [
     "dropkey_active",
     "dropkey_attention",
     "dropkey_disabled",
+    "export_graph",
     "export_plain",
     "layer_ratios",
     "monte_carlo_predict",

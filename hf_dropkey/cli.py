@@ -64,11 +64,24 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Writes a plain Transformers checkpoint."""
-    from .export import export_plain
+    """Writes a plain Transformers checkpoint, or a graph."""
+    from .export import export_graph, export_plain
     from .saved import check_model_folder
 
     check_model_folder(arguments.folder)
+    if arguments.format != "safetensors":
+        graph = export_graph(
+            arguments.folder,
+            arguments.out,
+            file_format=arguments.format,
+            image_size=arguments.image_size,
+            int8=arguments.int8,
+            overwrite=arguments.overwrite,
+        )
+        print(f"{arguments.out}: {graph}")
+        return 0
+    if arguments.int8 or arguments.image_size:
+        raise ValueError("--int8 and --image_size belong to --format onnx or pt2; a plain checkpoint has neither")
     model = export_plain(arguments.folder, arguments.out, overwrite=arguments.overwrite)
     print(f"{arguments.out}: {type(model).__name__}, a plain Transformers checkpoint")
     return 0
@@ -144,11 +157,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     checking.set_defaults(run=check)
 
-    exporting = commands.add_parser("export", help="write a plain Transformers checkpoint: no DropKey, no code")
+    exporting = commands.add_parser(
+        "export", help="write a plain Transformers checkpoint (no DropKey, no code), or a graph for other runtimes"
+    )
     exporting.add_argument("folder", type=Path, help="saved model")
     exporting.add_argument("out", type=Path, help="folder to write; new or empty")
     exporting.add_argument(
         "--overwrite", action="store_true", help="replace the saved model in out; all files there are deleted"
+    )
+    exporting.add_argument(
+        "--format",
+        choices=("safetensors", "onnx", "pt2"),
+        default="safetensors",
+        help="a plain checkpoint, or a graph with a free batch size; default: safetensors",
+    )
+    exporting.add_argument("--int8", action="store_true", help="an ONNX graph with weights in 8 bits, too")
+    exporting.add_argument(
+        "--image_size", type=int, help="side in pixels of the images of a graph; default: the processor's"
     )
     exporting.set_defaults(run=export)
 

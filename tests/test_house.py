@@ -200,7 +200,14 @@ def test_the_public_names() -> None:
         for part in ("Config", "Model", "ForImageClassification", "PreTrainedModel")
     }
     patching = {"DropKeyReport", "apply_dropkey", "remove_dropkey", "dropkey", "dropkey_active", "dropkey_disabled"}
-    inference = {"MonteCarloPrediction", "monte_carlo_predict", "export_plain", "layer_ratios", "default_backend"}
+    inference = {
+        "MonteCarloPrediction",
+        "monte_carlo_predict",
+        "export_plain",
+        "export_graph",
+        "layer_ratios",
+        "default_backend",
+    }
     training = {
         "DropKeyGuardCallback",
         "DropKeyLogCallback",
