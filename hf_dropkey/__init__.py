@@ -57,6 +57,7 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .classification.adapters import load_classifier
     from .hub.push import push_folder
     from .hub.trainer import HubTrainer
     from .training.callbacks import (
@@ -99,6 +100,7 @@ LAZY = {
     "DropKeyScheduleCallback": "training.callbacks",
     "DropKeySeedCallback": "training.callbacks",
     "HubTrainer": "hub.trainer",
+    "load_classifier": "classification.adapters",
     "push_folder": "hub.push",
 }
 
@@ -150,6 +152,7 @@ __all__ = [
     "export_graph",
     "export_plain",
     "layer_ratios",
+    "load_classifier",
     "monte_carlo_predict",
     "push_folder",
     "remove_dropkey",
