@@ -13,9 +13,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_imports
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import models
 from .patching.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CONFIG
+from .patching.dispatch import DROPKEY_NAME
 
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -190,6 +192,16 @@ def base_of(folder: Path) -> str:
             "is for, a folder or an id of the Hub"
         )
     return named
+
+
+def check_attention(name: str | None) -> None:
+    """Raises ValueError for an `attn_implementation` that neither Transformers nor this package has."""
+    # "owner/name" is a kernel of the Hub
+    if name is None or "/" in name:
+        return
+    known = ["eager", *(one for one in ALL_ATTENTION_FUNCTIONS.keys() if "|" not in one and one != DROPKEY_NAME)]  # noqa: SIM118  # no dict
+    if name not in known:
+        raise ValueError(f"--attn_implementation {name} is unknown; choose from {', '.join(sorted(known))}")
 
 
 def missing_model_files(folder: Path) -> list[str]:

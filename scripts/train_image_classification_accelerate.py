@@ -1,8 +1,8 @@
 """Trains as `train_image_classification.py` does, from the same recipes, in a loop that is all here to read and change.
 
-    python scripts/train_image_classification_accelerate.py scripts/recipes/digits_vit.json --output_dir runs/digits
+    python scripts/train_image_classification_accelerate.py recipe:digits_vit --output_dir runs/digits
     accelerate launch --config_file scripts/accelerate/several_gpus.yaml \
-        scripts/train_image_classification_accelerate.py scripts/recipes/digits_vit.json --output_dir runs/digits
+        scripts/train_image_classification_accelerate.py recipe:digits_vit --output_dir runs/digits
 On one process the losses are those of the other script, for the same seed. Arguments of `Trainer` that this loop does
 not have are an error: label smoothing, `load_best_model_at_end`, pushing (use `hf-dropkey push`) and so on.
 """

@@ -234,9 +234,9 @@ def test_arguments_that_make_no_sense_stop_before_any_data(
 
 def test_predictions_of_no_image(tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for more, message in ((("--images", "no.png"), "no image file or folder"), (("--images", "."), "no image in")):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(FileNotFoundError, match=message):
             here("predict_hoi", monkeypatch, tmp_path, "--model", str(saved), "--out", "found", *more)
-    with pytest.raises(SystemExit, match="--threshold 2.0 is outside"):
+    with pytest.raises(ValueError, match="--threshold 2.0 is outside"):
         here(
             "predict_hoi",
             monkeypatch,

@@ -18,6 +18,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, 
 from ..images.augmentation import Augmentation, AugmentationEpoch
 from ..images.mixing import Mixing, MixingCollator, mixed_loss
 from ..images.tables import matching_files
+from ..saved import check_attention
 from ..training.arguments import RampArguments, RunArguments
 from ..training.defaults import STARTS, default_words, start_of
 from ..training.finetune import FineTuningArguments, freeze, learning_rates
@@ -106,6 +107,7 @@ class ClassificationJob(TrainingJob[ImageData]):
         Raises:
             ValueError, FileNotFoundError: As `make_config`, `check_loss` and `make_image_processor`.
         """
+        check_attention(self.model.attn_implementation)
         digits = self.data.is_digits
         self.fine_tuning.check(source=self.model.model_name_or_path, lora=self.lora.lora_r is not None)
         self.lora.check(source=self.model.model_name_or_path, trains=self.training.do_train)

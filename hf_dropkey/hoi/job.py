@@ -188,7 +188,7 @@ class HoiEvaluation(HoiJob):
         """
         job = super().parse(command)
         if job.training.do_train:
-            raise ValueError("--do_train is of scripts/train_hoi.py; leave it out to score a model")
+            raise ValueError("--do_train is of hf-dropkey train --task hoi; leave it out to score a model")
         if not job.model.model_name_or_path:
             raise ValueError("give the model to score with --model_name_or_path")
         job.training.do_eval = True

@@ -162,6 +162,13 @@ def merged_readme(folder: Path, repo_id: str, there: str | None, *, replace: boo
 # --- the repository --------------------------------------------------------------------------------------------------
 
 
+def check_name(repo_id: str, *, revision: str | None = None) -> None:
+    """Raises ValueError for a name that no repository can have, and for a commit in place of a branch."""
+    validate_repo_id(repo_id)
+    if revision is not None and COMMIT.fullmatch(revision):
+        raise ValueError(f"revision={revision} is a commit, which cannot be pushed to; give a branch, or leave it out")
+
+
 def check_target(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> None:
     """Checks the target of a push as far as possible without the network.
 
@@ -169,9 +176,7 @@ def check_target(repo_id: str, *, revision: str | None = None, token: str | bool
         ValueError: The name or the revision is not allowed.
         PermissionError: No token is set.
     """
-    validate_repo_id(repo_id)
-    if revision is not None and COMMIT.fullmatch(revision):
-        raise ValueError(f"revision={revision} is a commit, which cannot be pushed to; give a branch, or leave it out")
+    check_name(repo_id, revision=revision)
     if "authorization" not in {name.lower() for name in build_hf_headers(token=token)}:
         raise PermissionError(
             "there is no token for the Hub; log in with `hf auth login` or set the environment variable HF_TOKEN, with a "

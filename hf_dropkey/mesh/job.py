@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -144,6 +144,26 @@ class MeshJob(TrainingJob[MeshData]):
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MeshEvaluation(MeshJob):
+    """Measures a saved model beside the mean body; nothing is trained."""
+
+    @classmethod
+    def parse(cls, command: Sequence[str]) -> Self:
+        """As `TrainingJob.parse`, for evaluation alone.
+
+        Raises:
+            ValueError: There is no model, or training was requested.
+        """
+        job = super().parse(command)
+        if job.training.do_train:
+            raise ValueError("--do_train is of hf-dropkey train --task mesh; leave it out to measure a model")
+        if not job.model.model_name_or_path:
+            raise ValueError("give the model to measure with --model_name_or_path")
+        job.training.do_eval = True
+        return job
 
 
 def load_mesh_data(
