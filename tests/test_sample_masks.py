@@ -183,7 +183,8 @@ def test_every_backend_drops_the_oracles_scores_wherever_an_image_stands(backend
     wanted = reference_attention(*exact, oracle(pattern), scaling=0.5)
     grads = torch.autograd.grad(wanted, exact, upstream.double())
     for found, expected in zip(whole, [wanted, *grads], strict=False):
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-6)
+        # FlexAttention lowers a dropped score by 1024, and rounds the scores of a row that lost all keys
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-6 if gradients else 1e-4)
     for rows in ([3, 1], [2], [0, 2, 2]):
         for found, expected in zip(run(rows), whole, strict=True):
             torch.testing.assert_close(found, expected[rows], rtol=0, atol=3e-6)
@@ -232,20 +233,23 @@ def swin() -> Any:
 
 
 def quiet(family: str) -> Any:
-    model = nano(family)
+    model = nano(family).train()
     for part in model.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
         elif type(part).__name__ == "DropPath":
             part.ratio = 0.0
+        elif isinstance(part, nn.BatchNorm2d):
+            # it knows the other images of its batch
+            part.eval()
     return model
 
 
 MODELS: dict[str, Callable[[], Any]] = {
-    "vit": native,
-    "vit patched": patched,
-    "vit patched, token": lambda: patched("token"),
-    "swin patched": swin,
+    "vit": lambda: native().train(),
+    "vit patched": lambda: patched().train(),
+    "vit patched, token": lambda: patched("token").train(),
+    "swin patched": lambda: swin().train(),
     "t2t": lambda: quiet("t2t_vit"),
     "volo": lambda: quiet("volo"),
     "ceit": lambda: quiet("ceit"),
@@ -265,7 +269,7 @@ def logits_of(model: Any, images: torch.Tensor, **more: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_drops_the_same_in_every_batch(name: str) -> None:
-    model = MODELS[name]().train()
+    model = MODELS[name]()
     if hasattr(model.config, "mix_token"):
         model.config.mix_token = False
     images = images_for(model)
@@ -385,7 +389,7 @@ def test_compiled_code_reads_the_ids_of_each_call(backend: str, pattern: str) ->
     assert len(graphs) == 2
 
 
-def test_a_compiled_model_takes_ids_from_a_block_only() -> None:
+def test_a_compiled_model_takes_ids_from_a_block_and_as_an_argument() -> None:
     torch._dynamo.reset()
     for model in (native(), patched()):
         images = images_for(model.train())
@@ -393,8 +397,15 @@ def test_a_compiled_model_takes_ids_from_a_block_only() -> None:
         with sample_ids(IDS):
             wanted = logits_of(model, images)
             torch.testing.assert_close(logits_of(compiled, images), wanted, rtol=0, atol=1e-5)
-        with pytest.raises(Exception, match="A compiled model does not take `sample_ids` as an argument"):
-            logits_of(compiled, images, sample_ids=torch.tensor(IDS))
+        found = logits_of(compiled, images, sample_ids=torch.tensor(IDS))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_compiled_model_without_ids_is_one_graph() -> None:
+    torch._dynamo.reset()
+    for model in (native(), patched()):
+        images = images_for(model.train())
+        logits_of(torch.compile(model, backend="aot_eager", fullgraph=True), images).sum().backward()
 
 
 def test_compiled_code_of_a_thread_without_ids_does_not_take_anothers() -> None:

@@ -65,6 +65,8 @@ def sample_ids(ids: torch.Tensor | Sequence[int], *, epoch: int = 0, seed: int =
         leave_block()
 
 
+# compiled code calls them as they are; this decorator, unlike `torch.compiler.disable`, loads the compiler late
+@torch._disable_dynamo
 def enter_block(ids: torch.Tensor | Sequence[int], *, epoch: int = 0, seed: int = 0, of: str = "") -> None:
     """The beginning of `sample_ids`; `of` names who opens it."""
     pairs = _pairs_of(_checked(ids), epoch, seed)
@@ -74,12 +76,19 @@ def enter_block(ids: torch.Tensor | Sequence[int], *, epoch: int = 0, seed: int 
     _count(1)
 
 
+@torch._disable_dynamo
 def leave_block(of: str = "") -> None:
     """The end of the innermost block, if it is that of `of`."""
     block = _current()
     if block is not None and block["of"] == of:
         torch._C._stash_obj_in_tls(KEY, block["outer"])
         _count(-1)
+
+
+def any_block() -> bool:
+    """Whether any thread is in a block."""
+    found: bool = _OPEN.any
+    return found
 
 
 def _count(change: int) -> None:
@@ -241,11 +250,7 @@ _seeds_in_block = register_operator(
 
 
 def check_argument(model: nn.Module) -> None:
-    """Raises ValueError where `model(..., sample_ids=ids)` would not reach the whole computation."""
-    if torch.compiler.is_compiling():
-        raise ValueError(
-            "A compiled model does not take `sample_ids` as an argument. Call it within `with hf_dropkey.sample_ids(ids):`."
-        )
+    """Raises ValueError where `model(..., sample_ids=ids)` would not reach the backward pass."""
     if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
         raise ValueError(
             "Under gradient checkpointing the backward pass needs the ids too: leave the argument `sample_ids` out, and "

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 from ..models.attention import dropkey_attention_forward
 from ..models.dropkey import dropkey_is_active
-from ..models.sample_masks import check_argument, enter_block, leave_block
+from ..models.sample_masks import any_block, check_argument, enter_block, leave_block
 
 
 DROPKEY_NAME = "dropkey"
@@ -223,7 +223,8 @@ def take_sample_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 def leave_sample_ids(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """The forward hook that closes the block, also after an error."""
-    if not torch.compiler.is_compiling():
+    # mostly there is none, which compiled code is told by a guard
+    if any_block():
         leave_block(of=BLOCK)
 
 
