@@ -49,6 +49,7 @@ from hf_dropkey.training.checkpoints import checkpoints_in, step_of
 from hf_dropkey.training.guards import LossGuard, check_devices, check_engine, named_save, note_where_to_resume
 from hf_dropkey.training.job import started_command
 from hf_dropkey.training.record import STATE, RunRecord, earlier_resumes, recorded, run_settings
+from hf_dropkey.training.samples import IdCollator, NumberedRows, masks_of
 
 
 with needed("train"):
@@ -323,8 +324,9 @@ class Loop:
             self.accelerator.gradient_state._set_sync_gradients(last)
             with self.accelerator.no_sync(self.model) if not last else torch.enable_grad():
                 # a sum over images, divided by all images of the step, on a mean over processes
-                loss = self.model(**batch, num_items_in_batch=count).loss * self.accelerator.num_processes
-                self.accelerator.backward(loss)
+                with masks_of(batch, epoch=int(self.transform.epoch), seed=self.args.seed):
+                    loss = self.model(**batch, num_items_in_batch=count).loss * self.accelerator.num_processes
+                    self.accelerator.backward(loss)
             self.guard.look_at(
                 self.accelerator.gather(loss.detach().reshape(1)).tolist(), step=self.state.global_step + 1
             )
@@ -455,7 +457,7 @@ def make_loop(job: LoopJob, model: PreTrainedModel, data: ImageData) -> Loop:
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     workers: dict[str, Any] = {
-        "collate_fn": collate_images,
+        "collate_fn": IdCollator(collate_images) if job.run.masks_by_sample else collate_images,
         "num_workers": training.dataloader_num_workers,
         "pin_memory": training.dataloader_pin_memory and torch.accelerator.is_available(),
         "persistent_workers": training.dataloader_persistent_workers,
@@ -463,7 +465,7 @@ def make_loop(job: LoopJob, model: PreTrainedModel, data: ImageData) -> Loop:
     }
     train_batches, max_steps = None, 0
     if data.train is not None:
-        train: Any = data.train
+        train: Any = NumberedRows(data.train) if job.run.masks_by_sample else data.train
         train_batches = accelerator.prepare(
             DataLoader(
                 train,
