@@ -52,6 +52,7 @@ from .models import (
 from .models.attention import default_backend, dropkey_attention
 from .models.configuration_dropkey_hoi import HOI_TASK
 from .models.dropkey import DropKey, drop_keys, layer_ratios
+from .models.sample_masks import number_layers, sample_ids
 from .patching import DropKeyReport, apply_dropkey, dropkey, dropkey_active, dropkey_disabled, remove_dropkey
 from .version import __version__
 
@@ -154,8 +155,10 @@ __all__ = [
     "layer_ratios",
     "load_classifier",
     "monte_carlo_predict",
+    "number_layers",
     "push_folder",
     "remove_dropkey",
+    "sample_ids",
 ]
 
 

@@ -54,6 +54,8 @@ class DropKeyVoloOutlookAttention(DropKeyAttention):
         self.window = OUTLOOK_WINDOW
         self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.score_proj = nn.Linear(width, self.num_heads * self.window**4)
+        # for masks by sample: its batch is the windows of one image, then those of the next
+        self.dropkey_windowed = True
         self.o_proj = nn.Linear(width, width)
 
     def forward(

@@ -64,9 +64,11 @@ def _step(k1, k2, index):
 
 @_jit
 def _row_pairs(p_seed, image, head, o_rows, SHARED: tl.constexpr):
-    k1 = tl.load(p_seed).to(tl.uint32, bitcast=True)
-    k2 = tl.load(p_seed + 1).to(tl.uint32, bitcast=True)
-    k1, k2 = _step(k1, k2, image)
+    # one seed for the batch, or one for each image, which is image 0 of its seed (`sample_masks`): (pointer, stride)
+    p_pair = p_seed[0] + image.to(tl.int64) * p_seed[1]
+    k1 = tl.load(p_pair).to(tl.uint32, bitcast=True)
+    k2 = tl.load(p_pair + 1).to(tl.uint32, bitcast=True)
+    k1, k2 = _step(k1, k2, tl.where(p_seed[1] == 0, image, 0))
     k1, k2 = _step(k1, k2, head)
     # the pattern "key" takes the decisions of query 0 for all
     return _step(k1, k2, tl.zeros([1, 1], tl.int32) if SHARED else o_rows)

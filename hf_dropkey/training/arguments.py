@@ -155,6 +155,14 @@ class RunArguments:
         metadata={"help": "When the loss is NaN or infinite: stop, or skip that step; ten in a row stop the run."},
     )
 
+    masks_by_sample: bool = field(
+        default=False,
+        metadata={
+            "help": "Lets masks depend on the rows of the data set instead of their places in a batch: the same ones for "
+            "any number of processes, batch size, gradient accumulation and resume."
+        },
+    )
+
 
 def parse_arguments(groups: Any, command: Sequence[str]) -> tuple[Any, ...]:
     """One object for each argument group, from a JSON recipe in the first place, if any, and the rest of the command.

@@ -252,6 +252,8 @@ class TrainingJob(ABC, Generic[Data]):
         trainer = self.make_trainer(model, data)
         trainer.record.data = {split: dict(parts) for split, parts in kept.items()}
         trainer.record.settings["fixed"] = self.fixed()
+        if self.run.masks_by_sample:
+            trainer.mask_by_sample()
         return trainer
 
     def settings(self) -> dict[str, str]:
@@ -263,6 +265,8 @@ class TrainingJob(ABC, Generic[Data]):
         }
         values["on_nonfinite_loss"] = self.run.on_nonfinite_loss
         values["world_size"] = self.training.world_size
+        # named only where it is on, so that runs from before it existed are the same
+        values |= {"masks_by_sample": True} if self.run.masks_by_sample else {}
         return {name: str(getattr(value, "value", value)) for name, value in values.items()}
 
     def asked(self) -> dict[str, str]:
