@@ -31,7 +31,14 @@ from hf_dropkey.lab.timing import append_rows, check_columns, origin
 ROOT = Path(__file__).resolve().parents[1]
 # the settings of the run that a card shows
 SHOWN = (
-    *("max_steps", "per_device_train_batch_size", "learning_rate", "warmup_steps", "lr_scheduler_type", "max_grad_norm"),
+    *(
+        "max_steps",
+        "per_device_train_batch_size",
+        "learning_rate",
+        "warmup_steps",
+        "lr_scheduler_type",
+        "max_grad_norm",
+    ),
     "seed",
 )
 
@@ -47,7 +54,9 @@ class TaskGridArguments:
     output_dir: Path = field(default=Path("runs/experiments"), metadata={"help": "Folder for the weights."})
     seeds: int | None = field(default=None, metadata={"help": "Number of seeds, the first of the grid. Default: all."})
     card: str | None = field(default=None, metadata={"help": "Train nothing; write the card of this name instead."})
-    limits: list[str] = field(default_factory=list, metadata={"help": "With --card: limits of the data, a sentence each."})
+    limits: list[str] = field(
+        default_factory=list, metadata={"help": "With --card: limits of the data, a sentence each."}
+    )
     cards_dir: Path = field(default=ROOT / "model_cards", metadata={"help": "Folder for the card."})
 
 

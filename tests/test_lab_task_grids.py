@@ -79,7 +79,9 @@ def test_a_cell_is_a_run_of_the_script(root: Path) -> None:
     assert set(rows) == {"mAP", "cpu_seconds", "parameters"}
     assert rows["mAP"]["value"] == "0.41" and rows["mAP"]["images"] == "30" and rows["mAP"]["split"] == "held-out"
     assert 0 < float(rows["cpu_seconds"]["value"]) < 60
-    assert missing_cells(grid, list(rows.values())) == [one for one in sorted(grid.cells, key=lambda one: one.seed) if one != cell]
+    assert missing_cells(grid, list(rows.values())) == [
+        one for one in sorted(grid.cells, key=lambda one: one.seed) if one != cell
+    ]
     small = next(one for one in grid.cells if one.train_images == 50 and one.ratio)
     assert grid.command(small, Path("runs/x")).endswith(
         "scripts/train_hoi.py recipe.json --num_queries 4 --seed 0 --dropkey_ratio 0.2 --dropkey_schedule decreasing "

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..hub.cards import RunFacts
 from ..hub.metric_names import METRICS
 from ..intervals import difference, interval
-from .evidence import REGULARISERS, comparison, named_ratios, seeds_of
+from .evidence import REGULARISERS, comparison, named_ratios, report, seeds_of
 from .grids import Cell
 from .judgement import judged
 from .rows import Row, choose, warnings
@@ -87,6 +87,12 @@ def task_report(grids: Sequence[TaskGrid], rows: Sequence[Row]) -> str:
         "are other rows of the same generator: they say nothing about photographs."
     )
     return "\n\n".join([head, *sections]) + "\n"
+
+
+def whole_report(rows: Sequence[Row], grids: Sequence[TaskGrid]) -> str:
+    """The evidence of image classification, then that of the other tasks."""
+    tasks = task_report(grids, rows)
+    return f"{report(rows)}\n{tasks}" if tasks else report(rows)
 
 
 def load_grids(folder: Path) -> list[TaskGrid]:

@@ -76,7 +76,9 @@ class TaskGrid:
         cells = tuple(dict.fromkeys(Grid.cells_of(found)))
         for cell in cells:
             if cell.alignment != NONE:
-                raise ValueError(f"the grid {file} has the alignment {cell.alignment!r}; only classification has those")
+                raise ValueError(
+                    f"the grid {file} has the alignment {cell.alignment!r}; only classification has those"
+                )
         ratios: dict[tuple[str, ...], set[float]] = {}
         for cell in cells:
             ratios.setdefault(cell.kind(), set()).add(cell.ratio)
