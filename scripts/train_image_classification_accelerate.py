@@ -338,11 +338,11 @@ class Loop:
         for number, batch in enumerate(batches):
             last = number + 1 == len(batches)
             self.accelerator.gradient_state._set_sync_gradients(last)
-            with self.accelerator.no_sync(self.model) if not last else torch.enable_grad():
+            masks = masks_of(batch, epoch=int(self.transform.epoch), seed=self.args.seed)
+            with self.accelerator.no_sync(self.model) if not last else torch.enable_grad(), masks:
                 # a sum over images, divided by all images of the step, on a mean over processes
-                with masks_of(batch, epoch=int(self.transform.epoch), seed=self.args.seed):
-                    loss = self.loss_of(batch, count) * self.accelerator.num_processes
-                    self.accelerator.backward(loss)
+                loss = self.loss_of(batch, count) * self.accelerator.num_processes
+                self.accelerator.backward(loss)
             self.guard.look_at(
                 self.accelerator.gather(loss.detach().reshape(1)).tolist(), step=self.state.global_step + 1
             )
