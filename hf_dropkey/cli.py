@@ -184,7 +184,10 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 def report(arguments: Namespace) -> int:
     """Writes the page about a run."""
-    raise NotImplementedError
+    from .pages.run import write_report
+
+    print(write_report(arguments.folder))
+    return 0
 
 
 def check(arguments: Namespace) -> int:

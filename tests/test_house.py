@@ -129,6 +129,7 @@ FLOORS = (
     ("inference", "saved"),
     ("export", "inspection"),
     ("hub",),
+    ("pages",),
     ("training",),
     ("classification", "detection", "hoi", "mesh", "segmentation"),
     ("lab", "demo", "cli"),

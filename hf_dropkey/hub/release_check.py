@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..patching.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..version import __version__
 from .contents import (
     TEXT_LIMIT,
@@ -50,6 +51,7 @@ SCRIPTED = re.compile(r"<script|javascript:|\son[a-z]+\s*=|<foreignobject|<!enti
 # files that a Trainer leaves in its folder beside the model; only resuming reads them, and `push` does not send them
 RUN_FILES = re.compile(
     r"(.*/)?(training_args\.bin|(optimizer|scheduler|scaler|rng_state)[\w.-]*\.(pt|pth|bin))"
+    r"|report\.html|report_data\.json|predictions\.csv|mistakes/.*"
     r"|(.*/)?(runs|wandb|mlruns|trackio)/.*|(.*/)?events\.out\.tfevents\.[^/]*|(.*/)?[^/]*\.log"
 )
 DIGEST = re.compile(r"(sha256:)?[0-9a-f]{64}")
@@ -229,7 +231,9 @@ def _model_problems(
 ) -> Iterator[str]:
     """Missing files, and weights that the loader would not take as they are, in the folder and its sub-folders."""
     homes = sorted({str(PurePosixPath(name).parent) for name in contents if PurePosixPath(name).name == "config.json"})
-    if "config.json" not in contents:
+    if "config.json" not in contents and ADAPTER_CONFIG in contents:
+        yield from _adapter_problems(kept, contents[ADAPTER_CONFIG])
+    elif "config.json" not in contents:
         yield "there is no config.json at the top, so this is not a saved model"
     for home in homes:
         inside = "" if home == "." else home
@@ -241,6 +245,17 @@ def _model_problems(
             where = f"{inside}: " if inside else ""
             yield from (f"{where}{problem}" for problem in loading_problems(folder / inside, config, found))
     yield from _missing_code(kept, classes)
+
+
+def _adapter_problems(kept: Mapping[str, Entry], settings: Any) -> Iterator[str]:
+    """What an adapter lacks, and the model that is loaded with it, which this check has not seen."""
+    if ADAPTER_WEIGHTS not in kept:
+        yield f"there are no weights in safetensors: {ADAPTER_WEIGHTS} is not there"
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    yield visible(
+        f"this is an adapter of {base or 'a model that it does not name'}, which is loaded with it and was not checked: "
+        "check that too, and load the adapter with load_classifier or peft, which run no code of it"
+    )
 
 
 def _missing_code(kept: Mapping[str, Entry], classes: Mapping[str, Collection[str]]) -> Iterator[str]:

@@ -155,6 +155,7 @@ class DropKeyMeshSelfAttention(DropKeyRatioMixin, BertSelfAttention):
         self.dropkey_ratio = dropkey_ratio
         self.dropkey_pattern = config.dropkey_pattern
         self.dropkey_window = config.dropkey_window
+        self.dropkey_configured = config.dropkey_ratio
 
     def forward(  # type: ignore[override]  # without BERT's cache of keys
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
