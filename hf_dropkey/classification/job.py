@@ -16,7 +16,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, 
 from ..images.augmentation import Augmentation, AugmentationEpoch
 from ..images.tables import matching_files
 from ..pages.observed import Observed
-from ..saved import check_attention
+from ..saved import check_attention, quiet_loading
 from ..training.arguments import RampArguments, RunArguments
 from ..training.job import TrainingJob, public_name
 from ..training.record import Fingerprint
@@ -98,9 +98,11 @@ class ClassificationJob(TrainingJob[ImageData]):
 
     def make_model(self, data: ImageData) -> PreTrainedModel:
         """The model, with pretrained weights or new ones."""
-        if is_native(self.config):
-            return make_model(self.config, self.model)
-        return pretrained_model(self.config, self.model, self.dropkey, self.size)
+        # what is new or resized is in our own log
+        with quiet_loading():
+            if is_native(self.config):
+                return make_model(self.config, self.model)
+            return pretrained_model(self.config, self.model, self.dropkey, self.size)
 
     def make_trainer(self, model: PreTrainedModel, data: ImageData) -> GuardedTrainer:
         """The `Trainer`; the data sets give tensors from now on."""
