@@ -17,7 +17,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import moved
-from .export import export_plain
+from .export import export_graph, export_plain
 from .inference import MonteCarloPrediction, monte_carlo_predict
 from .models import (
     DropKeyCeitConfig,
@@ -52,11 +52,13 @@ from .models import (
 from .models.attention import default_backend, dropkey_attention
 from .models.configuration_dropkey_hoi import HOI_TASK
 from .models.dropkey import DropKey, drop_keys, layer_ratios
+from .models.sample_masks import number_layers, sample_ids
 from .patching import DropKeyReport, apply_dropkey, dropkey, dropkey_active, dropkey_disabled, remove_dropkey
 from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .classification.adapters import load_classifier
     from .hub.push import push_folder
     from .hub.trainer import HubTrainer
     from .training.callbacks import (
@@ -99,6 +101,7 @@ LAZY = {
     "DropKeyScheduleCallback": "training.callbacks",
     "DropKeySeedCallback": "training.callbacks",
     "HubTrainer": "hub.trainer",
+    "load_classifier": "classification.adapters",
     "push_folder": "hub.push",
 }
 
@@ -147,11 +150,15 @@ __all__ = [
     "dropkey_active",
     "dropkey_attention",
     "dropkey_disabled",
+    "export_graph",
     "export_plain",
     "layer_ratios",
+    "load_classifier",
     "monte_carlo_predict",
+    "number_layers",
     "push_folder",
     "remove_dropkey",
+    "sample_ids",
 ]
 
 

@@ -16,6 +16,7 @@ from hf_dropkey.reference import reference_attention, reference_mask
 
 
 IMAGES, HEADS, LENGTH = 3, 2, 12
+SEED = torch.tensor([1, 2], dtype=torch.int32)
 # image 1 sees nothing, image 2 sees a few keys
 LENGTHS = torch.tensor([LENGTH, 0, 5])
 FORMS = ("bool [B, M]", "int [B, M]", "bool 4-D", "-inf", "finfo.min", "float16 minimum", "with biases", "by query")
@@ -194,10 +195,10 @@ def test_additive_keeps_biases_and_hides_padding() -> None:
 
 def test_what_the_pattern_token_leaves_of_an_image_without_real_keys() -> None:
     key = torch.randn(2, 1, 6, 4)
-    left = keep_tokens(key, key, torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]), 0.5)
+    left = keep_tokens(SEED, key, key, torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]), 0.5)
     assert left.blind is not None and left.blind.flatten().tolist() == [False, True]
     assert left.attention_mask is not None and left.attention_mask.sum(-1).tolist() == [3, 1]
-    assert keep_tokens(key, key, None, 0.5).blind is None
+    assert keep_tokens(SEED, key, key, None, 0.5).blind is None
 
 
 # --- autocast and transforms ------------------------------------------------------------------------------------------

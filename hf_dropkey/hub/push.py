@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, logging, validate_repo_id  # type: ignore[attr-defined]  # not in its list of names
 
+from ..saved import config_file
 from .cards import README, hand_written, model_card, read_readme
 from .push_plan import PushPlan, plan_push
 from .push_plan import check_no_secrets as check_no_secrets
@@ -120,10 +121,10 @@ def push_folder(
         parent = str(there.sha)
         readme = remote_readme(repo_id, parent, token)
         contents: dict[str, Path | bytes] = dict(files)
-        if not (folder / "adapter_config.json").is_file():
+        if config_file(folder).is_file():
             contents[README] = merged_readme(folder, repo_id, readme, replace=replace_readme)
         elif readme is not None and not replace_readme:
-            # PEFT writes the cards of adapters
+            # an adapter of PEFT's own, with PEFT's card
             contents.pop(README, None)
         additions = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
         stale = [CommitOperationDelete(name) for name in stale_weights(there, contents)]

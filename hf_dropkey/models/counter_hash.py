@@ -98,16 +98,32 @@ def _mix(x: torch.Tensor, numbers: _Numbers, key: torch.Tensor | None = None) ->
     return _fold(x * numbers.mix_2, numbers)
 
 
+def step(
+    k1: torch.Tensor, k2: torch.Tensor, index: torch.Tensor, numbers: _Numbers | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pair of words that follows from a pair and an index; all int32, broadcastable to each other."""
+    numbers = numbers or _numbers(k1.device)
+    offset = index * numbers.golden
+    k1 = _mix(k1 ^ (offset + numbers.step_1), numbers)
+    return k1, _mix(k2 ^ (offset + numbers.step_2) ^ k1, numbers)
+
+
 def row_keys(seed: torch.Tensor, images: int, heads: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pairs (k1, k2) of all rows, each int32 `[B, H, N, 1]`."""
+    """The pairs (k1, k2) of all rows, each int32 `[B, H, N, 1]`.
+
+    Args:
+        seed: int32 `[2]`; or `[B, 2]`, a seed for each image, which then is image 0 of its seed (`sample_masks`).
+        images: `B`.
+        heads: `H`.
+        queries: `N`.
+    """
     numbers = _numbers(seed.device)
-    k1, k2 = seed.view(2, 1, 1, 1, 1).unbind()
-    for axis, size in enumerate((images, heads, queries)):
+    k1, k2 = seed.view(-1, 2, 1, 1, 1).unbind(1)
+    for axis, size in enumerate((images if seed.ndim == 1 else 1, heads, queries)):
         shape = [1, 1, 1, 1]
         shape[axis] = size
-        offset = torch.arange(size, dtype=torch.int32, device=seed.device).view(shape) * numbers.golden
-        k1 = _mix(k1 ^ (offset + numbers.step_1), numbers)
-        k2 = _mix(k2 ^ (offset + numbers.step_2) ^ k1, numbers)
+        index = torch.arange(size, dtype=torch.int32, device=seed.device).view(shape)
+        k1, k2 = step(k1, k2, index, numbers)
     return k1, k2
 
 

@@ -122,7 +122,7 @@ def dropped_scores(
     """Which scores DropKey drops, True = dropped, before the rule that a row keeps a key (`protect_rows`).
 
     Args:
-        seed: int32 `[2]` (`draw_seed`), on the device of the result.
+        seed: int32 `[2]` (`draw_seed`) or `[B, 2]` (`row_keys`), on the device of the result.
         shape: `(B, H, N, M)`.
         ratio: Drop ratio in [0, 1), a number; or as data (`ratio_tensor`), except for "token".
         pattern: "score": every score on its own (the paper). "key": the same keys for all queries of a head.
@@ -179,7 +179,7 @@ def token_order(
     """The pattern "token" as a random order of the keys of each image: kept ones, then dropped ones, then padding.
 
     Args:
-        seed: int32 `[2]`.
+        seed: int32 `[2]` or `[B, 2]`.
         images: `B`.
         keys: `M`.
         ratio: Drop ratio in [0, 1).

@@ -160,6 +160,14 @@ class RunArguments:
         default=True, metadata={"help": "Write report.html, one page about the run, into --output_dir."}
     )
 
+    masks_by_sample: bool = field(
+        default=False,
+        metadata={
+            "help": "Lets masks depend on the rows of the data set instead of their places in a batch: the same ones for "
+            "any number of processes, batch size, gradient accumulation and resume."
+        },
+    )
+
 
 def parse_arguments(groups: Any, command: Sequence[str]) -> tuple[Any, ...]:
     """One object for each argument group, from a JSON recipe in the first place, if any, and the rest of the command.

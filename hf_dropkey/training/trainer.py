@@ -3,18 +3,23 @@
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..hub.trainer import HubTrainer
 from .callbacks import DropKeySeedCallback
+from .finetune import split_groups
 from .guards import LossGuard, check_engine, named_save, note_where_to_resume
+from .lora import merged
 from .record import RunRecord, run_settings
+from .samples import IdCollator, NumberedRows, masks_of
 
 
 logger = logging.getLogger(__name__)
@@ -44,6 +49,20 @@ class SkipStep(TrainerCallback):
             kwargs["model"].zero_grad(set_to_none=True)
 
 
+class MaskEpoch(TrainerCallback):
+    """Tells the trainer the epoch, which masks by sample depend on."""
+
+    def __init__(self, trainer: "GuardedTrainer") -> None:
+        """`trainer` is the one whose epochs are counted."""
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Also runs in the middle of an epoch after a resume."""
+        self.trainer.mask_epoch = int(state.epoch or 0)
+
+
 class TakeUp(TrainerCallback):
     """Lets a resumed run go on with the averages and times of the checkpoint, which `Trainer` begins anew."""
 
@@ -67,15 +86,41 @@ class GuardedTrainer(HubTrainer):
     resume it averages losses and counts seconds from there, and takes a step too many if there is none left.
     """
 
-    def __init__(self, *args: Any, on_nonfinite_loss: str = "stop", **kwargs: Any) -> None:
-        """As `Trainer`; `on_nonfinite_loss` is "stop" or "skip"."""
+    def __init__(
+        self,
+        *args: Any,
+        on_nonfinite_loss: str = "stop",
+        merge_adapter: bool = False,
+        learning_rates: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `Trainer`, with three arguments more.
+
+        Args:
+            args: As `Trainer`.
+            on_nonfinite_loss: "stop" or "skip".
+            merge_adapter: Makes a trained adapter a plain model at the end.
+            learning_rates: Factors on the learning rate, by the name of the parameter; 1 for those that are left out.
+            kwargs: As `Trainer`.
+        """
+        self.merge_adapter = merge_adapter
+        self.learning_rates = dict(learning_rates or {})
         self.loss_guard = LossGuard(on_nonfinite_loss)
         self._begun, self._seconds_before = time.time(), 0.0
+        self.mask_epoch = 0
         super().__init__(*args, **kwargs)
         check_engine(self.accelerator, os.environ)
         record = RunRecord(run_settings(self.args))
         for callback in (DropKeySeedCallback(), TakeUp(self), record, SkipStep(self.loss_guard)):
             self.add_callback(callback)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As `Trainer.create_optimizer`, with the learning rates of the parameters."""
+        made = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if made and self.learning_rates:
+            split_groups(optimizer, self.model if model is None else model, self.learning_rates)
+        return optimizer
 
     @property
     def record(self) -> RunRecord:
@@ -136,15 +181,27 @@ class GuardedTrainer(HubTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; an error says which checkpoint to go on from."""
         with note_where_to_resume(Path(str(self.args.output_dir))):
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        if self.merge_adapter:
+            # what is evaluated and saved from now on; checkpoints hold the adapter
+            self.model = self.model_wrapped = merged(self.accelerator.unwrap_model(self.model))
+        return output
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def mask_by_sample(self) -> None:
+        """Makes masks depend on the rows of the data set, not on their places in a batch (`models/sample_masks.py`)."""
+        data: Any = self.train_dataset
+        self.train_dataset = data and NumberedRows(data)
+        self.data_collator = IdCollator(self.data_collator)
+        self.add_callback(MaskEpoch(self))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `Trainer.training_step`, with a look at the loss.
 
         Raises:
             FloatingPointError: As `LossGuard.look_at`.
         """
-        loss = super().training_step(*args, **kwargs)
+        with masks_of(inputs, epoch=self.mask_epoch, seed=self.args.seed):
+            loss = super().training_step(model, inputs, *args, **kwargs)
         losses = self.accelerator.gather(loss.reshape(1))
         self.loss_guard.look_at(losses.tolist(), step=self.state.global_step + 1)
         return loss
