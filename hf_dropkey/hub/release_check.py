@@ -132,6 +132,11 @@ def check_release(
     folder, commit, names = _located(target, revision, token)
     if commit is not None and digest is not None:
         raise ValueError("--digest is for folders; a repository is pinned by its commit, with --revision")
+    if commit is None and (inside := _models_inside(names)):
+        shown = ", ".join(inside[:4]) + (f" and {len(inside) - 4} more" if len(inside) > 4 else "")
+        raise FileNotFoundError(
+            f"{target} holds no model but folders with one: {shown}; check one of these, such as {folder / inside[0]}"
+        )
     files = {entry.name: entry for entry in entries(folder) if commit is None or entry.name in names}
     kept = {name: entry for name, entry in files.items() if not entry.leaves}
     python = {name: entry for name, entry in kept.items() if name.endswith(".py")}
@@ -173,6 +178,14 @@ def _located(target: Path | str, revision: str | None, token: str | bool | None)
     if len(PurePosixPath(str(target)).parts) > 2 or str(target).startswith((".", "/", "~")):
         raise FileNotFoundError(f"{target} is neither a folder nor the name of a repository, 'owner/name'; check it")
     return _download(str(target), revision, token)
+
+
+def _models_inside(names: Collection[str]) -> list[str]:
+    """The sub-folders with a model of a folder that has none itself; those outermost, without checkpoints of them."""
+    if "config.json" in names or "adapter_config.json" in names:
+        return []
+    homes = sorted(str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name == "config.json")
+    return [home for home in homes if not any(str(above) in homes for above in PurePosixPath(home).parents)]
 
 
 def _download(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Path, str, list[str]]:
