@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hf_dropkey.lab import gpu_check
-from hf_dropkey.models.triton_launches import Launch
+from hf_dropkey.models import triton_attention
+from hf_dropkey.models.triton_kernels import INTERPRETED
+from hf_dropkey.models.triton_launches import Launch, launch_configuration
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +83,27 @@ def test_all_steps_of_a_gpu_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_default_launch_is_tried_first_and_each_once() -> None:
     found = list(gpu_check.candidates(Launch(64, 4, 2)))
     assert found[0] == Launch(64, 4, 2) and len(found) == len(set(found)) == 24
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+def test_a_sweep_times_each_kernel_and_puts_the_fastest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = [Launch(16, 4, 1), Launch(32, 4, 1), Launch(32, 8, 2)]
+    monkeypatch.setattr(gpu_check, "candidates", lambda default: iter(tried))
+    times = iter([3.0, 1.0, 2.0] * 3)
+    found = list(gpu_check.swept((1, 1, 20, 16), torch.device("cpu"), lambda job, repeats: next(times), 1000.0))
+    best = [(1.0, tried[1]), (2.0, tried[2]), (3.0, tried[0])]
+    assert found == [(kernel, *one) for kernel in ("short", "query", "key_value") for one in best]
+    # nothing is left of it
+    assert triton_attention.launch_configuration is launch_configuration  # type: ignore[attr-defined]
+    ended = gpu_check.swept((1, 1, 20, 16), torch.device("cpu"), lambda job, repeats: 1.0, 0.0)
+    assert not list(ended), "no time was given"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+def test_a_launch_with_other_results_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = iter([[torch.ones(3)], [torch.full((3,), 1.2)]])
+    with pytest.raises(SystemExit, match="gives other results"):
+        gpu_check.times_of_launches("query", Launch(16, 4, 1), lambda: next(results), lambda *_: 1.0, float("inf"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

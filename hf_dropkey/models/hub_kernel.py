@@ -84,7 +84,7 @@ def flash_attn_forward(
     """
     if dropout == 0 or not module.training:
         # an older release of Transformers does not know the argument
-        bias = {} if position_bias is None else {"position_bias": position_bias}
+        bias: dict[str, Any] = {} if position_bias is None else {"position_bias": position_bias}
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, 0.0, scaling, is_causal, **bias, **more
         )
