@@ -2,7 +2,7 @@
 
     python scripts/build_kernel.py dropkey-attention --repo_id owner/dropkey-attention
 
-Upload the folder as a repository of the type "kernel", or try it at once (needs the `kernels` library):
+Upload the folder as a repository of the type "kernel", branch v1, or try it at once (needs the `kernels` library):
 
     LOCAL_KERNELS=owner/dropkey-attention=$PWD/dropkey-attention python train.py
 """
