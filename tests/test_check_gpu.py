@@ -94,7 +94,7 @@ def test_a_sweep_times_each_kernel_and_puts_the_fastest_first(monkeypatch: pytes
     best = [(1.0, tried[1]), (2.0, tried[2]), (3.0, tried[0])]
     assert found == [(kernel, *one) for kernel in ("short", "query", "key_value") for one in best]
     # nothing is left of it
-    assert triton_attention.launch_configuration is launch_configuration  # type: ignore[attr-defined]
+    assert triton_attention.launch_configuration is launch_configuration
     ended = gpu_check.swept((1, 1, 20, 16), torch.device("cpu"), lambda job, repeats: 1.0, 0.0)
     assert not list(ended), "no time was given"
 
