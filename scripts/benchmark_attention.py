@@ -328,8 +328,8 @@ def measure_attention(arguments: BenchmarkArguments, device: torch.device) -> It
                     print(f"{name}: error {error:.1f} times eager's, over {ALLOWED_ERROR}: NOT REPORTED", flush=True)
                     FAILED.append(name)
             jobs = {name: partial(forward_backward, attend, inputs, upstream) for name, attend in checked.items()}
-            about = dict(zip(("batch", "heads", "tokens", "head_width"), shape, strict=True))
-            about = {"workload": "attention", "dtype": dtype_name, **about}
+            sizes = dict(zip(("batch", "heads", "tokens", "head_width"), shape, strict=True))
+            about = {"workload": "attention", "dtype": dtype_name, **sizes}
             forwards = {name: partial(forward_alone, attend, inputs) for name, attend in checked.items()}
             yield from measured(jobs, arguments, device, about, forwards)
 
