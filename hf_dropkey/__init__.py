@@ -58,6 +58,7 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .fast_masks import disable_fast_masks, enable_fast_masks, fast_masks_enabled
     from .hub.push import push_folder
     from .hub.trainer import HubTrainer
     from .training.callbacks import (
@@ -100,6 +101,9 @@ LAZY = {
     "DropKeyScheduleCallback": "training.callbacks",
     "DropKeySeedCallback": "training.callbacks",
     "HubTrainer": "hub.trainer",
+    "disable_fast_masks": "fast_masks",
+    "enable_fast_masks": "fast_masks",
+    "fast_masks_enabled": "fast_masks",
     "push_folder": "hub.push",
 }
 
@@ -143,12 +147,15 @@ __all__ = [
     "__version__",
     "apply_dropkey",
     "default_backend",
+    "disable_fast_masks",
     "drop_keys",
     "dropkey",
     "dropkey_active",
     "dropkey_attention",
     "dropkey_disabled",
+    "enable_fast_masks",
     "export_plain",
+    "fast_masks_enabled",
     "layer_ratios",
     "monte_carlo_predict",
     "number_layers",

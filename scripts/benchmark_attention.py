@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 
-from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
+from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification, disable_fast_masks, enable_fast_masks
 from hf_dropkey.lab.timing import append_rows, interleaved_times, origin, peak_memory, ratios, spread
 from hf_dropkey.models.attention import TRITON_NAME, dropkey_attention_forward
 from hf_dropkey.models.counter_hash import draw_seed
@@ -81,6 +81,7 @@ class BenchmarkArguments:
         default_factory=list, metadata={"help": "Only these, as 'backend/regulariser'. Default: all of the device."}
     )
     compile: bool = field(default=False, metadata={"help": "Adds compiled variants of DropKey."})
+    fast_masks: bool = field(default=False, metadata={"help": "Adds variants with masks by compiled C++, on a CPU."})
     rounds: int = field(default=15, metadata={"help": "Interleaved rounds."})
     repeats: int = field(default=1, metadata={"help": "Runs between two readings of the clock; 20 on a GPU."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: torch's."})
@@ -159,6 +160,21 @@ def dropkey(backend: str, ratio: float, pattern: str) -> Attention:
         return dropkey_attention_forward(site, query, key, value, None, implementation=backend, scaling=scaling)[0]
 
     return attend
+
+
+def with_fast_masks(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A call, with masks by compiled C++ as long as it lasts."""
+    enable_fast_masks()
+    disable_fast_masks()
+
+    def fast(*inputs: Any) -> Any:
+        enable_fast_masks()
+        try:
+            return call(*inputs)
+        finally:
+            disable_fast_masks()
+
+    return fast
 
 
 def attention_variants(

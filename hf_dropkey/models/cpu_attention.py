@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .attention_mask import Settings, additive_mask, is_drop_alone
-from .counter_hash import RatioTensor, RowState, drop_bias_of_rows, row_keys, row_state, under_transform
+from .counter_hash import RatioTensor, RowState, bias_scratch, drop_bias_of_rows, row_keys, row_state, under_transform
 from .operators import register_operator, unit_columns
 from .patterns import protect_bias_rows
 
@@ -77,11 +77,11 @@ def additive_mask_chunks(
     if state is None or isinstance(ratio, RatioTensor):
         yield chunks[0], additive_mask(seed, query, key, attention_mask, settings)
         return
-    rows, keys = math.prod(state.k1[chunks[0]].shape), key.shape[2]
-    scratch = torch.empty(rows, keys, dtype=torch.int32, device=query.device)
+    keys = key.shape[2]
+    scratch = bias_scratch(math.prod(state.k1[chunks[0]].shape), keys, query.dtype)
     for chunk in chunks:
-        bias = drop_bias_of_rows(RowState(*(tensor[chunk] for tensor in state)), keys, ratio, scratch)
-        yield chunk, protect_bias_rows(bias, settings.pattern, ratio).to(query.dtype)
+        bias = drop_bias_of_rows(RowState(*(tensor[chunk] for tensor in state)), keys, ratio, query.dtype, scratch)
+        yield chunk, protect_bias_rows(bias, settings.pattern, ratio)
 
 
 def _joined(pieces: list[tuple[Chunk, torch.Tensor]], whole: torch.Tensor) -> torch.Tensor:

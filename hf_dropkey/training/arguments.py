@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
+from ..fast_masks import enable_fast_masks
 from ..patching import DropKeyReport, apply_dropkey
 from ..patching.apply import DropKeySettings
 from .callbacks import DropKeyScheduleCallback
@@ -160,6 +161,19 @@ class RunArguments:
             "any number of processes, batch size, gradient accumulation and resume."
         },
     )
+    fast_masks: bool = field(
+        default=False,
+        metadata={"help": "On a CPU, draws masks by compiled C++, the same bits; without a compiler, as ever."},
+    )
+
+    def start_fast_masks(self) -> None:
+        """Compiles, or loads what was compiled; a machine that cannot is told so, since only the speed differs."""
+        if not self.fast_masks:
+            return
+        try:
+            enable_fast_masks()
+        except RuntimeError as error:
+            logger.warning("--fast_masks: %s", error)
 
 
 def parse_arguments(groups: Any, command: Sequence[str]) -> tuple[Any, ...]:
