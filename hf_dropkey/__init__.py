@@ -17,7 +17,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import moved
-from .export import export_plain
+from .export import export_graph, export_plain
 from .inference import MonteCarloPrediction, monte_carlo_predict
 from .models import (
     DropKeyCeitConfig,
@@ -58,6 +58,7 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .classification.adapters import load_classifier
     from .fast_masks import disable_fast_masks, enable_fast_masks, fast_masks_enabled
     from .hub.push import push_folder
     from .hub.trainer import HubTrainer
@@ -104,6 +105,7 @@ LAZY = {
     "disable_fast_masks": "fast_masks",
     "enable_fast_masks": "fast_masks",
     "fast_masks_enabled": "fast_masks",
+    "load_classifier": "classification.adapters",
     "push_folder": "hub.push",
 }
 
@@ -154,9 +156,11 @@ __all__ = [
     "dropkey_attention",
     "dropkey_disabled",
     "enable_fast_masks",
+    "export_graph",
     "export_plain",
     "fast_masks_enabled",
     "layer_ratios",
+    "load_classifier",
     "monte_carlo_predict",
     "number_layers",
     "push_folder",

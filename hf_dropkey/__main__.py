@@ -2,7 +2,7 @@
 
 import sys
 
-from .cli import main
+from hf_dropkey_cli import main
 
 
 if __name__ == "__main__":

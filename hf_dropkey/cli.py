@@ -1,85 +1,235 @@
-"""The console command `hf-dropkey`: training, checking, exporting and publishing saved models without writing Python.
+"""What each command of `hf-dropkey` does. Every command is one call of the package, imported when it is needed.
 
-Every sub-command is one call of the package, imported when it is needed.
+`hf_dropkey_cli`, beside the package, reads command lines and answers what needs no package.
 """
 
-import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from importlib import import_module
-from pathlib import Path
+from types import TracebackType
+from typing import Any, get_type_hints
 
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from transformers import TrainingArguments
 
-from .version import __version__
+from hf_dropkey_cli import main as main
+from hf_dropkey_cli.parser import ProgramWords, program_words
+from hf_dropkey_cli.short_help import short_help
 
 
-# the tasks of `hf-dropkey train`: module and class of each job
-TASKS = {
-    "classification": ("classification.job", "ClassificationJob"),
-    "detection": ("detection.job", "DetectionJob"),
-    "hoi": ("hoi.job", "HoiJob"),
-    "mesh": ("mesh.job", "MeshJob"),
+# module and name of each program: a training job, or a function that takes its arguments as words
+PROGRAMS = {
+    ("train", "classification"): ("classification.job", "ClassificationJob"),
+    ("train", "detection"): ("detection.job", "DetectionJob"),
+    ("train", "hoi"): ("hoi.job", "HoiJob"),
+    ("train", "mesh"): ("mesh.job", "MeshJob"),
+    ("evaluate", "classification"): ("classification.evaluation", "main"),
+    ("evaluate", "hoi"): ("hoi.job", "HoiEvaluation"),
+    ("evaluate", "mesh"): ("mesh.job", "MeshEvaluation"),
+    ("predict", "classification"): ("classification.prediction", "predict"),
+    ("predict", "hoi"): ("hoi.predict", "predict"),
+    ("predict", "mesh"): ("mesh.prediction", "predict"),
+    ("look", "classification"): ("classification.look", "main"),
 }
+# arguments of `Trainer` that most runs need, for the short help; the texts are ours, because Transformers' change
+TRAINER_ARGUMENTS = {
+    "output_dir": "Folder of the run: model, card, report.html, checkpoints.",
+    "do_train": "Train.",
+    "do_eval": "Evaluate at the end.",
+    "num_train_epochs": "Passes over the training data.",
+    "max_steps": "Steps, instead of epochs.",
+    "learning_rate": "Largest learning rate.",
+    "per_device_train_batch_size": "Training examples at a time on each device.",
+    "per_device_eval_batch_size": "Evaluated examples at a time on each device.",
+    "gradient_accumulation_steps": "Batches in a step.",
+    "weight_decay": "Weight decay of AdamW.",
+    "warmup_steps": "Steps of rising learning rate; below 1: a fraction of all steps.",
+    "lr_scheduler_type": "How the learning rate falls, such as cosine.",
+    "eval_strategy": "When to evaluate in training: no, steps or epoch.",
+    "save_strategy": "When to save a checkpoint: no, steps, epoch or best.",
+    "load_best_model_at_end": "Keep the weights of the best evaluation.",
+    "logging_steps": "Steps between lines of the log.",
+    "resume_from_checkpoint": "auto: start, or go on from the last whole checkpoint.",
+    "seed": "Seed of the weights, the masks and the order of the data.",
+    "use_cpu": "Leave accelerators alone.",
+    "bf16": "Mixed precision in bfloat16.",
+    "dataloader_num_workers": "Processes that read data.",
+    "report_to": "Trackers of experiments, such as none or tensorboard.",
+    "push_to_hub": "Upload the result.",
+    "hub_model_id": "Where to, owner/name.",
+}
+# what a user can cause and mend; anything else is a fault of this package and shows its traceback
+MISTAKES = (OSError, ValueError, HFValidationError, ImportError, StrictDataclassError)
 
 
-def main(command: Sequence[str] | None = None) -> int:
-    """Runs one sub-command; returns 0, 1 if a checkpoint is not to be trusted, 2 after an error."""
-    words = list(sys.argv[1:] if command is None else command)
-    # behind `train` it is an argument of `Trainer`
-    debug = words[:1] == ["--debug"]
-    # the job reads its own arguments, recipes among them, and has its own --help
-    arguments, rest = _parser().parse_known_args(words)
-    if rest and arguments.command != "train":
-        _parser().error(f"unknown arguments: {' '.join(rest)}")
-    arguments.rest = rest
+def argument_groups(verb: str, task: str) -> list[Any]:
+    """The groups of arguments of a program, as dataclasses."""
+    module, name = PROGRAMS[verb, task]
+    found = import_module(f".{module}", __package__)
+    job = getattr(found, name)
+    if isinstance(job, type):
+        hints = get_type_hints(job)
+        made: Any = job
+        return [hints[entry.name] for entry in fields(made)]
+    return list(found.ARGUMENTS)
+
+
+def program(verb: str, task: str) -> Callable[[Sequence[str]], Any]:
+    """What runs a program on its arguments as words."""
+    module, name = PROGRAMS[verb, task]
+    found = getattr(import_module(f".{module}", __package__), name)
+    if isinstance(found, type):
+        run: Callable[[Sequence[str]], Any] = found.main  # type: ignore[attr-defined]  # a job
+        return run
+    if name == "main":
+        main_function: Callable[[Sequence[str]], Any] = found
+        return main_function
+    return lambda words: found(*_parsed(verb, task, words))
+
+
+def _parsed(verb: str, task: str, words: Sequence[str]) -> tuple[Any, ...]:
+    from .training.arguments import parse_arguments
+
+    return parse_arguments(argument_groups(verb, task), words)
+
+
+def help_texts() -> dict[str, dict[str, Any]]:
+    """What `hf_dropkey_cli/arguments.json` holds: groups and arguments of every program, for the short help."""
+    found: dict[str, dict[str, Any]] = {}
+    for verb, task in PROGRAMS:
+        groups = argument_groups(verb, task)
+        trainer = TrainingArguments in groups
+        shown = [_group_texts(group) for group in groups if group is not TrainingArguments]
+        if trainer:
+            used = list(map(list, TRAINER_ARGUMENTS.items()))
+            shown.append({"title": "Training", "about": "arguments of Trainer that most runs need", "arguments": used})
+        found.setdefault(verb, {})[task] = {"groups": shown, "trainer": trainer}
+    return found
+
+
+def _group_texts(group: Any) -> dict[str, Any]:
+    title = getattr(group, "_argument_group_name", None) or group.__name__.removesuffix("Arguments")
+    about = " ".join((group.__doc__ or "").split("\n\n")[0].split()).rstrip(".")
+    arguments = [[entry.name, entry.metadata.get("help", "")] for entry in fields(group) if entry.init]
+    return {"title": title, "about": about, "arguments": arguments}
+
+
+def run_program(words: ProgramWords, *, debug: bool = False) -> int:
+    """Runs a program; returns 0, or 2 after a mistake, which is one line."""
+
+    def call() -> int:
+        rest = ["--help"] if words.help == "all" else list(words.rest)
+        program(words.verb, words.task)(rest)
+        return 0
+
+    return _reported(call, words.verb, debug=debug)
+
+
+def run(arguments: Namespace, *, debug: bool = False) -> int:
+    """Runs any other command; returns its exit code, 2 after a mistake, which is one line."""
+    return _reported(lambda: COMMANDS[arguments.command](arguments), arguments.command, debug=debug)
+
+
+def _reported(call: Callable[[], int], command: str, *, debug: bool) -> int:
     try:
-        code: int = arguments.run(arguments)
-        return code
-    except (OSError, ValueError, HFValidationError, ImportError, StrictDataclassError) as error:
+        return call()
+    except BrokenPipeError:
+        raise
+    except MISTAKES as error:
         if debug:
             raise
-        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
-        # the error of a configuration field has two lines
-        message = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else error
-        print(f"hf-dropkey {arguments.command}: {message}{notes}", file=sys.stderr)
+        print(f"hf-dropkey {command}: {told(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print(f"hf-dropkey {command}: interrupted", file=sys.stderr)
+        return 130
 
 
-def train(arguments: argparse.Namespace) -> int:
-    """Runs a training job."""
-    module, name = TASKS[arguments.task]
-    getattr(import_module(f".{module}", __package__), name).main(arguments.rest)
-    return 0
+def told(error: BaseException) -> str:
+    """The message of a mistake, with its notes."""
+    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
+    # the error of a configuration field has two lines
+    message = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else error
+    return f"{message}{notes}"
 
 
-def check(arguments: argparse.Namespace) -> int:
+def script(verb: str, task: str) -> None:
+    """Runs a program as a file of `scripts/`: the arguments of this process, the short --help, mistakes in one line."""
+    words = sys.argv[1:]
+    if words[:1] == ["--debug"]:
+        del words[0]
+    else:
+        sys.excepthook = _one_line
+    found = program_words(verb, words)
+    if found.task not in (task, "classification"):
+        raise ValueError(f"this script is for --task {task}; run hf-dropkey {verb} --task {found.task}")
+    if found.help == "short":
+        print(short_help(verb, task))
+        return
+    program(verb, task)(["--help"] if found.help == "all" else found.rest)
+
+
+def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Shows an error that ends the process: a mistake by its message, anything else by its traceback."""
+    if issubclass(kind, MISTAKES):
+        print(f"{sys.argv[0]}: {told(error)}", file=sys.stderr)
+    else:
+        traceback.print_exception(kind, error, trace)
+
+
+def report(arguments: Namespace) -> int:
+    """Writes the page about a run."""
+    raise NotImplementedError
+
+
+def check(arguments: Namespace) -> int:
     """Prints whether a checkpoint can be trusted."""
     from .hub.release_check import check_release
 
-    report = check_release(arguments.target, revision=arguments.revision, digest=arguments.digest)
-    print(report)
-    return 0 if report.trusted else 1
+    found = check_release(arguments.target, revision=arguments.revision, digest=arguments.digest)
+    print(found)
+    return 0 if found.trusted else 1
 
 
-def export(arguments: argparse.Namespace) -> int:
-    """Writes a plain Transformers checkpoint."""
-    from .export import export_plain
+def export(arguments: Namespace) -> int:
+    """Writes a plain Transformers checkpoint, or a graph."""
+    from .export import export_graph, export_plain
+    from .hub.download import model_files
     from .saved import check_model_folder
 
-    check_model_folder(arguments.folder)
-    model = export_plain(arguments.folder, arguments.out, overwrite=arguments.overwrite)
+    plain = arguments.format == "safetensors"
+    if plain and (arguments.int8 or arguments.image_size):
+        raise ValueError("--int8 and --image_size belong to --format onnx or pt2; a plain checkpoint has neither")
+    folder = model_files(arguments.target, revision=arguments.revision)
+    check_model_folder(folder)
+    if not plain:
+        graph = export_graph(
+            folder,
+            arguments.out,
+            file_format=arguments.format,
+            image_size=arguments.image_size,
+            int8=arguments.int8,
+            overwrite=arguments.overwrite,
+        )
+        print(f"{arguments.out}: {graph}")
+        return 0
+    model = export_plain(folder, arguments.out, overwrite=arguments.overwrite)
     print(f"{arguments.out}: {type(model).__name__}, a plain Transformers checkpoint")
     return 0
 
 
-def push(arguments: argparse.Namespace) -> int:
+def push(arguments: Namespace) -> int:
     """Uploads a folder."""
-    from .hub.push import push_folder
+    from .hub.push import check_name, push_folder
     from .hub.push_plan import plan_push
 
     if arguments.dry_run:
+        check_name(arguments.repo_id, revision=arguments.revision)
         print(plan_push(arguments.folder, include=arguments.include))
         print("nothing was sent")
         return 0
@@ -98,7 +248,7 @@ def push(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def card(arguments: argparse.Namespace) -> int:
+def card(arguments: Namespace) -> int:
     """Writes or renews a model card."""
     from .hub.cards import RunFacts, write_card
 
@@ -111,84 +261,20 @@ def card(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def info(arguments: argparse.Namespace) -> int:
+def info(arguments: Namespace) -> int:
     """Prints where DropKey acts in a saved model."""
+    from .hub.download import model_files
     from .inspection.saved import inspect_folder
 
-    print(inspect_folder(arguments.folder))
+    print(inspect_folder(model_files(arguments.target, revision=arguments.revision, weights=False)))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-dropkey", description="DropKey models of Transformers: saved folders.")
-    parser.add_argument("--version", action="version", version=f"hf-dropkey {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show where an error was raised")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    training = commands.add_parser(
-        "train",
-        help="train a model: from a recipe or arguments (--help lists them)",
-        # --help is the job's, and so are recipes
-        add_help=False,
-        # no argument of the job may count as a short form of --task
-        allow_abbrev=False,
-    )
-    training.add_argument("--task", choices=sorted(TASKS), default="classification", help="default: classification")
-    training.set_defaults(run=train)
-
-    checking = commands.add_parser("check", help="can a folder or a repository be trusted? (exit code 0 or 1)")
-    checking.add_argument("target", help="folder, or owner/name on the Hub")
-    checking.add_argument("--revision", help="branch, tag or commit; default: the newest commit")
-    checking.add_argument(
-        "--digest", help="digest of a folder that an earlier check printed; the folder must not have changed"
-    )
-    checking.set_defaults(run=check)
-
-    exporting = commands.add_parser("export", help="write a plain Transformers checkpoint: no DropKey, no code")
-    exporting.add_argument("folder", type=Path, help="saved model")
-    exporting.add_argument("out", type=Path, help="folder to write; new or empty")
-    exporting.add_argument(
-        "--overwrite", action="store_true", help="replace the saved model in out; all files there are deleted"
-    )
-    exporting.set_defaults(run=export)
-
-    pushing = commands.add_parser("push", help="upload a saved model with its code and card, in one commit")
-    pushing.add_argument("folder", type=Path, help="saved model")
-    pushing.add_argument("repo_id", help="owner/name; created if it does not exist")
-    pushing.add_argument("--revision", help="branch, created if it does not exist; default: main")
-    pushing.add_argument("--private", action="store_true", help="make a private repository")
-    pushing.add_argument("--message", default="Upload model", help="title of the commit")
-    pushing.add_argument(
-        "--replace-readme", action="store_true", help="publish the folder's card in place of the repository's"
-    )
-    pushing.add_argument(
-        "--include", nargs="+", default=(), metavar="PATTERN", help='more files, such as "figures/*.png"'
-    )
-    pushing.add_argument(
-        "--dry_run",
-        "--dry-run",
-        action="store_true",
-        help="only list the files that would be sent and those that would stay",
-    )
-    pushing.set_defaults(run=push)
-
-    writing = commands.add_parser("card", help="write or renew README.md from the results files of a run")
-    writing.add_argument("folder", type=Path, help="saved model")
-    writing.add_argument("--repo-id", help="where it is on the Hub, for the usage")
-    writing.add_argument("--revision", help="commit or tag that the usage pins")
-    writing.add_argument("--dataset", help="name of the data")
-    writing.add_argument("--dataset-id", help="its id on the Hub")
-    writing.add_argument("--dataset-split", help="split used for evaluation")
-    writing.add_argument("--base-model", help="model that training started from")
-    writing.add_argument("--license", help="licence of the weights, such as apache-2.0")
-    writing.add_argument("--command", dest="command_line", help="command that trained the model")
-    writing.set_defaults(run=card)
-
-    showing = commands.add_parser("info", help="where DropKey acts: schedule, attentions with their ratios, backend")
-    showing.add_argument("folder", type=Path, help="saved model")
-    showing.set_defaults(run=info)
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+COMMANDS: dict[str, Callable[[Namespace], int]] = {
+    "report": report,
+    "check": check,
+    "export": export,
+    "push": push,
+    "card": card,
+    "info": info,
+}

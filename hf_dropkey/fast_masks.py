@@ -142,4 +142,3 @@ def _check_bits(fill: Callable[[RowState, float, torch.Tensor, int], None]) -> N
             fill(state, ratio, found, infinity)
             if not torch.equal(found.view(dtype), drop_bias_of_rows(state, keys, ratio, dtype).view(-1, keys)):
                 raise RuntimeError(f"Fast masks draw other bits than they should here (in {dtype}). {INSTEAD}")
-

@@ -1,4 +1,4 @@
-"""Folders of saved models: their configuration, class and weights, and the files that they lack."""
+"""Folders of saved models and adapters: their configuration, class and weights, and the files that they lack."""
 
 import json
 import math
@@ -13,8 +13,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_imports
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import models
+from .patching.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CONFIG
+from .patching.dispatch import DROPKEY_NAME
 
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -38,9 +41,22 @@ PROCESSOR_FILES = (
 )
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of PEFT without the model that it is for."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def config_file(folder: Path) -> Path:
+    """The configuration of the model in a folder; of an adapter, that of its base model as the adapter changed it."""
+    return folder / (BASE_CONFIG if is_adapter(folder) else "config.json")
+
+
 def check_model_folder(folder: Path) -> None:
-    """Raises FileNotFoundError for files that a saved model lacks, ValueError for damaged or impossible contents."""
+    """Raises FileNotFoundError for files that a saved model or adapter lacks, ValueError for damaged or impossible contents."""
     report_missing(folder, missing_model_files(folder))
+    if is_adapter(folder):
+        tensor_shapes(folder / ADAPTER_WEIGHTS)
+        return
     check_sizes(folder)
     for shard, names in sorted(_indexed(folder).items()):
         lost = sorted(names - set(tensor_shapes(folder / shard)))
@@ -96,15 +112,18 @@ def check_sizes(folder: Path) -> None:
         # each layer has a weight of its own
         "layers": max(100, len(shapes)) if shapes else MOST_LAYERS,
     }
-    for name, value in _numbers(read_json(folder / "config.json")):
+    file = config_file(folder)
+    if is_adapter(folder):
+        # the weights that the numbers are of are elsewhere
+        most = {"classes": MOST_CLASSES, "layers": MOST_LAYERS}
+    for name, value in _numbers(read_json(file)):
         kind = "classes" if name == "num_labels" else "layers" if name.endswith(LAYER_FIELDS) else None
         if kind is not None and value < 0:
-            raise ValueError(f"{folder / 'config.json'} has {name} {value}, which is below 0; correct it")
+            raise ValueError(f"{file} has {name} {value}, which is below 0; correct it")
         if kind is not None and value > most[kind]:
-            holds = f"its weights hold at most {most[kind]} {kind}" if shapes else f"at most {most[kind]} are allowed"
-            raise ValueError(
-                f"{folder / 'config.json'} has {name} {value}, but {holds}; correct it, or use another checkpoint"
-            )
+            whole = shapes and not is_adapter(folder)
+            holds = f"its weights hold at most {most[kind]} {kind}" if whole else f"at most {most[kind]} are allowed"
+            raise ValueError(f"{file} has {name} {value}, but {holds}; correct it, or use another checkpoint")
 
 
 def _numbers(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, int]]:
@@ -135,15 +154,24 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def check_model_source(source: str) -> None:
+def check_model_source(source: str, *, adapters: bool = False) -> None:
     """Checks what stands for a model, a folder or an id of the Hub: a folder is whole, and a path without one is reported.
+
+    Args:
+        source: Folder or id.
+        adapters: Whether an adapter of PEFT will do.
 
     Raises:
         FileNotFoundError: It is a path, which no id of the Hub is, and no folder lies there; or the folder lacks files.
-        ValueError: As `check_model_folder`.
+        ValueError: As `check_model_folder`; or it is an adapter.
     """
     if Path(source).is_dir():
         check_model_folder(Path(source))
+        if is_adapter(Path(source)) and not adapters:
+            raise ValueError(
+                f"--model_name_or_path {source} is an adapter of {base_of(Path(source))}, not a whole model; train it on "
+                "with --resume_from_checkpoint, or save it merged with --merge_adapter and start from that"
+            )
     elif Path(source).is_file() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise FileNotFoundError(
             f"--model_name_or_path {source} is {'a file' if Path(source).is_file() else 'not there'}; give the folder of a "
@@ -151,10 +179,37 @@ def check_model_source(source: str) -> None:
         )
 
 
+def base_of(folder: Path) -> str:
+    """The model that the adapter in a folder is for, a folder or an id of the Hub.
+
+    Raises:
+        ValueError: The adapter does not say.
+    """
+    named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG} has base_model_name_or_path {named!r}; write there the model that the adapter "
+            "is for, a folder or an id of the Hub"
+        )
+    return named
+
+
+def check_attention(name: str | None) -> None:
+    """Raises ValueError for an `attn_implementation` that neither Transformers nor this package has."""
+    # "owner/name" is a kernel of the Hub
+    if name is None or "/" in name:
+        return
+    known = ["eager", *(one for one in ALL_ATTENTION_FUNCTIONS.keys() if "|" not in one and one != DROPKEY_NAME)]  # noqa: SIM118  # no dict
+    if name not in known:
+        raise ValueError(f"--attn_implementation {name} is unknown; choose from {', '.join(sorted(known))}")
+
+
 def missing_model_files(folder: Path) -> list[str]:
     """Names of files that the model in `folder` needs and does not have: configuration, weights, its own code."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give the folder of a saved model or a checkpoint")
+    if is_adapter(folder):
+        return [] if (folder / ADAPTER_WEIGHTS).is_file() else [ADAPTER_WEIGHTS]
     if not (folder / "config.json").is_file():
         return ["config.json"]
     missing = []
@@ -175,6 +230,9 @@ def missing_weights(folder: Path) -> list[str]:
     Raises:
         ValueError: The weights have other shapes than the model, or cannot be read.
     """
+    if is_adapter(folder):
+        # what it lacks is in the base model
+        return []
     config = load_config(folder)
     try:
         cls: Any = saved_class(config, folder)
@@ -237,11 +295,12 @@ def load_config(folder: Path) -> PreTrainedConfig:
         FileNotFoundError: The folder has no config.json.
         ValueError: It is damaged, or of a model that neither this package nor Transformers has.
     """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; pass the folder of a saved model")
+    file = config_file(folder)
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {file.name}; pass the folder of a saved model")
     check_sizes(folder)
-    with one_error(f"{folder / 'config.json'} cannot be used"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with one_error(f"{file} cannot be used"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(file, trust_remote_code=False)
     return config
 
 

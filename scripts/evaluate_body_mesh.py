@@ -8,11 +8,8 @@ On your own rows, with your own body:
 parametric body: METRO and MeshGraphormer output free vertices.
 """
 
-import sys
-
-from hf_dropkey.mesh.job import MeshJob
-from hf_dropkey.training.job import started_command
+from hf_dropkey.cli import script
 
 
 if __name__ == "__main__":
-    MeshJob.parse(["--do_eval", "--report_to", "none", *sys.argv[1:]]).execute(started_command())
+    script("evaluate", "mesh")

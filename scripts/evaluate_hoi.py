@@ -8,8 +8,8 @@ Classes and verbs of model and data are compared by name. It writes the scores a
 `predictions.png`. V-COCO's scenarios need its own files: --vcoco_file and --coco_file. --help lists everything.
 """
 
-from hf_dropkey.hoi.job import HoiEvaluation
+from hf_dropkey.cli import script
 
 
 if __name__ == "__main__":
-    HoiEvaluation.main()
+    script("evaluate", "hoi")

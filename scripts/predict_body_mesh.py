@@ -6,19 +6,8 @@ One person that fills the image, or boxes, or a detector:
     python scripts/predict_body_mesh.py --model_name_or_path runs/people --images photos --detector PekingU/rtdetr_r18vd
 """
 
-import logging
-import sys
-from typing import Any, cast
-
-from transformers import HfArgumentParser
-
-from hf_dropkey.mesh.prediction import PredictionArguments, predict
+from hf_dropkey.cli import script
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    try:
-        (given,) = HfArgumentParser(cast(Any, PredictionArguments)).parse_args_into_dataclasses()
-        print(predict(given))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(str(error))
+    script("predict", "mesh")

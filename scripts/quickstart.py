@@ -21,10 +21,11 @@ from PIL import Image
 from hf_dropkey.classification.arguments import DataArguments
 from hf_dropkey.classification.data import ImageData, load_image_data
 from hf_dropkey.plots import predictions_with_attention
+from hf_dropkey.recipes import recipe_file
 
 
 SCRIPTS = Path(__file__).resolve().parent
-RECIPE = SCRIPTS / "recipes" / "digits_vit.json"
+RECIPE = recipe_file("recipe:digits_vit")
 RUNS = {"DropKey": {}, "no dropout": {"dropkey_ratio": 0.0}}
 IMAGES_SHOWN = 16
 ROWS = (

@@ -1,7 +1,7 @@
 """Trains METRO or MeshGraphormer with DropKey to find the mesh of a person's body, and saves a folder that loads anywhere.
 
 On generated people, which need no data and no licence, in minutes on a CPU:
-    python scripts/train_body_mesh.py scripts/recipes/mesh_generated.json --output_dir runs/people
+    python scripts/train_body_mesh.py recipe:mesh_generated --output_dir runs/people
 On your own rows (parquet, images with metadata.jsonl, or a data set of the hub), with your own body:
     python scripts/train_body_mesh.py --do_train --do_eval --output_dir runs/mine --dataset_name folder \
         --body my_bodies:make --backbone microsoft/resnet-50 --dropkey_ratio 0.1
@@ -14,8 +14,8 @@ Tokens for the hub come from `hf auth login` or the environment variable HF_TOKE
 are saved in training_args.bin, which --push_to_hub publishes.
 """
 
-from hf_dropkey.mesh.job import MeshJob
+from hf_dropkey.cli import script
 
 
 if __name__ == "__main__":
-    MeshJob.main()
+    script("train", "mesh")

@@ -2,7 +2,7 @@
 
 On generated scenes, without any download, or from a recipe with anything after it taking precedence:
     python scripts/train_hoi.py --do_train --do_eval --output_dir runs/scenes --dataset scenes
-    python scripts/train_hoi.py scripts/recipes/hoi_scenes.json --output_dir runs/scenes
+    python scripts/train_hoi.py recipe:hoi_scenes --output_dir runs/scenes
 On your own images with annotations in HOIA's form, from a DETR trained on COCO:
     python scripts/train_hoi.py --do_train --do_eval --output_dir runs/mine --verb_base 0 --names_file names.json \
         --train_images images --train_annotations train.json \
@@ -16,8 +16,8 @@ Tokens for the hub come from `hf auth login` or the environment variable HF_TOKE
 are saved in training_args.bin, which --push_to_hub publishes.
 """
 
-from hf_dropkey.hoi.job import HoiJob
+from hf_dropkey.cli import script
 
 
 if __name__ == "__main__":
-    HoiJob.main()
+    script("train", "hoi")

@@ -1,7 +1,7 @@
 """Trains a ViT, T2T-ViT, VOLO or CeiT with DropKey to classify images, and saves a folder that anyone can load.
 
 From a recipe, with anything after it taking precedence:
-    python scripts/train_image_classification.py scripts/recipes/digits_vit.json --output_dir runs/digits --seed 1
+    python scripts/train_image_classification.py recipe:digits_vit --output_dir runs/digits --seed 1
 From scratch on your own folders of images, one sub-folder per class:
     python scripts/train_image_classification.py --do_train --do_eval --output_dir runs/mine \
         --train_dir images/train --validation_dir images/validation --model_size small --dropkey_ratio 0.1
@@ -20,8 +20,8 @@ Tokens for the hub come from `hf auth login` or the environment variable HF_TOKE
 are saved in training_args.bin, in clear.
 """
 
-from hf_dropkey.classification.job import ClassificationJob
+from hf_dropkey.cli import script
 
 
 if __name__ == "__main__":
-    ClassificationJob.main()
+    script("train", "classification")

@@ -1,8 +1,8 @@
 """Trains as `train_image_classification.py` does, from the same recipes, in a loop that is all here to read and change.
 
-    python scripts/train_image_classification_accelerate.py scripts/recipes/digits_vit.json --output_dir runs/digits
+    python scripts/train_image_classification_accelerate.py recipe:digits_vit --output_dir runs/digits
     accelerate launch --config_file scripts/accelerate/several_gpus.yaml \
-        scripts/train_image_classification_accelerate.py scripts/recipes/digits_vit.json --output_dir runs/digits
+        scripts/train_image_classification_accelerate.py recipe:digits_vit --output_dir runs/digits
 On one process the losses are those of the other script, for the same seed. Arguments of `Trainer` that this loop does
 not have are an error: label smoothing, `load_best_model_at_end`, pushing (use `hf-dropkey push`) and so on.
 """
@@ -41,11 +41,13 @@ from transformers.trainer_utils import speed_metrics
 from hf_dropkey.classification.data import ImageData
 from hf_dropkey.classification.job import ClassificationJob
 from hf_dropkey.classification.metrics import classification_metrics
-from hf_dropkey.classification.transform import ImageTransform, collate_images, transform_rows
+from hf_dropkey.classification.transform import ImageTransform
 from hf_dropkey.extras import needed
 from hf_dropkey.hub.cards import RunFacts, shown_command, write_card
 from hf_dropkey.training.callbacks import seed_process
 from hf_dropkey.training.checkpoints import checkpoints_in, step_of
+from hf_dropkey.training.defaults import default_words
+from hf_dropkey.training.finetune import split_groups
 from hf_dropkey.training.guards import LossGuard, check_devices, check_engine, named_save, note_where_to_resume
 from hf_dropkey.training.job import started_command
 from hf_dropkey.training.record import STATE, RunRecord, earlier_resumes, recorded, run_settings
@@ -144,9 +146,22 @@ def check_training_arguments(training: TrainingArguments) -> None:
 class LoopJob(ClassificationJob):
     """The job of `train_image_classification.py`, with the arguments of `Trainer` that the loop below has."""
 
+    @classmethod
+    def defaults(cls, command: Sequence[str]) -> list[str]:
+        """As of `ClassificationJob`, without those that the loop does not have."""
+        return default_words(command, without=("load_best_model_at_end", "metric_for_best_model"))
+
     def check_training_arguments(self) -> None:
         """As the function of that name."""
         check_training_arguments(self.training)
+
+    def check(self) -> None:
+        """As `ClassificationJob.check`; raises ValueError for LoRA, which this loop does not have."""
+        if self.lora.lora_r is not None:
+            raise ValueError(
+                f"this loop has no LoRA; leave out --lora_r {self.lora.lora_r}, or use train_image_classification.py"
+            )
+        super().check()
 
     def run_to_the_end(self, command: Sequence[str]) -> None:
         """Trains, evaluates and describes, in the locked output folder."""
@@ -192,6 +207,7 @@ class Loop:
     max_steps: int
     record: RunRecord
     callbacks: list[Any]
+    loss: Any
     state: TrainerState = field(default_factory=TrainerState)
 
     def __post_init__(self) -> None:
@@ -322,11 +338,11 @@ class Loop:
         for number, batch in enumerate(batches):
             last = number + 1 == len(batches)
             self.accelerator.gradient_state._set_sync_gradients(last)
-            with self.accelerator.no_sync(self.model) if not last else torch.enable_grad():
+            masks = masks_of(batch, epoch=int(self.transform.epoch), seed=self.args.seed)
+            with self.accelerator.no_sync(self.model) if not last else torch.enable_grad(), masks:
                 # a sum over images, divided by all images of the step, on a mean over processes
-                with masks_of(batch, epoch=int(self.transform.epoch), seed=self.args.seed):
-                    loss = self.model(**batch, num_items_in_batch=count).loss * self.accelerator.num_processes
-                    self.accelerator.backward(loss)
+                loss = self.loss_of(batch, count) * self.accelerator.num_processes
+                self.accelerator.backward(loss)
             self.guard.look_at(
                 self.accelerator.gather(loss.detach().reshape(1)).tolist(), step=self.state.global_step + 1
             )
@@ -347,6 +363,17 @@ class Loop:
             self.scheduler.step()
         self.optimizer.zero_grad()
         return self.accelerator.gather(loss_of_step).mean()
+
+    def loss_of(self, batch: dict[str, torch.Tensor], count: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch, a sum over images divided by `count`: the model's own, or that of mixed images."""
+        if self.loss is None:
+            own: torch.Tensor = self.model(**batch, num_items_in_batch=count).loss
+            return own
+        labels = batch["labels"]
+        found: torch.Tensor = self.loss(
+            self.model(pixel_values=batch["pixel_values"]), labels, count * labels.shape[1]
+        )
+        return found
 
     def act(self) -> None:
         """Logs, evaluates and saves, as it is time to."""
@@ -437,7 +464,7 @@ class Loop:
 def make_loop(job: LoopJob, model: PreTrainedModel, data: ImageData) -> Loop:
     """Optimiser, schedule and loaders, prepared by accelerate; trackers are started."""
     training = job.training
-    transform = transform_rows(data, job.processor, job.config, job.augmentation, seed=job.data_seed)
+    transform = job.transform(data)
     set_seed(training.seed)
     accelerator = Accelerator(
         cpu=training.use_cpu,
@@ -456,8 +483,9 @@ def make_loop(job: LoopJob, model: PreTrainedModel, data: ImageData) -> Loop:
     if accelerator.distributed_type != DistributedType.FSDP:
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    collate = job.collator(data, transform)
     workers: dict[str, Any] = {
-        "collate_fn": IdCollator(collate_images) if job.run.masks_by_sample else collate_images,
+        "collate_fn": IdCollator(collate) if job.run.masks_by_sample else collate,
         "num_workers": training.dataloader_num_workers,
         "pin_memory": training.dataloader_pin_memory and torch.accelerator.is_available(),
         "persistent_workers": training.dataloader_persistent_workers,
@@ -481,6 +509,7 @@ def make_loop(job: LoopJob, model: PreTrainedModel, data: ImageData) -> Loop:
     evaluation_batches = accelerator.prepare(DataLoader(evaluation, training.per_device_eval_batch_size, **workers))
     optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(training, model)
     optimizer = optimizer_class(decay_groups(model, training.weight_decay), **settings)
+    split_groups(optimizer, model, job.rates(model))
     model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = accelerator.prepare(
         get_scheduler(
@@ -505,8 +534,9 @@ def make_loop(job: LoopJob, model: PreTrainedModel, data: ImageData) -> Loop:
         transform,
         LossGuard(job.run.on_nonfinite_loss),
         max_steps,
-        RunRecord(run_settings(training), job.fingerprint(data)),
+        RunRecord({**run_settings(training), "fixed": job.fixed()}, job.fingerprint(data)),
         job.callbacks,
+        job.loss(),
     )
 
 
@@ -515,6 +545,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     without = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
     decayed = set(get_parameter_names(model, [nn.LayerNorm], without))
     named = list(model.named_parameters())
+    named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     return [
         {"params": [parameter for name, parameter in named if name in decayed], "weight_decay": weight_decay},
         {"params": [parameter for name, parameter in named if name not in decayed], "weight_decay": 0.0},

@@ -9,7 +9,7 @@ On a data set of the hub whose rows list their boxes in `objects`:
     python scripts/train_object_detection.py --do_train --do_eval --output_dir runs/cppe5 --dataset_name cppe-5 \
         --model_name_or_path hustvl/yolos-tiny --ignore_mismatched_sizes
 A small model from scratch, from a recipe, with anything after it taking precedence:
-    python scripts/train_object_detection.py scripts/recipes/detection_overfit.json --output_dir runs/few \
+    python scripts/train_object_detection.py recipe:detection_overfit --output_dir runs/few \
         --train_images ... --train_annotations ... --validation_images ... --validation_annotations ...
 --help lists everything. It needs the extras: pip install 'hf_dropkey[coco,plots,train]'.
 
@@ -21,8 +21,8 @@ Tokens for the hub come from `hf auth login` or the environment variable HF_TOKE
 are saved in training_args.bin, which --push_to_hub publishes.
 """
 
-from hf_dropkey.detection.job import DetectionJob
+from hf_dropkey.cli import script
 
 
 if __name__ == "__main__":
-    DetectionJob.main()
+    script("train", "detection")

@@ -9,7 +9,7 @@ from hf_dropkey.classification.arguments import AugmentationArguments, Classific
 from hf_dropkey.training.arguments import RampArguments, parse_arguments
 
 
-RECIPES = Path(__file__).resolve().parents[1] / "scripts" / "recipes"
+RECIPES = Path(__file__).resolve().parents[1] / "hf_dropkey" / "recipes"
 GROUPS = (ModelArguments, ClassificationDropKeyArguments)
 
 
@@ -67,7 +67,7 @@ def test_digits_turn_and_photographs_are_cropped_unless_configured_otherwise() -
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("digits_*.json")), ids=lambda recipe: recipe.stem)
 def test_recipes_say_what_to_expect(recipe: Path) -> None:
     about = json.loads(recipe.read_text())["about"]
-    assert f"scripts/recipes/{recipe.name}" in about
+    assert f"recipe:{recipe.stem}" in about
     assert "accuracy" in about and "CPU" in about
 
 

@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("hf_dropkey/", "hf_dropkey_cli/")
 # with what these need installed together, each alone and the core without any can be installed too
 EVERYTHING = ".[all,dev]"
 LINUX = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
@@ -100,7 +101,8 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     built = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert built == {name for name in listed.stdout.splitlines() if name.startswith("hf_dropkey/")}
+    assert built == {name for name in listed.stdout.splitlines() if name.startswith(PACKAGES)}
+    assert {"hf_dropkey/recipes/digits_vit.json", "hf_dropkey_cli/arguments.json"} <= built
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def test_training_goes_on_from_a_trained_model(trained: Path, tmp_path: Path) ->
 
 
 def test_recipes_are_arguments() -> None:
-    for recipe in (REPOSITORY / "scripts" / "recipes").glob("mesh_*.json"):
+    for recipe in (REPOSITORY / "hf_dropkey" / "recipes").glob("mesh_*.json"):
         job = MeshJob.parse([str(recipe)])
         assert job.model.model_size == "nano" and job.training.do_eval
 

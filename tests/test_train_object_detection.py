@@ -248,9 +248,9 @@ def test_the_figure_has_each_box_where_it_was_given():
 
 
 def test_the_recipe_names_only_arguments_and_says_what_to_expect(monkeypatch, tmp_path, shapes):
-    recipe = ROOT / "scripts" / "recipes" / "detection_overfit.json"
+    recipe = ROOT / "hf_dropkey" / "recipes" / "detection_overfit.json"
     about = json.loads(recipe.read_text())["about"]
-    assert "scripts/recipes/detection_overfit.json" in about and "AP50" in about and "CPU" in about
+    assert "recipe:detection_overfit" in about and "AP50" in about and "CPU" in about
     short = ("--max_steps", "1", "--image_size", "64", "--use_cpu", "--output_dir", "run")
     here(monkeypatch, tmp_path, str(recipe), *data(shapes), *short)
     assert (tmp_path / "run" / "predictions.png").is_file()

@@ -83,7 +83,7 @@ def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
         parse(tmp_path / "gone.json")
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "scripts" / "recipes").glob("*.json")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted((ROOT / "hf_dropkey" / "recipes").glob("*.json")), ids=lambda file: file.name)
 def test_our_own_recipes_are_read(file: Path) -> None:
     jobs: dict[str, Any] = {"detection": DetectionJob, "hoi": HoiJob, "mesh": MeshJob}
     job = jobs.get(file.name.split("_")[0], ClassificationJob)

@@ -65,6 +65,8 @@ def compile_kernel(
     }
     if not padded:
         constants |= {"p_padding": None, "p_silent": None}
+    if shared:
+        constants["p_state"] = None
     about = f"{name} {columns or width} of {width}, {keys} keys, {padded=}, {shared=}, {launch}"
     return resources(about, architecture, kernel, constants, warps=launch.warps, stages=launch.stages)
 
@@ -93,6 +95,7 @@ def resources(
         "p_undone": "*i8",
         "p_silent": "*i8",
         "p_padding": "*i1",
+        "p_state": "*i32",
     }
     types |= {"p_limits": "*i32", "scale": "fp32", "scaling": "fp32"}
     signature: dict[str, Any] = {}

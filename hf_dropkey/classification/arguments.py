@@ -1,11 +1,12 @@
 """The arguments of a training job for image classification: which model, how DropKey acts, how images vary."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from ..images.augmentation import Augmentation
+from ..images.mixing import Mixing
 from ..images.sources import EVALUATION_SPLITS
 from ..training.arguments import DropKeyArguments
 from .families import FAMILIES
@@ -80,6 +81,12 @@ class ModelArguments:
         default=None, metadata={"help": "Width of the MLP of vit; the others have mlp_ratio."}
     )
     hidden_dropout_prob: float | None = field(default=None, metadata={"help": "Dropout after attention and MLP."})
+    drop_path_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest probability of skipping a layer (stochastic depth), [0, 1), of models that have it."
+        },
+    )
     config_overrides: dict | str | None = field(
         default=None,
         metadata={"help": 'Other fields of the configuration as JSON, such as {"mix_token": true, "depths": [2, 4]}.'},
@@ -151,9 +158,30 @@ class AugmentationArguments:
         default=None, metadata={"help": "Largest change of brightness, contrast and saturation, [0, 1]."}
     )
 
+    augment: Literal["randaugment", "trivialaugment"] | None = field(
+        default=None, metadata={"help": "Random operations on the images, by one of these recipes. Default: none."}
+    )
+    random_erasing: float | None = field(
+        default=None, metadata={"help": "Probability that a box of the image becomes noise, [0, 1]. Default: 0."}
+    )
+    mixup: float = field(
+        default=0.0,
+        metadata={"help": "Alpha of mixup, which blends images and labels, such as 0.2. Default: 0, none."},
+    )
+    cutmix: float = field(
+        default=0.0,
+        metadata={"help": "Alpha of CutMix, which pastes boxes, such as 1; with mixup each half of the time."},
+    )
+    mixing_probability: float = field(default=1.0, metadata={"help": "Probability that a batch is mixed, [0, 1]."})
+
+    def mixing(self) -> Mixing:
+        """How batches are mixed; raises ValueError for a value outside its range."""
+        return Mixing(self.mixup, self.cutmix, self.mixing_probability)
+
     def augmentation(self, image_size: tuple[int, int], *, digits: bool) -> Augmentation:
         """The ranges that are configured, and the defaults for the kind of image for the others."""
-        configured = {name: value for name, value in asdict(self).items() if value is not None}
+        known = {entry.name for entry in fields(Augmentation)}
+        configured = {name: value for name, value in asdict(self).items() if value is not None and name in known}
         return Augmentation(image_size, **{**(DIGITS_AUGMENTATION if digits else PHOTO_AUGMENTATION), **configured})
 
 

@@ -6,28 +6,37 @@ command names.
 
 import hashlib
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..images.augmentation import Augmentation, AugmentationEpoch
+from ..images.mixing import Mixing, MixingCollator, mixed_loss
 from ..images.tables import matching_files
+from ..saved import check_attention
 from ..training.arguments import RampArguments, RunArguments
+from ..training.defaults import STARTS, default_words, start_of
+from ..training.finetune import FineTuningArguments, freeze, learning_rates
 from ..training.job import TrainingJob, public_name
+from ..training.lora import LoraArguments, add_lora
 from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import AugmentationArguments, ClassificationDropKeyArguments, DataArguments, ModelArguments
 from .data import ImageData, load_image_data
 from .metrics import classification_metrics
 from .model import check_loss, fit_classes, is_native, made_size, make_config, make_image_processor, make_model
-from .pretrained import pretrained_model
-from .transform import collate_images, transform_rows
+from .pretrained import check_drop_path, head_modules, pretrained_model
+from .transform import ImageTransform, collate_images, transform_rows
 
 
 logger = logging.getLogger(__name__)
+
+Collator = Callable[[Any], dict[str, torch.Tensor]]
 
 
 @cache
@@ -58,7 +67,9 @@ class ClassificationJob(TrainingJob[ImageData]):
         config: The configuration; without the classes until the data is loaded.
         size: Height and width of the images that the model gets, in pixels.
         augmentation: How training images vary.
+        mixing: How the images of a batch are mixed.
         processor: The image processor.
+        new_modules: Names of the modules of the model with new weights, the classifier among them.
     """
 
     TASK = "image-classification"
@@ -68,8 +79,27 @@ class ClassificationJob(TrainingJob[ImageData]):
     ramp: RampArguments
     data: DataArguments
     augmentation_arguments: AugmentationArguments
+    fine_tuning: FineTuningArguments
+    lora: LoraArguments
     run: RunArguments
     training: TrainingArguments
+
+    @classmethod
+    def defaults(cls, command: Sequence[str]) -> list[str]:
+        """Defaults by kind of start, for a command without a recipe."""
+        return default_words(command)
+
+    def begin(self) -> None:
+        """As `TrainingJob.begin`, with the defaults in the log."""
+        super().begin()
+        if self.added:
+            kind = STARTS[start_of(self.start_words())]
+            logger.info("defaults for %s, where the command says nothing: %s", kind, " ".join(self.added))
+
+    def start_words(self) -> list[str]:
+        """The arguments that decide about the kind of start."""
+        source, rank = self.model.model_name_or_path, self.lora.lora_r
+        return [*(["--model_name_or_path"] if source else []), *(["--lora_r"] if rank else [])]
 
     def check(self) -> None:
         """Makes configuration, augmentation and image processor.
@@ -77,14 +107,19 @@ class ClassificationJob(TrainingJob[ImageData]):
         Raises:
             ValueError, FileNotFoundError: As `make_config`, `check_loss` and `make_image_processor`.
         """
+        check_attention(self.model.attn_implementation)
         digits = self.data.is_digits
+        self.fine_tuning.check(source=self.model.model_name_or_path, lora=self.lora.lora_r is not None)
+        self.lora.check(source=self.model.model_name_or_path, trains=self.training.do_train)
         self.config: PreTrainedConfig = make_config(self.model, self.dropkey, digits=digits)
-        check_loss(self.config, label_smoothing=self.training.label_smoothing_factor)
+        self.mixing: Mixing = self.augmentation_arguments.mixing()
+        check_loss(self.config, label_smoothing=self.training.label_smoothing_factor, mixes=bool(self.mixing))
         self.processor: BaseImageProcessor = make_image_processor(self.config, self.model, digits=digits)
         made: Any = made_size(self.processor)
         self.size: tuple[int, int] = made
         self.augmentation: Augmentation = self.augmentation_arguments.augmentation(made, digits=digits)
         self.callbacks = self.ramp.callbacks()
+        self.new_modules: list[str] = []
 
     def load(self) -> ImageData:
         """The images; the configuration gets their classes."""
@@ -92,25 +127,65 @@ class ClassificationJob(TrainingJob[ImageData]):
         return fit_classes(data, self.config, self.model)
 
     def make_model(self, data: ImageData) -> PreTrainedModel:
-        """The model, with pretrained weights or new ones."""
+        """The model, with pretrained weights or new ones; with `--lora_r` a `PeftModel` around it."""
         if is_native(self.config):
-            return make_model(self.config, self.model)
-        return pretrained_model(self.config, self.model, self.dropkey, self.size)
+            model = make_model(self.config, self.model)
+            new = head_modules(model)
+        else:
+            model, new = pretrained_model(self.config, self.model, self.dropkey, self.size)
+        check_drop_path(model, self.model.drop_path_rate)
+        self.new_modules = new
+        freeze(model, self.fine_tuning.freeze_layers, new)
+        if self.lora.lora_r is None:
+            return model
+        source, revision = str(self.model.model_name_or_path), self.model.revision
+        adapted: PreTrainedModel = add_lora(model, self.lora, source=source, revision=revision, trained=new)
+        return adapted
 
     def make_trainer(self, model: PreTrainedModel, data: ImageData) -> GuardedTrainer:
         """The `Trainer`; the data sets give tensors from now on."""
-        transform = transform_rows(data, self.processor, self.config, self.augmentation, seed=self.data_seed)
+        transform = self.transform(data)
         return GuardedTrainer(
             model=model,
             args=self.training,
             train_dataset=data.train,
             eval_dataset=data.evaluation,
             processing_class=self.processor,
-            data_collator=collate_images,
+            data_collator=self.collator(data, transform),
+            compute_loss_func=self.loss(),
             compute_metrics=classification_metrics,
             callbacks=[AugmentationEpoch(transform), *self.callbacks],
             on_nonfinite_loss=self.run.on_nonfinite_loss,
+            merge_adapter=self.lora.merge_adapter,
+            learning_rates=self.rates(model),
         )
+
+    def transform(self, data: ImageData) -> ImageTransform:
+        """Makes the data sets give tensors from now on; returns the transform of the training rows."""
+        return transform_rows(
+            data, self.processor, self.config, self.augmentation, seed=self.data_seed, with_rows=bool(self.mixing)
+        )
+
+    def collator(self, data: ImageData, transform: ImageTransform) -> Collator:
+        """Makes batches of rows, those of training mixed if that is asked for."""
+        if not self.mixing:
+            return collate_images
+        classes = len(data.label_names)
+        return MixingCollator(collate_images, self.mixing, classes=classes, transform=transform, seed=self.data_seed)
+
+    def rates(self, model: PreTrainedModel) -> dict[str, float]:
+        """Factors on the learning rate by parameter; empty if all are 1."""
+        return learning_rates(model, self.fine_tuning, self.new_modules, float(self.training.learning_rate))
+
+    def loss(self) -> Callable[..., Any] | None:
+        """The loss in place of the model's own; None for that."""
+        return partial(mixed_loss, label_smoothing=self.training.label_smoothing_factor) if self.mixing else None
+
+    def fixed(self) -> dict[str, Any]:
+        """Which layers are trained and how fast, and how images are mixed, erased and augmented."""
+        augmentation = self.augmentation_arguments
+        names = ("augment", "random_erasing", "mixup", "cutmix", "mixing_probability")
+        return {**self.fine_tuning.recorded(), **{name: getattr(augmentation, name) or 0 for name in names}}
 
     def fingerprint(self, data: ImageData) -> Fingerprint:
         """Rows and hashes of names, labels and sizes of each split."""
@@ -140,7 +215,8 @@ class ClassificationJob(TrainingJob[ImageData]):
 
     def settings(self) -> dict[str, str]:
         """All settings that determine the trained weights, as JSON values; data files by name and content hash."""
-        groups = (self.model, self.dropkey, self.ramp, self.data, self.augmentation_arguments)
+        groups: list[Any] = [self.model, self.dropkey, self.ramp, self.data, self.augmentation_arguments]
+        groups += [self.fine_tuning, self.lora]
         values = {name: str(value) for group in groups for name, value in asdict(group).items()}
         values |= super().settings()
         for name in ("train_file", "validation_file", "train_dir", "validation_dir"):

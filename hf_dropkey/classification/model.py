@@ -12,7 +12,7 @@ from ..saved import check_model_source
 from .arguments import SHAPE_FIELDS, ClassificationDropKeyArguments, ModelArguments
 from .data import ImageData
 from .families import FAMILIES, SMALLEST, Family, family_of, image_processor
-from .pretrained import pretrained_config, resize_positions
+from .pretrained import pretrained_config, resize_positions, set_drop_path
 
 
 # weights that a pretrained model need not have, because every task has its own
@@ -44,6 +44,7 @@ def make_config(model: ModelArguments, dropkey: ClassificationDropKeyArguments, 
         config = FAMILIES[name].config_class(**settings)
     if model.hidden_dropout_prob is not None:
         config.hidden_dropout_prob = model.hidden_dropout_prob
+    set_drop_path(config, model)
     # fields of a pretrained configuration were set one by one
     config.validate()
     return config
@@ -78,6 +79,8 @@ def overrides(model: ModelArguments, family: str) -> dict[str, Any]:
     """
     values: Any = model.config_overrides or {}
     arguments = {field.name for group in (ModelArguments, ClassificationDropKeyArguments) for field in fields(group)}
+    # it was an override before it was an argument
+    arguments -= {"drop_path_rate"}
     twice = sorted(arguments & set(values))
     if twice:
         raise ValueError(f"--config_overrides has {twice}, which are arguments of their own: pass --{twice[0]}")
@@ -136,8 +139,14 @@ def shape_from_scratch(model: ModelArguments, *, digits: bool) -> dict[str, Any]
     return shape
 
 
-def check_loss(config: PreTrainedConfig, *, label_smoothing: float) -> None:
-    """Raises ValueError if label smoothing, which replaces the model's own loss, would leave some of it untrained."""
+def check_loss(config: PreTrainedConfig, *, label_smoothing: float, mixes: bool = False) -> None:
+    """Raises ValueError if label smoothing or mixing, which replace the model's own loss, would leave some of it untrained."""
+    own = [name for name in ("dense_head", "mix_token") if getattr(config, name, False)]
+    if mixes and own:
+        raise ValueError(
+            f"--mixup and --cutmix replace the model's loss, and this one has {' and '.join(own)} in its own; leave them out, "
+            f"""or train without with --config_overrides '{{{", ".join(f'"{name}": false' for name in own)}}}'"""
+        )
     if label_smoothing and getattr(config, "dense_head", False):
         raise ValueError(
             f"--label_smoothing_factor {label_smoothing} replaces the model's loss, so that the dense head of VOLO, "

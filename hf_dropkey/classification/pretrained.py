@@ -63,6 +63,7 @@ def pretrained_config(model: ModelArguments, dropkey: ClassificationDropKeyArgum
     if not remote and type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         config = features_config(config, source)
     change_fields(config, model, dropkey)
+    set_drop_path(vision_config(config), model)
     if model.image_size is not None:
         vision_config(config).image_size = model.image_size
         if getattr(vision_config(config), "patch_size", None) is not None:
@@ -120,6 +121,32 @@ def change_fields(config: PreTrainedConfig, model: ModelArguments, dropkey: Clas
         setattr(own, name, value)
 
 
+def set_drop_path(config: PreTrainedConfig, model: ModelArguments) -> None:
+    """Sets the rate of stochastic depth.
+
+    Raises:
+        ValueError: The rate is outside [0, 1), or the model has no stochastic depth.
+    """
+    rate = model.drop_path_rate
+    if rate is None:
+        return
+    if not 0 <= rate < 1:
+        raise ValueError(f"--drop_path_rate {rate} is outside [0, 1); choose for example 0.1")
+    if not hasattr(config, "drop_path_rate"):
+        raise ValueError(
+            f"--drop_path_rate {rate} is for models with stochastic depth, and {config.model_type} has none; leave it out"
+        )
+    config.drop_path_rate = rate
+
+
+def check_drop_path(model: PreTrainedModel, rate: float | None) -> None:
+    """Raises ValueError if no module of a model skips layers, although its configuration has a rate for it."""
+    if rate and not any("DropPath" in type(module).__name__ for module in model.modules()):
+        raise ValueError(
+            f"--drop_path_rate {rate} changes nothing in {type(model).__name__}, which has no stochastic depth; leave it out"
+        )
+
+
 def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The part of a configuration that describes the vision model: of CLIP and SigLIP, `vision_config`."""
     for name in ("features_config", "vision_config"):
@@ -131,7 +158,7 @@ def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def pretrained_model(
     config: PreTrainedConfig, model: ModelArguments, dropkey: ClassificationDropKeyArguments, size: tuple[int, int]
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, list[str]]:
     """The model with pretrained weights, positions for its image size, and DropKey.
 
     Args:
@@ -140,10 +167,21 @@ def pretrained_model(
         dropkey: The settings of DropKey.
         size: Height and width of the images in pixels.
 
+    Returns:
+        The model, and the names of its modules that have new weights, the classifier among them.
+
     Raises:
         ValueError: Weights are missing, positions cannot be resized, the model does not take images of this size, or
             no attention can drop keys.
     """
+    made, new = load_weights(config, model)
+    check_images(made, size, str(model.model_name_or_path))
+    dropkey.apply(made)
+    return made, new
+
+
+def load_weights(config: PreTrainedConfig, model: ModelArguments) -> tuple[PreTrainedModel, list[str]]:
+    """As `pretrained_model`, without DropKey and without a look at the images."""
     new_classifier = isinstance(config, DropKeyFeaturesConfig) and not config.architectures
     auto: Any = AutoModel if new_classifier else AutoModelForImageClassification
     loaded, report = auto.from_pretrained(
@@ -167,9 +205,14 @@ def pretrained_model(
             config, attn_implementation=model.attn_implementation
         )
         made.features = loaded
-    check_images(made, size, str(model.model_name_or_path))
-    dropkey.apply(made)
-    return made
+    prefix = "features." if new_classifier else ""
+    new = {f"{prefix}{name.rpartition('.')[0]}" for name in report["missing_keys"] if not is_head(name)}
+    return made, [*head_modules(made), *sorted(new)]
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Names of a model's classifiers."""
+    return [name for name, _ in model.named_children() if is_head(name)]
 
 
 def check_weights(missing: Iterable[str], source: str) -> None:

@@ -31,8 +31,17 @@ class ImageTransform:
         num_channels: int,
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        with_rows: bool = False,
     ) -> None:
         """Without `augmentation` the processor does everything, as it does for users of the saved model.
+
+        Args:
+            processor: The image processor.
+            label_ids: Id of each value of `label`.
+            num_channels: Of the images that the model takes.
+            augmentation: How the images vary.
+            seed: Of the variations.
+            with_rows: Give `row` too, which `MixingCollator` draws from.
 
         Raises:
             ValueError: The model has neither one nor three channels.
@@ -46,6 +55,7 @@ class ImageTransform:
         self.mode = IMAGE_MODES[num_channels]
         self.augmentation = augmentation
         self.seed = seed
+        self.with_rows = with_rows
         self.epoch = torch.zeros((), dtype=torch.int64)
         self.epoch.share_memory_()
 
@@ -63,7 +73,8 @@ class ImageTransform:
             generators = [np.random.default_rng((self.seed, int(self.epoch), row)) for row in batch["row"]]
             images = list(map(self.augmentation, images, generators))
         pixel_values = self.processor(images, **steps, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixel_values, "labels": [self.label_ids[label] for label in batch["label"]]}
+        rows = {"row": batch["row"]} if self.with_rows else {}
+        return {"pixel_values": pixel_values, "labels": [self.label_ids[label] for label in batch["label"]], **rows}
 
 
 def collate_images(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -75,12 +86,18 @@ def collate_images(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]
 
 
 def transform_rows(
-    data: ImageData, processor: BaseImageProcessor, config: PreTrainedConfig, augmentation: Augmentation, *, seed: int
+    data: ImageData,
+    processor: BaseImageProcessor,
+    config: PreTrainedConfig,
+    augmentation: Augmentation,
+    *,
+    seed: int,
+    with_rows: bool = False,
 ) -> ImageTransform:
-    """Makes the data sets give tensors from now on; returns the transform of the training rows."""
+    """Makes the data sets give tensors from now on; returns the transform of the training rows, with their numbers if asked."""
     takes: dict[str, Any] = {"label_ids": data.label_ids, "num_channels": channels(config)}
     data.evaluation.set_transform(ImageTransform(processor, **takes))
-    training = ImageTransform(processor, **takes, augmentation=augmentation, seed=seed)
+    training = ImageTransform(processor, **takes, augmentation=augmentation, seed=seed, with_rows=with_rows)
     if data.train is not None:
         data.train.set_transform(training)
     return training

@@ -21,6 +21,7 @@ from ..models.pairs_dropkey_hoi import pair_arrays
 from ..training.arguments import BoxAugmentationArguments, RunArguments
 from ..training.detr import DetrTrainer
 from ..training.job import TrainingJob, public_name
+from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import (
     CLASS_TABLE,
@@ -140,6 +141,10 @@ class HoiJob(TrainingJob[HoiData]):
             backbone_learning_rate=self.interactions.backbone_learning_rate,
         )
 
+    def fingerprint(self, data: HoiData) -> Fingerprint:
+        """Rows and hashes of names, annotations and sizes of each split."""
+        return data.fingerprint()
+
     def describe(self, data: HoiData) -> None:
         """Logs counts of images, pairs, verbs and classes, and what was left out."""
         for name, split in (("training on", data.train), ("evaluation on", data.evaluation)):
@@ -188,7 +193,7 @@ class HoiEvaluation(HoiJob):
         """
         job = super().parse(command)
         if job.training.do_train:
-            raise ValueError("--do_train is of scripts/train_hoi.py; leave it out to score a model")
+            raise ValueError("--do_train is of hf-dropkey train --task hoi; leave it out to score a model")
         if not job.model.model_name_or_path:
             raise ValueError("give the model to score with --model_name_or_path")
         job.training.do_eval = True

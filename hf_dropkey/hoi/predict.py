@@ -26,7 +26,11 @@ RESULTS = "pairs.json"
 class PredictionArguments:
     """Which model, which images, what is shown."""
 
-    model: str = field(metadata={"help": "DropKeyHoi model: a folder or a hub id."})
+    _argument_group_name = "Prediction"
+
+    model: str = field(
+        metadata={"help": "DropKeyHoi model: a folder or a hub id.", "aliases": ["--model_name_or_path"]}
+    )
     images: list[str] = field(metadata={"help": "Image files, or folders of them."})
     out: Path = field(metadata={"help": f"Folder to write a PNG for each image and {RESULTS} to."})
     threshold: float = field(default=0.3, metadata={"help": "Smallest score of a verb that is shown, [0, 1]."})
@@ -45,6 +49,9 @@ class PredictionArguments:
                 raise ValueError(f"--{name} {value} is outside [0, 1]")
         if self.top_k < 1:
             raise ValueError(f"--top_k {self.top_k} is below 1")
+
+
+ARGUMENTS = (PredictionArguments,)
 
 
 def image_files(paths: Iterable[str]) -> list[Path]:

@@ -19,6 +19,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its list of names
 
 from ..models.configuration_dropkey_hoi import HOI_TASK
+from ..patching.adapters import ADAPTER_CONFIG
+from ..saved import base_of, config_file, is_adapter
 from .metric_names import full_name
 
 
@@ -132,7 +134,7 @@ def model_card(
     if existing is None:
         existing = read_readme(folder)
     facts = RunFacts.load(folder)
-    config = _read_json(folder / "config.json")
+    config = _read_json(config_file(folder))
     name = (repo_id or str(folder.resolve())).replace("\\", "/").rstrip("/").split("/")[-1]
     sections = dict(_sections(folder, facts, config, repo_id=repo_id, revision=revision))
     card = _parse(existing, folder) if existing else ModelCard(f"---\n{{}}\n---\n\n# {name}\n")
@@ -156,8 +158,8 @@ def write_card(
         FileNotFoundError: The folder has no configuration.
         ValueError: As `model_card`.
     """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a saved model")
+    if not config_file(folder).is_file():
+        raise FileNotFoundError(f"{folder} has no {config_file(folder).name}; give the folder of a saved model")
     if facts is not None:
         facts.save(folder)
     model_card(folder, repo_id=repo_id, revision=revision).save(folder / README)
@@ -202,13 +204,15 @@ def _metadata(folder: Path, facts: RunFacts, config: dict[str, Any], name: str) 
         if metric != "loss"
     ]
     tags = ["dropkey", config.get("model_type"), task, *facts.tags]
+    adapter = is_adapter(folder)
+    source = facts.base_model or (base_of(folder) if adapter else "")
     return ModelCardData(
-        base_model=facts.base_model if facts.base_model and is_hub_id(facts.base_model) else None,
+        base_model=source if source and is_hub_id(source) else None,
         datasets=[facts.dataset_id] if facts.dataset_id else None,
         eval_results=results or None,
         model_name=name if results else None,
         language=facts.language,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         license=facts.license,
         metrics=[metric for metric in metrics if metric == "accuracy"] or None,
         # the Hub knows tasks of its own only; others are tags
@@ -316,6 +320,11 @@ def _summary(folder: Path, facts: RunFacts, config: dict[str, Any]) -> str:
     source = f", a fine-tuned version of {_link(facts.base_model)}" if facts.base_model else source
     data = f" on the {facts.dataset} dataset" if facts.dataset else ""
     images = _image_size(folder, config)
+    if is_adapter(folder):
+        settings = _read_json(folder / ADAPTER_CONFIG)
+        kind = f"A {settings.get('peft_type') or 'PEFT'} adapter of rank {settings.get('r')} for `{kind}`"
+    else:
+        kind = f"`{kind}`"
     labels = list(config.get("id2label", {}).values())
     classes = (
         f" {len(labels)} classes: {', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}." if labels else ""
@@ -326,7 +335,7 @@ def _summary(folder: Path, facts: RunFacts, config: dict[str, Any]) -> str:
         ", with DropKey: in training, random keys are taken out of attention before the softmax. Inference is plain "
         "attention",
     )
-    return f"`{kind}`{source}{data}{method}.{images}{classes}"
+    return f"{kind}{source}{data}{method}.{images}{classes}"
 
 
 def _usage(folder: Path, config: dict[str, Any], repo_id: str | None, revision: str | None) -> str:
@@ -342,6 +351,13 @@ def _usage(folder: Path, config: dict[str, Any], repo_id: str | None, revision: 
             "the files of the newest one with a released package and prints its hash.",
             "",
         ]
+    if is_adapter(folder):
+        base = _link(base_of(folder))
+        lines += [f"It is an adapter for {base}, which is loaded with it (`pip install 'hf_dropkey[train,peft]'`):"]
+        lines += ["```python", "from hf_dropkey import apply_dropkey, load_classifier", ""]
+        lines += [f"model = load_classifier({source}{pin})"]
+        lines += ["apply_dropkey(model)  # for more training; the adapter remembers the settings", "```"]
+        return "\n".join(lines)
     lines.append("Without any package but Transformers:" if carries_code else "It is a plain Transformers checkpoint:")
     lines += ["```python", f"from transformers import {auto}", ""]
     lines += [f"model = {auto}.from_pretrained({source}{pin}{trust})", "```"]

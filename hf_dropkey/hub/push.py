@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, logging, validate_repo_id  # type: ignore[attr-defined]  # not in its list of names
 
+from ..saved import config_file
 from .cards import README, hand_written, model_card, read_readme
 from .push_plan import PushPlan, plan_push
 from .push_plan import check_no_secrets as check_no_secrets
@@ -120,10 +121,10 @@ def push_folder(
         parent = str(there.sha)
         readme = remote_readme(repo_id, parent, token)
         contents: dict[str, Path | bytes] = dict(files)
-        if not (folder / "adapter_config.json").is_file():
+        if config_file(folder).is_file():
             contents[README] = merged_readme(folder, repo_id, readme, replace=replace_readme)
         elif readme is not None and not replace_readme:
-            # PEFT writes the cards of adapters
+            # an adapter of PEFT's own, with PEFT's card
             contents.pop(README, None)
         additions = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
         stale = [CommitOperationDelete(name) for name in stale_weights(there, contents)]
@@ -161,6 +162,13 @@ def merged_readme(folder: Path, repo_id: str, there: str | None, *, replace: boo
 # --- the repository --------------------------------------------------------------------------------------------------
 
 
+def check_name(repo_id: str, *, revision: str | None = None) -> None:
+    """Raises ValueError for a name that no repository can have, and for a commit in place of a branch."""
+    validate_repo_id(repo_id)
+    if revision is not None and COMMIT.fullmatch(revision):
+        raise ValueError(f"revision={revision} is a commit, which cannot be pushed to; give a branch, or leave it out")
+
+
 def check_target(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> None:
     """Checks the target of a push as far as possible without the network.
 
@@ -168,9 +176,7 @@ def check_target(repo_id: str, *, revision: str | None = None, token: str | bool
         ValueError: The name or the revision is not allowed.
         PermissionError: No token is set.
     """
-    validate_repo_id(repo_id)
-    if revision is not None and COMMIT.fullmatch(revision):
-        raise ValueError(f"revision={revision} is a commit, which cannot be pushed to; give a branch, or leave it out")
+    check_name(repo_id, revision=revision)
     if "authorization" not in {name.lower() for name in build_hf_headers(token=token)}:
         raise PermissionError(
             "there is no token for the Hub; log in with `hf auth login` or set the environment variable HF_TOKEN, with a "

@@ -14,7 +14,8 @@ from huggingface_hub import get_token
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ..saved import PROCESSOR_FILES, check_model_folder
+from ..patching.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CONFIG
+from ..saved import PROCESSOR_FILES, check_model_folder, is_adapter
 from .cards import README, read_readme
 from .contents import Entry, entries, leaves, parsed, read_bytes, visible
 from .secret_scan import secrets_in
@@ -29,7 +30,8 @@ MODEL_FILES = (
     "generation_config.json",
     "model*.safetensors",
     "model*.safetensors.index.json",
-    "adapter_config.json",
+    ADAPTER_CONFIG,
+    BASE_CONFIG,
     "adapter_model*.safetensors",
     "adapter_model*.safetensors.index.json",
     "added_tokens.json",
@@ -194,12 +196,11 @@ def check_pushable(folder: Path) -> None:
     """Raises as `push_folder` does if a folder is not a complete model or adapter in safetensors."""
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file; give the folder it lies in")
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file() and not (folder / "config.json").is_file():
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise FileNotFoundError(f"{folder} lacks adapter_model.safetensors; save the adapter again")
+    if is_adapter(folder):
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise FileNotFoundError(f"{folder} lacks {ADAPTER_WEIGHTS}; save the adapter again")
         try:
-            with safe_open(folder / "adapter_model.safetensors", framework="pt"):
+            with safe_open(folder / ADAPTER_WEIGHTS, framework="pt"):
                 return
         except SafetensorError as error:
             raise ValueError(f"the weights in {folder} are damaged ({error}); save the adapter again") from error

@@ -23,8 +23,9 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ..extras import needed
+from ..patching.adapters import is_adapted, save_adapter_settings
 from ..patching.apply import warn_if_forgotten
-from .cards import README, RunFacts, is_hub_id, write_card
+from .cards import README, RunFacts, is_hub_id, read_readme, write_card
 from .push import PushResult, api, check_target, prepare_repository, push_folder
 from .push_plan import chosen
 
@@ -52,7 +53,14 @@ RECORDED = (
     "world_size",
 )
 # a release with other names for these would push as stock `Trainer` does
-for _replaced in ("_push_from_checkpoint", "_finish_current_push", "init_hf_repo", "push_to_hub", "create_model_card"):
+for _replaced in (
+    "_save",
+    "_push_from_checkpoint",
+    "_finish_current_push",
+    "init_hf_repo",
+    "push_to_hub",
+    "create_model_card",
+):
     if not hasattr(Trainer, _replaced):
         raise ImportError(
             f"Trainer of Transformers {transformers.__version__} has no {_replaced}, so it would push without HubTrainer. "
@@ -97,6 +105,20 @@ class HubTrainer(Trainer):
         """As `Trainer.train`; warns if the model's configuration has DropKey settings that no attention follows."""
         warn_if_forgotten(self.accelerator.unwrap_model(self.model))
         return super().train(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As `Trainer`; an adapter is saved with its DropKey settings, and without PEFT's empty template of a card."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        model = self.accelerator.unwrap_model(self.model)
+        card = read_readme(folder) if is_adapted(model) else None
+        super()._save(output_dir, state_dict)
+        if not is_adapted(model) or not self.args.should_save:
+            return
+        save_adapter_settings(model, folder)
+        if card is None:
+            (folder / README).unlink(missing_ok=True)
+        else:
+            (folder / README).write_bytes(card.encode())
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository and the branch, or raises as `prepare_repository` before any training."""
@@ -193,8 +215,10 @@ class HubTrainer(Trainer):
             return
         folder = self._output()
         model: Any = self.accelerator.unwrap_model(self.model)
+        if is_adapted(model):
+            model = model.get_base_model()
         if not isinstance(model, PreTrainedModel):
-            # PEFT's own card
+            # `Trainer`'s own card
             if not (folder / README).exists():
                 super().create_model_card(
                     language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset

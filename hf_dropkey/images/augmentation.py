@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageEnhance
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .policies import Policy, apply_policy, erase_box
+
 
 # the aspect ratios that "random resized crop" has used since Szegedy et al., 2015
 CROP_ASPECTS = (3 / 4, 4 / 3)
@@ -30,6 +32,8 @@ class Augmentation:
         rotation_degrees: Largest rotation to either side, [0, 180].
         shift_fraction: Largest shift in each direction as a fraction of the side, [0, 1).
         color_jitter: Brightness, contrast and saturation are each scaled by 1 ± color_jitter at most, [0, 1].
+        augment: "randaugment" or "trivialaugment", after the others; None for neither.
+        random_erasing: Probability that a box of the image is filled with random pixels, last of all, [0, 1].
     """
 
     image_size: tuple[int, int]
@@ -38,6 +42,8 @@ class Augmentation:
     rotation_degrees: float = 0.0
     shift_fraction: float = 0.0
     color_jitter: float = 0.0
+    augment: Policy | None = None
+    random_erasing: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value outside its range."""
@@ -47,6 +53,7 @@ class Augmentation:
             "rotation_degrees": (0 <= self.rotation_degrees <= 180, "[0, 180]"),
             "shift_fraction": (0 <= self.shift_fraction < 1, "[0, 1)"),
             "color_jitter": (0 <= self.color_jitter <= 1, "[0, 1]"),
+            "random_erasing": (0 <= self.random_erasing <= 1, "[0, 1]"),
         }
         for name, (inside, span) in allowed.items():
             if not inside:
@@ -63,6 +70,10 @@ class Augmentation:
             image = self._move(image, generator)
         if self.color_jitter:
             image = self._jitter(image, generator)
+        if self.augment:
+            image = apply_policy(image, self.augment, generator)
+        if self.random_erasing and generator.random() < self.random_erasing:
+            image = erase_box(image, generator)
         return image
 
     def _move(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:

@@ -5,6 +5,7 @@ Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; Yun et al.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,9 @@ class Mixing:
         """Raises ValueError for a value outside its range."""
         for name in ("mixup_alpha", "cutmix_alpha"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name} {getattr(self, name)} is below 0; choose for example 0.2, or 0 for none")
+                raise ValueError(
+                    f"--{name.removesuffix('_alpha')} {getattr(self, name)} is below 0; choose for example 0.2, or 0 for none"
+                )
         if not 0 <= self.probability <= 1:
             raise ValueError(f"--mixing_probability {self.probability} is outside [0, 1]; choose a value inside it")
 
@@ -112,14 +115,22 @@ class MixingCollator:
         return batch
 
 
-def mixed_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+def mixed_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None, *, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """Cross-entropy of logits `[B, C]` and targets `[B, C]`, or labels `[B]`; for `Trainer(compute_loss_func=...)`.
 
-    `num_items_in_batch` is what `Trainer` counts in the labels of all accumulated batches: with targets it is the
-    number of their entries, B times C.
+    Args:
+        outputs: With `logits`.
+        labels: Targets or labels.
+        num_items_in_batch: What `Trainer` counts in the labels of all accumulated batches: with targets it is the number
+            of their entries, B times C. None for the mean over this batch.
+        label_smoothing: Weight of the uniform distribution in the targets, which `Trainer` leaves to this function.
     """
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+    smoothed = partial(nn.functional.cross_entropy, logits.float(), labels, label_smoothing=label_smoothing)
     if num_items_in_batch is None:
-        return nn.functional.cross_entropy(logits.float(), labels)
-    total = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-    return total * (labels.shape[1] if labels.ndim == 2 else 1) / num_items_in_batch
+        mean: torch.Tensor = smoothed()
+        return mean
+    total: torch.Tensor = smoothed(reduction="sum") * (labels.shape[1] if labels.ndim == 2 else 1)
+    return total / num_items_in_batch

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from ..images.augmentation import AugmentationEpoch
 from ..images.sources import EVALUATION_SPLITS
 from ..training.arguments import DropKeyArguments, RampArguments, RunArguments
 from ..training.job import TrainingJob, public_name
+from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import (
     FIGURE,
@@ -122,6 +123,10 @@ class MeshJob(TrainingJob[MeshData]):
             mean_body=None if known is None else mean_vertices(known, self.the_body.joint_regressor),
         )
 
+    def fingerprint(self, data: MeshData) -> Fingerprint:
+        """Rows and hashes of names, persons and sizes of each split."""
+        return data.fingerprint()
+
     def describe(self, data: MeshData) -> None:
         """Logs the meshes and the number of persons."""
         logger.info("meshes of %s vertices, %d tokens", self.config.num_vertices, self.config.num_tokens)
@@ -144,6 +149,26 @@ class MeshJob(TrainingJob[MeshData]):
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MeshEvaluation(MeshJob):
+    """Measures a saved model beside the mean body; nothing is trained."""
+
+    @classmethod
+    def parse(cls, command: Sequence[str]) -> Self:
+        """As `TrainingJob.parse`, for evaluation alone.
+
+        Raises:
+            ValueError: There is no model, or training was requested.
+        """
+        job = super().parse(command)
+        if job.training.do_train:
+            raise ValueError("--do_train is of hf-dropkey train --task mesh; leave it out to measure a model")
+        if not job.model.model_name_or_path:
+            raise ValueError("give the model to measure with --model_name_or_path")
+        job.training.do_eval = True
+        return job
 
 
 def load_mesh_data(

@@ -28,6 +28,8 @@ SIDE_PIXELS = 384
 class PredictionArguments:
     """Which model looks at which persons."""
 
+    _argument_group_name = "Prediction"
+
     model_name_or_path: str = field(metadata={"help": "The trained model: a folder or a hub id."})
     images: list[Path] = field(metadata={"help": "Photographs, or folders of them."})
     out: Path = field(default=Path("bodies"), metadata={"help": "Folder for pictures and meshes."})
@@ -61,6 +63,9 @@ class PredictionArguments:
             )
         if not 0 <= self.detector_threshold <= 1:
             raise ValueError(f"--detector_threshold {self.detector_threshold} is outside [0, 1]")
+
+
+ARGUMENTS = (PredictionArguments,)
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
@@ -208,5 +213,6 @@ def predict(arguments: PredictionArguments) -> dict[str, Any]:
                 f"{file}: the model's camera is not finite. Check the weights of {arguments.model_name_or_path}."
             )
         written = write_results(arguments.out, file.stem, image, found, faces, glb=arguments.glb)
-        logger.info("%s: %d persons, %d files in %s", file, len(found), len(written), arguments.out)
+        print(f"{file}: {len(found)} persons, {len(written)} files in {arguments.out}")
+    print(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
     return counts

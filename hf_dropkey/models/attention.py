@@ -38,6 +38,7 @@ from .attention_mask import (
 )
 from .cpu_attention import can_redraw, redrawn_mask_attention
 from .dropkey import PATTERNS, DropKeySite, check_choice, check_ratio, ratio_of
+from .efficient_attention import can_redraw_efficiently, redrawn_efficient_attention
 from .flex_attention import flex_dropkey_forward
 from .patterns import padding_of
 from .sample_masks import layer_number, seed_for
@@ -98,6 +99,8 @@ def sdpa_dropkey_forward(
     seed, settings = seed_for(module, query.shape[0], query.device), settings_of(module, grid)
     if can_redraw(query, key, value, attention_mask, dropout):
         output = redrawn_mask_attention(query, key, value, seed, attention_mask, settings, scaling)
+    elif can_redraw_efficiently(query, key, value, attention_mask, dropout):
+        output = redrawn_efficient_attention(query, key, value, seed, attention_mask, settings, scaling)
     else:
         if can_draw(query, attention_mask, settings.pattern):
             mask = drawn_mask(seed, query, key.shape[2], attention_mask, settings.ratio, settings.pattern)

@@ -258,9 +258,7 @@ def row_state(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> Ro
     return RowState(_fold(k1, numbers), k2, _packed_thresholds(k1, k2, keys, ratio, numbers))
 
 
-def _packed_thresholds(
-    k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float, numbers: _Numbers
-) -> torch.Tensor:
+def _packed_thresholds(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float, numbers: _Numbers) -> torch.Tensor:
     """The thresholds of the blocks of each row, four to a word, int32 `[B, H, N, M / 256]`."""
     above = _dither(k1, k2, keys, numbers) < byte_thresholds(ratio)[2]
     # Bytes and thresholds are compared with their top bits flipped. With u = threshold modulo 128 and b7 the lower bits

@@ -17,7 +17,7 @@ import torch
 
 from .attention_mask import Settings, additive_mask, is_drop_alone
 from .counter_hash import RatioTensor, RowState, bias_scratch, drop_bias_of_rows, row_keys, row_state, under_transform
-from .operators import register_operator, unit_columns
+from .operators import seed_in_backward, unit_columns
 from .patterns import protect_bias_rows
 
 
@@ -130,7 +130,7 @@ class RedrawnMaskAttention(torch.autograd.Function):
         query, key, value, seed, attention_mask, output, log_sum, k1, k2, thresholds = ctx.saved_tensors
         if torch.compiler.is_compiling():
             # a compiler that sees both drawings to be the same makes one of them, and saves the mask between the passes
-            seed = _seed_in_backward(seed, upstream[0])
+            seed = seed_in_backward(seed, upstream[0])
         state = None if k1 is None else RowState(k1, k2, thresholds)
         masks = additive_mask_chunks(seed, state, ctx.chunks, query, key, attention_mask, ctx.settings)
         query_pieces: list[tuple[Chunk, torch.Tensor]] = []
@@ -159,16 +159,6 @@ class RedrawnMaskAttention(torch.autograd.Function):
                 total[chunk[0]] += share
         joined = _joined(query_pieces, torch.empty_like(query))
         return joined, *(total.to(key.dtype) for total in sums), None, None, None, None
-
-
-# the seed again, as something that only the backward pass can know: opaque to compilers
-_seed_in_backward = register_operator(
-    "seed_in_backward",
-    [__file__],
-    "(Tensor seed, Tensor gradient) -> Tensor",
-    lambda seed, gradient: seed.clone(),
-    lambda seed, gradient: torch.empty_like(seed),
-)
 
 
 def can_redraw(

@@ -148,7 +148,9 @@ class DropPath(nn.Module):
         """`hidden_states` `[B, ...]`, each image either zero or scaled by 1 / (1 - ratio)."""
         if not self.training or self.ratio == 0:
             return hidden_states
-        kept = hidden_states.new_empty(len(hidden_states), *[1] * (hidden_states.ndim - 1)).bernoulli_(1 - self.ratio)
+        kept = hidden_states.new_empty(hidden_states.shape[0], *[1] * (hidden_states.ndim - 1)).bernoulli_(
+            1 - self.ratio
+        )
         return hidden_states * kept / (1 - self.ratio)
 
     def extra_repr(self) -> str:

@@ -160,7 +160,7 @@ class DropKeyT2TViTEmbeddings(nn.Module):
                 tokens = self._stage(index, tokens, grid, **kwargs)
                 image = tokens.transpose(1, 2).unflatten(2, grid)
         tokens = self.projection(tokens)
-        tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
+        tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         return self.dropout(tokens + self.positions(grid))
 
     def _stage(self, index: int, tokens: torch.Tensor, grid: tuple[int, int], **kwargs: Any) -> torch.Tensor:

@@ -288,7 +288,7 @@ class DropKeyVoloModel(DropKeyVoloPreTrainedModel):
         for stage in self.stages:
             for layer in cast(nn.ModuleList, stage):
                 hidden_states = layer(hidden_states, grid, **kwargs)
-        class_token = self.embeddings.cls_token.to(hidden_states.device).expand(len(hidden_states), -1, -1)
+        class_token = self.embeddings.cls_token.to(hidden_states.device).expand(hidden_states.shape[0], -1, -1)
         hidden_states = torch.cat((class_token, hidden_states), dim=1)
         for layer in self.class_layers:
             hidden_states = layer(hidden_states, grid, **kwargs)

@@ -201,6 +201,7 @@ def _backward(
         "p_undone": undone,
         "p_delta": delta,
         "p_silent": None if padding is None else torch.empty_like(undone),
+        "p_state": None if shared else _row_states(query, key),
         "strides_do": grad.stride()[:3],
         "scaling": scaling,
     }
@@ -211,6 +212,14 @@ def _backward(
     key_side |= {"strides_dk": grads[1].stride()[:3], "strides_dv": grads[2].stride()[:3]}
     _launch("key_value", arguments | key_side)
     return grads
+
+
+def _row_states(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Memory for what one kernel of the backward pass leaves for the next of each row's hash: two words, and a bit for
+    each block of 64 keys, int32 `[B, H, 2 + ceil(M / 2048), N]`.
+    """
+    images, heads, queries = query.shape[:3]
+    return query.new_empty(images, heads, 2 + -(-key.shape[2] // 2048), queries, dtype=torch.int32)
 
 
 def _backward_outputs(

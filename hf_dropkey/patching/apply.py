@@ -6,11 +6,12 @@ drop keys; models of this package do so by themselves, and only their settings c
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,7 @@ from ..models.dropkey import (
     release_ratio_data,
 )
 from ..models.sample_masks import number_layers
+from .adapters import adapter_settings
 from .dispatch import (
     WINDOWED_PATTERNS,
     DropKeyConfigView,
@@ -84,12 +86,15 @@ class DropKeySettings:
             raise ValueError(f"`window` must be a whole number of patches, at least 1, got {self.window!r}.")
 
     @classmethod
-    def resolve(cls, config: PreTrainedConfig, **given: Any) -> "DropKeySettings":
-        """What is given, else what the configuration remembers, else the default."""
+    def resolve(
+        cls, config: PreTrainedConfig, adapter: Mapping[str, Any] = MappingProxyType({}), **given: Any
+    ) -> "DropKeySettings":
+        """What is given, else what the configuration remembers, else an adapter (`adapter_settings`), else the default."""
         chosen: dict[str, Any] = {}
         for name in SETTING_NAMES:
             value = given.get(name)
             value = getattr(config, f"dropkey_{name}", None) if value is None else value
+            value = adapter.get(f"dropkey_{name}") if value is None else value
             if value is not None:
                 chosen[name] = _patterns(value) if name in ("include", "exclude") else value
         if "ratio" not in chosen:
@@ -187,7 +192,7 @@ def apply_dropkey(
     """Makes the attention of a Transformers model drop keys in training, in place.
 
     What is not given is taken from the model's configuration, where an earlier call, perhaps before the model was saved,
-    left its settings; then from the defaults. So `apply_dropkey(model)` after `from_pretrained` re-applies them. A
+    left its settings; then from an adapter of PEFT that remembers some; then from the defaults. So `apply_dropkey(model)` after `from_pretrained` re-applies them. A
     second call replaces the first. `model.save_pretrained` goes on to write a plain Transformers checkpoint.
 
     The schedule runs over the attentions that drop keys, in order of execution, separately in each stack of layers
@@ -222,6 +227,8 @@ def apply_dropkey(
     check_owner(root)
     settings = DropKeySettings.resolve(
         root.config,
+        # what is given makes two adapters that disagree a matter of no concern
+        adapter_settings(model) if ratio is None else {},
         ratio=ratio,
         final_ratio=final_ratio,
         schedule=schedule,
@@ -458,7 +465,7 @@ def warn_if_forgotten(model: nn.Module) -> bool:
     if ratio is None:
         return False
     logger.warning(
-        "The configuration of %s has dropkey_ratio %s, but no attention drops keys: call apply_dropkey(model) to train with "
+        "The configuration of %s, or its adapter, has dropkey_ratio %s, but no attention drops keys: call apply_dropkey(model) to train with "
         "it, or set model.config.dropkey_ratio = 0.",
         type(transformers_model(model)).__name__,
         ratio,
@@ -477,6 +484,8 @@ def forgotten_ratio(model: nn.Module) -> float | None:
         # no Transformers model, or several side by side, of which none speaks for all
         return None
     ratio = getattr(config, "dropkey_ratio", None)
+    if ratio is None:
+        ratio = adapter_settings(model).get("dropkey_ratio")
     if not ratio or any(module.dropkey_ratio > 0 for _, module in dropkey_modules(model)):
         return None
     return float(ratio)

@@ -6,16 +6,18 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
+from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 from ..fast_masks import enable_fast_masks
 from ..patching import DropKeyReport, apply_dropkey
 from ..patching.apply import DropKeySettings
+from ..recipes import NOTES, is_recipe, recipe_file
 from .callbacks import DropKeyScheduleCallback
 
 
@@ -179,17 +181,42 @@ class RunArguments:
 def parse_arguments(groups: Any, command: Sequence[str]) -> tuple[Any, ...]:
     """One object for each argument group, from a JSON recipe in the first place, if any, and the rest of the command.
 
-    A recipe's field `about` is for its readers: the command, the machine, the time it took and what came out.
+    A recipe's field `about` is for its readers: the command, the machine, the time it took and what came out; `task`
+    is for `hf-dropkey train`.
 
     Raises:
         FileNotFoundError: There is no such recipe.
-        ValueError: The recipe is no JSON object, or has a field that is no argument or of another type.
+        ValueError: The recipe is no JSON object, or has a field that is no argument or of another type; or an argument
+            is unknown, or its value of another type.
     """
-    parser = HfArgumentParser(groups)
+    parser = OneLineParser(groups)
     rest = list(command)
-    if rest and rest[0].endswith(".json"):
-        parser.set_defaults(**read_recipe(Path(rest.pop(0)), groups))
-    return parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
+    if rest and is_recipe(rest[0]):
+        parser.set_defaults(**read_recipe(recipe_file(rest.pop(0)), groups))
+    *made, unknown = parser.parse_args_into_dataclasses(rest, look_for_args_file=False, return_remaining_strings=True)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise ValueError(f"{_unknown(unknown, known)}; --help lists the arguments")
+    return tuple(made)
+
+
+class OneLineParser(HfArgumentParser):
+    """A parser that raises what is wrong with a command line, instead of printing every argument there is."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError with the message."""
+        raise ValueError(f"{message}. --help lists the arguments")
+
+
+def _unknown(words: Sequence[str], known: Sequence[str]) -> str:
+    """What of a command line is no argument, with the nearest names there are."""
+    options = [word.partition("=")[0] for word in words if word.startswith("-")]
+    if not options:
+        first = "a recipe comes first" if is_recipe(words[0]) else "values stand behind the name of their argument"
+        return f"unknown words: {' '.join(words)}; {first}"
+    nearest = {word: get_close_matches(word, known, 1) for word in options}
+    told = [f"{word} (did you mean {near[0]}?)" if near else word for word, near in nearest.items()]
+    return f"unknown arguments: {', '.join(told)}"
 
 
 def read_recipe(file: Path, groups: Any) -> dict[str, Any]:
@@ -210,7 +237,8 @@ def read_recipe(file: Path, groups: Any) -> dict[str, Any]:
             f"the recipe {file} holds a {type(recipe).__name__}; write an object of arguments and values, such as "
             '{"learning_rate": 0.001}'
         )
-    recipe.pop("about", None)
+    for note in NOTES:
+        recipe.pop(note, None)
     hints = {entry.name: hint for group in groups for entry, hint in _hints(group) if entry.init}
     unknown = sorted(set(recipe) - set(hints))
     if unknown:

@@ -10,12 +10,23 @@ import re
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..saved import check_model_folder, missing_model_files, missing_weights, read_json, report_missing
+from ..patching.adapters import ADAPTER_CONFIG, BASE_CONFIG
+from ..saved import (
+    check_model_folder,
+    config_file,
+    is_adapter,
+    missing_model_files,
+    missing_weights,
+    read_json,
+    report_missing,
+)
 from .lock import FOLDER
 from .record import STATE, check_progress, checksums, recorded
 
@@ -34,6 +45,9 @@ ARCHIVES = ("optimizer.*", "scheduler.*", "scaler.*", *RANDOM_STATES)
 ASIDE = "aside-"
 # what saving adds, or what a class and a release write differently, without another model behind it
 CONFIG_FIELDS_APART = ("architectures", "auto_map", "dtype", "transformers_version", "_name_or_path")
+
+# of an adapter, what a run that goes on must have in common with the one that it continues
+ADAPTER_FIELDS = ("base_model_name_or_path", "lora_alpha", "lora_dropout", "modules_to_save", "r", "target_modules")
 
 
 def check_resumable(folder: Path) -> None:
@@ -155,7 +169,7 @@ def prepare_output_folder(output_dir: Path, *, resume: str | None, overwrite: bo
                 f"{output_dir} has no whole checkpoint to resume from: {found}. Start a new run, in an empty folder or "
                 "with --resume_from_checkpoint auto"
             )
-        if torn or not (output_dir / "config.json").is_file():
+        if torn or not config_file(output_dir).is_file():
             set_aside_later(output_dir, None)
             return None
     if output_dir.is_dir() and any(path.name != FOLDER for path in output_dir.iterdir()):
@@ -251,19 +265,26 @@ def set_aside_later(output_dir: Path, checkpoint: Path | None) -> None:
             shutil.rmtree(folder)
 
 
-def check_same_model(config: PreTrainedConfig, checkpoint: Path) -> None:
-    """Raises ValueError if `checkpoint` was written by a run with another model configuration.
+def check_same_model(config: PreTrainedConfig, checkpoint: Path, adapter: Any = None) -> None:
+    """Raises ValueError if `checkpoint` was written by a run with another model configuration, or another adapter.
 
     `Trainer` loads what fits and only warns about the rest.
+
+    Args:
+        config: Of the model.
+        checkpoint: The folder.
+        adapter: The configuration of its adapter, of PEFT; None for a model that is trained whole.
     """
-    kind = read_json(checkpoint / "config.json").get("model_type")
+    differing = [] if adapter is None and not is_adapter(checkpoint) else adapter_differences(adapter, checkpoint)
+    file = config_file(checkpoint)
+    kind = read_json(file).get("model_type")
     if kind != config.model_type:
         raise ValueError(
             f"{checkpoint} is of a run with another model: model_type {kind!r} there and {config.model_type!r} here. "
             "Resume with the settings of that run, or choose another --output_dir"
         )
-    saved, current = type(config).from_pretrained(checkpoint).to_dict(), config.to_dict()
-    differing = [
+    saved, current = type(config).from_pretrained(file).to_dict(), config.to_dict()
+    differing += [
         f"{name} {saved[name]!r} there and {current[name]!r} here"
         for name in sorted(saved.keys() & current.keys() - set(CONFIG_FIELDS_APART))
         if saved[name] != current[name]
@@ -273,4 +294,43 @@ def check_same_model(config: PreTrainedConfig, checkpoint: Path) -> None:
             f"{checkpoint} is of a run with another model: {'; '.join(differing)}. A run that went on would be neither "
             "of the two: resume with the settings of that run, or start a new run from its weights, in another "
             "--output_dir, with --model_name_or_path"
+        )
+
+
+def adapter_differences(adapter: Any, checkpoint: Path) -> list[str]:
+    """What differs between an adapter's configuration and that of a checkpoint, a phrase each.
+
+    Raises:
+        ValueError: Only one of the two has an adapter, or the checkpoint lacks the configuration of its base model.
+    """
+    if adapter is None or not is_adapter(checkpoint):
+        there, here = ("adapters", "all weights") if adapter is None else ("all weights", "adapters")
+        raise ValueError(
+            f"{checkpoint} is of a run that trained {there}, and this one trains {here}; "
+            f"{'pass its --lora_r' if adapter is None else 'leave out --lora_r'}, or choose another --output_dir"
+        )
+    report_missing(checkpoint, [] if (checkpoint / BASE_CONFIG).is_file() else [BASE_CONFIG])
+    saved = read_json(checkpoint / ADAPTER_CONFIG)
+    current = {name: getattr(adapter, name) for name in ADAPTER_FIELDS}
+    lists = (list, tuple, set)
+    pairs = [
+        (name, *(sorted(value) if isinstance(value, lists) else value for value in (saved.get(name), current[name])))
+        for name in ADAPTER_FIELDS
+    ]
+    return [f"{name} {there!r} there and {here!r} here" for name, there, here in pairs if there != here]
+
+
+def check_same_settings(settings: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raises ValueError if a checkpoint's run had other settings than these, by argument; what it did not record counts as equal."""
+    kept = recorded(checkpoint, "settings").get("fixed")
+    saved = kept if isinstance(kept, dict) else {}
+    differing = [
+        f"--{name} {saved[name]} there and {settings[name]} here"
+        for name in sorted(settings.keys() & saved.keys())
+        if saved[name] != settings[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{checkpoint} is of a run with other settings: {'; '.join(differing)}. Resume with those of that run, or start "
+            "a new one in another --output_dir"
         )

@@ -18,8 +18,11 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from ..hub.cards import shown_command
 from ..hub.trainer import check_training_arguments, output_folder
+from ..patching.adapters import is_adapted
+from ..patching.sites import transformers_model
+from ..saved import config_file
 from .arguments import RunArguments, parse_arguments
-from .checkpoints import check_same_model, check_writable, prepare_output_folder
+from .checkpoints import check_same_model, check_same_settings, check_writable, prepare_output_folder
 from .guards import check_devices
 from .lock import forget_complete, is_complete, locked_output, write_complete
 from .record import Fingerprint, run_settings, tell_changes
@@ -93,6 +96,8 @@ class TrainingJob(ABC, Generic[Data]):
     TASK: ClassVar[str]
     run: RunArguments
     training: TrainingArguments
+    # what `defaults` has added to the command
+    added: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, command: Sequence[str]) -> Self:
@@ -103,8 +108,15 @@ class TrainingJob(ABC, Generic[Data]):
         """
         groups = get_type_hints(cls)
         made: Any = cls
-        job: Self = made(*parse_arguments([groups[group.name] for group in fields(made)], command))
+        added = cls.defaults(command)
+        job: Self = made(*parse_arguments([groups[group.name] for group in fields(made)], [*command, *added]))
+        job.added = tuple(added)
         return job
+
+    @classmethod
+    def defaults(cls, command: Sequence[str]) -> list[str]:
+        """Words to add to a command that does not say everything; none unless a task has such defaults."""
+        return []
 
     @abstractmethod
     def check(self) -> None:
@@ -132,6 +144,10 @@ class TrainingJob(ABC, Generic[Data]):
 
     def fingerprint(self, data: Data) -> Fingerprint:
         """Rows and hashes of labels, names and sizes of each split, by which a resumed run notices other data."""
+        return {}
+
+    def fixed(self) -> dict[str, Any]:
+        """Settings of the task, as JSON values, that a resumed run must share with its checkpoint; none unless a task has some."""
         return {}
 
     def draw(self, trainer: GuardedTrainer, data: Data) -> None:
@@ -216,7 +232,9 @@ class TrainingJob(ABC, Generic[Data]):
         set_seed(self.training.seed)
         model = self.make_model(data)
         if checkpoint is not None:
-            check_same_model(model.config, checkpoint)
+            adapters: Any = getattr(model, "peft_config", {}) if is_adapted(model) else {}
+            check_same_model(transformers_model(model).config, checkpoint, next(iter(adapters.values()), None))
+            check_same_settings(self.fixed(), checkpoint)
             if self.training.should_log:
                 tell_changes(checkpoint, run_settings(self.training), self.fingerprint(data))
         # before the first of the processes trains, so that the others find it built
@@ -236,6 +254,7 @@ class TrainingJob(ABC, Generic[Data]):
         kept = self.fingerprint(data) if self.training.do_train and self.training.should_save else {}
         trainer = self.make_trainer(model, data)
         trainer.record.data = {split: dict(parts) for split, parts in kept.items()}
+        trainer.record.settings["fixed"] = self.fixed()
         if self.run.masks_by_sample:
             trainer.mask_by_sample()
         return trainer
@@ -325,7 +344,7 @@ def write_card(trainer: GuardedTrainer, facts: dict[str, Any]) -> None:
     """Writes the model card beside the weights, and uploads everything if `--push_to_hub` is set."""
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**facts)
-    elif (output_folder(trainer.args) / "config.json").is_file():
+    elif config_file(output_folder(trainer.args)).is_file():
         # a run that only evaluates saves no model
         trainer.create_model_card(**facts)
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..hub.trainer import HubTrainer
 from .callbacks import DropKeySeedCallback
+from .finetune import split_groups
 from .guards import LossGuard, check_engine, named_save, note_where_to_resume
+from .lora import merged
 from .record import RunRecord, run_settings
 from .samples import IdCollator, NumberedRows, masks_of
 
@@ -83,8 +86,25 @@ class GuardedTrainer(HubTrainer):
     resume it averages losses and counts seconds from there, and takes a step too many if there is none left.
     """
 
-    def __init__(self, *args: Any, on_nonfinite_loss: str = "stop", **kwargs: Any) -> None:
-        """As `Trainer`; `on_nonfinite_loss` is "stop" or "skip"."""
+    def __init__(
+        self,
+        *args: Any,
+        on_nonfinite_loss: str = "stop",
+        merge_adapter: bool = False,
+        learning_rates: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `Trainer`, with three arguments more.
+
+        Args:
+            args: As `Trainer`.
+            on_nonfinite_loss: "stop" or "skip".
+            merge_adapter: Makes a trained adapter a plain model at the end.
+            learning_rates: Factors on the learning rate, by the name of the parameter; 1 for those that are left out.
+            kwargs: As `Trainer`.
+        """
+        self.merge_adapter = merge_adapter
+        self.learning_rates = dict(learning_rates or {})
         self.loss_guard = LossGuard(on_nonfinite_loss)
         self._begun, self._seconds_before = time.time(), 0.0
         self.mask_epoch = 0
@@ -93,6 +113,14 @@ class GuardedTrainer(HubTrainer):
         record = RunRecord(run_settings(self.args))
         for callback in (DropKeySeedCallback(), TakeUp(self), record, SkipStep(self.loss_guard)):
             self.add_callback(callback)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As `Trainer.create_optimizer`, with the learning rates of the parameters."""
+        made = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if made and self.learning_rates:
+            split_groups(optimizer, self.model if model is None else model, self.learning_rates)
+        return optimizer
 
     @property
     def record(self) -> RunRecord:
@@ -153,7 +181,11 @@ class GuardedTrainer(HubTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; an error says which checkpoint to go on from."""
         with note_where_to_resume(Path(str(self.args.output_dir))):
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        if self.merge_adapter:
+            # what is evaluated and saved from now on; checkpoints hold the adapter
+            self.model = self.model_wrapped = merged(self.accelerator.unwrap_model(self.model))
+        return output
 
     def mask_by_sample(self) -> None:
         """Makes masks depend on the rows of the data set, not on their places in a batch (`models/sample_masks.py`)."""

@@ -2,9 +2,7 @@
 
 import csv
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,12 @@ import transformers as hf
 from PIL import Image
 from stock_architectures import ENCODER, quiet
 
+from hf_dropkey.classification import look
 from hf_dropkey.classification.families import FAMILIES, image_processor
+from hf_dropkey.classification.pictures import Pictures
 
 
 pytestmark = pytest.mark.usefixtures("auto_image_processor")
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "draw_attention.py"
 DIGITS = {"id2label": {n: str(n) for n in range(10)}, "label2id": {str(n): n for n in range(10)}}
 FEW = ("--max_eval_samples", "12", "--check_images", "False", "--samples", "3", "--passes", "2", "--images_shown", "1")
 FIGURES = {"statistics.png", "attention_maps.png", "attention_heads.png", "drops.png", "uncertainty.png"}
@@ -49,11 +48,9 @@ def stock(folder: Path, ratio: float | None) -> str:
     return save(model, folder, 28)
 
 
-def draw(monkeypatch: pytest.MonkeyPatch, model: str, output: Path, *arguments: str) -> dict[str, Any]:
+def draw(model: str, output: Path, *arguments: str) -> dict[str, Any]:
     """Runs the job; returns its summary."""
-    command = [str(SCRIPT), "--model_name_or_path", model, "--output_dir", str(output), "--use_cpu", *arguments]
-    monkeypatch.setattr(sys, "argv", command)
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    look.main(["--model_name_or_path", model, "--output_dir", str(output), "--use_cpu", *arguments])
     summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
     return summary
 
@@ -63,8 +60,8 @@ def rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
-def test_a_model_of_the_package_is_drawn_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    summary = draw(monkeypatch, native(tmp_path / "model"), tmp_path / "seen", *FEW)
+def test_a_model_of_the_package_is_drawn_whole(tmp_path: Path) -> None:
+    summary = draw(native(tmp_path / "model"), tmp_path / "seen", *FEW)
     assert summary["missing"] == {} and summary["images"] == 12 and summary["data"] == "digits"
     assert set(summary["files"]) == FIGURES | {"numbers.csv", "images.csv"}
     for name in FIGURES:
@@ -94,9 +91,9 @@ def test_a_model_of_the_package_is_drawn_whole(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_stock_model_gets_the_dropkey_back_that_it_remembers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = draw(monkeypatch, stock(tmp_path / "model", 0.3), tmp_path / "seen", *FEW, "--figures", "drops")
+    summary = draw(stock(tmp_path / "model", 0.3), tmp_path / "seen", *FEW, "--figures", "drops")
     assert summary["class"] == "Dinov2ForImageClassification" and summary["files"] == ["drops.png", "numbers.csv"]
     configured = [
         float(row["value"])
@@ -107,24 +104,20 @@ def test_a_stock_model_gets_the_dropkey_back_that_it_remembers(
     assert "3 attentions drop keys" in capsys.readouterr().out
 
 
-def test_without_dropkey_the_rest_is_drawn_with_a_message(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_dropkey_the_rest_is_drawn_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = stock(tmp_path / "model", None)
-    summary = draw(monkeypatch, model, tmp_path / "seen", *FEW)
+    summary = draw(model, tmp_path / "seen", *FEW)
     assert set(summary["files"]) == {"statistics.png", "attention_maps.png", "attention_heads.png", "numbers.csv"}
     assert set(summary["missing"]) == {"statistics with DropKey", "figure drops", "figure uncertainty"}
     assert "missing: figure drops: the model drops no keys; pass --dropkey_ratio" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--figures drops: the model drops no keys; pass --dropkey_ratio"):
-        draw(monkeypatch, model, tmp_path / "seen", *FEW, "--figures", "drops")
+        draw(model, tmp_path / "seen", *FEW, "--figures", "drops")
 
 
 @pytest.mark.parametrize("family", ["volo", "t2t_vit", "ceit"])
-def test_the_other_families_are_drawn_and_their_other_attentions_listed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str
-) -> None:
+def test_the_other_families_are_drawn_and_their_other_attentions_listed(tmp_path: Path, family: str) -> None:
     arguments = ("--figures", "maps", "statistics") if family == "volo" else ("--figures", "drops", "statistics")
-    summary = draw(monkeypatch, native(tmp_path / "model", family), tmp_path / "seen", *FEW, *arguments)
+    summary = draw(native(tmp_path / "model", family), tmp_path / "seen", *FEW, *arguments)
     assert {"statistics.png", "numbers.csv"} < set(summary["files"])
     listed = " ".join(f"{what}: {reason}" for what, reason in summary["missing"].items())
     reasons = {
@@ -138,15 +131,13 @@ def test_the_other_families_are_drawn_and_their_other_attentions_listed(
     assert all(words in listed for words in reasons[family])
 
 
-def test_image_files_are_drawn_without_classes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_image_files_are_drawn_without_classes(tmp_path: Path) -> None:
     files = []
     for number, size in enumerate([(30, 20), (12, 12), (9, 40)]):
         files.append(str(tmp_path / f"{number}.png"))
         Image.fromarray(np.random.default_rng(number).integers(0, 256, size, dtype=np.uint8)).save(files[-1])
     model = native(tmp_path / "model")
-    summary = draw(
-        monkeypatch, model, tmp_path / "seen", "--samples", "3", "--figures", "uncertainty", "--images", *files
-    )
+    summary = draw(model, tmp_path / "seen", "--samples", "3", "--figures", "uncertainty", "--images", *files)
     assert summary["files"] == ["uncertainty.png", "images.csv"] and summary["data"] == "files"
     assert summary["missing"] == {"true classes": "image files have none; use a data source, such as --validation_dir"}
     found = rows(tmp_path / "seen" / "images.csv")
@@ -154,12 +145,10 @@ def test_image_files_are_drawn_without_classes(monkeypatch: pytest.MonkeyPatch, 
     assert all(str(tmp_path) not in file.read_text() for file in (tmp_path / "seen").glob("*.[cj]s*"))
 
 
-def test_a_model_without_class_token_or_classes_shows_the_average_patch(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_model_without_class_token_or_classes_shows_the_average_patch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = hf.SiglipVisionModel(hf.SiglipVisionConfig(**ENCODER, image_size=16, patch_size=4))
-    summary = draw(monkeypatch, save(model, tmp_path / "model", 16), tmp_path / "seen", *FEW, "--dropkey_ratio", "0.2")
+    summary = draw(save(model, tmp_path / "model", 16), tmp_path / "seen", *FEW, "--dropkey_ratio", "0.2")
     assert set(summary["files"]) == FIGURES - {"uncertainty.png"} | {"numbers.csv"}
     missing = summary["missing"]
     assert "the mean over the queries of all patches" in missing["maps of a class token"]
@@ -167,26 +156,25 @@ def test_a_model_without_class_token_or_classes_shows_the_average_patch(
     assert "is not an image classifier" in missing["figure uncertainty"] and "such as 0" in missing["true classes"]
 
 
-def test_windows_leave_the_drops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_windows_leave_the_drops(tmp_path: Path) -> None:
     config = hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[2], num_heads=[2], window_size=4)
     model = save(hf.SwinModel(config), tmp_path / "model", 32)
-    summary = draw(monkeypatch, model, tmp_path / "seen", *FEW, "--dropkey_ratio", "0.2")
+    summary = draw(model, tmp_path / "seen", *FEW, "--dropkey_ratio", "0.2")
     assert summary["files"] == ["drops.png", "numbers.csv"]
     assert "attends within 4 windows" in summary["missing"]["figure maps"]
     with pytest.raises(ValueError, match="--figures maps: SwinModel has no readable attention over the tokens"):
-        draw(monkeypatch, model, tmp_path / "seen", *FEW, "--figures", "maps")
+        draw(model, tmp_path / "seen", *FEW, "--figures", "maps")
 
 
 def test_images_are_shown_as_the_model_sees_them_in_their_own_colors(tmp_path: Path) -> None:
-    script = runpy.run_path(str(SCRIPT))
     colors = Image.new("RGB", (40, 20), (200, 100, 50))
     for family, side in (("vit", 8), ("volo", 64)):
         processor = image_processor(family, "nano", side)
-        shown = script["Pictures"]([{"image": colors}], ["a"], None, processor, 3).seen(0)
+        shown = Pictures([{"image": colors}], ["a"], None, processor, 3).seen(0)
         assert shown.size == (side, side)
         assert np.abs(np.asarray(shown, dtype=int) - [200, 100, 50]).max() <= 1
     grey = image_processor("vit", "nano", 8, num_channels=1)
-    shown = script["Pictures"]([{"image": colors}], ["a"], None, grey, 1).seen(0)
+    shown = Pictures([{"image": colors}], ["a"], None, grey, 1).seen(0)
     assert shown.mode == "L" and abs(int(np.asarray(shown)[0, 0]) - int(np.asarray(colors.convert("L"))[0, 0])) <= 1
 
 
@@ -204,18 +192,14 @@ def digits_model(tmp_path_factory: pytest.TempPathFactory) -> str:
         (["--images", "a.png", "--dataset_name", "digits"], "exclude each other; pass one of them"),
     ],
 )
-def test_bad_arguments_are_errors(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, digits_model: str, arguments: list[str], message: str
-) -> None:
+def test_bad_arguments_are_errors(tmp_path: Path, digits_model: str, arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        draw(monkeypatch, digits_model, tmp_path / "seen", *arguments)
+        draw(digits_model, tmp_path / "seen", *arguments)
     assert not (tmp_path / "seen").exists()
 
 
-def test_a_folder_that_is_no_model_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, digits_model: str
-) -> None:
+def test_a_folder_that_is_no_model_is_an_error(tmp_path: Path, digits_model: str) -> None:
     shutil.copytree(digits_model, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
-        draw(monkeypatch, str(tmp_path / "model"), tmp_path / "seen")
+        draw(str(tmp_path / "model"), tmp_path / "seen")

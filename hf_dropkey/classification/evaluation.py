@@ -1,0 +1,121 @@
+"""Evaluates a saved folder or a hub id on any data that image classification trains on."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+
+from ..images.classes import check_id2label, class_names
+from ..saved import check_attention, check_model_source
+from ..training.arguments import parse_arguments
+from .arguments import DataArguments
+from .data import ImageData, load_image_data
+from .metrics import classification_metrics
+from .transform import ImageTransform, collate_images
+
+
+@dataclass
+class EvaluationArguments:
+    """Which model, and how."""
+
+    _argument_group_name = "Evaluation"
+
+    model_name_or_path: str = field(metadata={"help": "Folder of a saved model, or a hub id."})
+    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the model."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention backend, such as sdpa."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images at a time on each device."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
+    output_file: str | None = field(
+        default=None,
+        metadata={"help": "JSON file to write. Default: evaluation.json in the model's folder, or here for a hub id."},
+    )
+
+
+ARGUMENTS = (EvaluationArguments, DataArguments)
+
+
+def main(command: Sequence[str]) -> None:
+    """Evaluates as the arguments say; prints a table and writes it as JSON."""
+    arguments, data_arguments = parse_arguments(ARGUMENTS, command)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel("WARN")
+    model, processor = load(arguments)
+    data = load_image_data(data_arguments, training=False).with_label_names(
+        class_names(model.config, arguments.model_name_or_path)
+    )
+    measured = measure(model, processor, data, arguments)
+    folder = Path(arguments.model_name_or_path)
+    result: dict[str, Any] = {
+        "model": folder.resolve().name if folder.is_dir() else arguments.model_name_or_path,
+        "data": data_arguments.name,
+        "split": data.evaluation_split,
+        "images": len(data.evaluation),
+        "parameters": model.num_parameters(),
+        **{name: measured[name] for name in ("accuracy", "top5_accuracy", "nll", "ece") if name in measured},
+        "images_per_second": measured["samples_per_second"],
+    }
+    for name, value in result.items():
+        print(f"{name:>18}  {f'{value:.4f}' if isinstance(value, float) else value}")
+    file = Path(arguments.output_file or (folder if folder.is_dir() else Path()) / "evaluation.json")
+    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {file}")
+
+
+def load(arguments: EvaluationArguments) -> tuple[PreTrainedModel, Any]:
+    """The model and its image processor.
+
+    Raises:
+        ValueError, OSError: There is no such model, or its folder is damaged.
+    """
+    name = arguments.model_name_or_path
+    check_model_source(name)
+    check_attention(arguments.attn_implementation)
+    source = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+    found, _ = PreTrainedConfig.get_config_dict(name, revision=arguments.revision)
+    check_id2label(found, name)
+    processor = AutoImageProcessor.from_pretrained(name, **source)
+    model = AutoModelForImageClassification.from_pretrained(
+        name, attn_implementation=arguments.attn_implementation, **source
+    )
+    return model, processor
+
+
+def measure(
+    model: PreTrainedModel, processor: Any, data: ImageData, arguments: EvaluationArguments
+) -> dict[str, float]:
+    """The metrics of a model on the evaluation images, by name."""
+    # configurations that do not say are of models for colour images
+    channels = getattr(model.config, "num_channels", 3)
+    data.evaluation.set_transform(ImageTransform(processor, label_ids=data.label_ids, num_channels=channels))
+    with tempfile.TemporaryDirectory() as nowhere:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=nowhere,
+                per_device_eval_batch_size=arguments.per_device_eval_batch_size,
+                dataloader_num_workers=arguments.dataloader_num_workers,
+                use_cpu=arguments.use_cpu,
+                remove_unused_columns=False,
+                dataloader_pin_memory=torch.accelerator.is_available(),
+                report_to="none",
+            ),
+            data_collator=collate_images,
+            compute_metrics=classification_metrics,
+        )
+        measured = trainer.evaluate(data.evaluation)
+    return {name.removeprefix("eval_"): value for name, value in measured.items()}

@@ -1,0 +1,88 @@
+"""Mixing, erasing, RandAugment and stochastic depth from the command line, in a run that resumes to the same bits."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stock_models import job, saved
+
+from hf_dropkey.classification.job import ClassificationJob
+from hf_dropkey.models.modeling_dropkey import DropPath
+
+
+EVERYTHING = ("--mixup", "0.4", "--cutmix", "1.0", "--random_erasing", "0.5", "--augment", "randaugment")
+EVERYTHING += ("--drop_path_rate", "0.3", "--label_smoothing_factor", "0.1", "--gradient_accumulation_steps", "2")
+EVERYTHING += ("--per_device_train_batch_size", "4")
+
+
+@pytest.mark.usefixtures("auto_image_processor")
+@pytest.mark.parametrize("lora", [(), ("--lora_r", "2", "--lora_dropout", "0.1")], ids=["whole", "lora"])
+def test_a_run_with_everything_resumes_to_the_same_bits(lora: tuple[str, ...], tmp_path: Path) -> None:
+    if lora:
+        pytest.importorskip("peft")
+    source = saved("dinov2", tmp_path / "source")
+    words = (*EVERYTHING, *lora, "--layer_decay", "0.8", "--dataloader_num_workers", "1")
+    job(source, tmp_path / "whole", *words).execute(["train"])
+    shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "run" / "checkpoint-1")
+    job(source, tmp_path / "run", *words, "--resume_from_checkpoint", "auto").execute(["train"])
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    whole, resumed = (load_file(tmp_path / run / name) for run in ("whole", "run"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    # evaluation is of whole images and their labels
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert results["eval_loss"] == pytest.approx(results["eval_nll"], rel=0.1)
+
+    other = [word if word != "randaugment" else "trivialaugment" for word in words]
+    shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "other" / "checkpoint-1")
+    training = job(source, tmp_path / "other", *other, "--resume_from_checkpoint", "auto")
+    with pytest.raises(ValueError, match="--augment randaugment there and trivialaugment here"):
+        training.execute(["train"])
+
+
+@pytest.mark.usefixtures("auto_image_processor")
+def test_batches_to_train_on_are_mixed_and_those_to_evaluate_on_are_not(tmp_path: Path) -> None:
+    training = job(saved("vit", tmp_path / "source"), tmp_path / "run", "--mixup", "1.0")
+    training.check()
+    data = training.load()
+    trainer = training.trainer(training.make_model(data), data)
+    mixed, plain = next(iter(trainer.get_train_dataloader())), next(iter(trainer.get_eval_dataloader()))
+    assert mixed["labels"].shape == (8, 10) and torch.allclose(mixed["labels"].sum(dim=1), torch.ones(8))
+    assert ((mixed["labels"] > 0).sum(dim=1) == 2).any() and "row" not in mixed
+    assert plain["labels"].dtype == torch.int64 and plain["labels"].ndim == 1
+
+
+@pytest.mark.usefixtures("auto_image_processor")
+@pytest.mark.parametrize("name", ["dinov2", "beit", "swin", "dinov3"])
+def test_stochastic_depth_reaches_the_layers_of_models_that_have_it(name: str, tmp_path: Path) -> None:
+    training = job(saved(name, tmp_path / "source"), tmp_path / "run", "--drop_path_rate", "0.4")
+    training.check()
+    model = training.make_model(training.load())
+    rates = [getattr(part, "drop_prob", 0) for part in model.modules() if "DropPath" in type(part).__name__]
+    assert max(rates) == pytest.approx(0.4)
+
+
+@pytest.mark.usefixtures("auto_image_processor")
+def test_stochastic_depth_where_there_is_none_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"--drop_path_rate 0.1 is for models with stochastic depth, and vit has none"
+    ):
+        job(saved("vit", tmp_path / "vit"), tmp_path / "run", "--drop_path_rate", "0.1").check()
+    with pytest.raises(ValueError, match=r"--drop_path_rate 1.0 is outside \[0, 1\)"):
+        job(saved("dinov2", tmp_path / "dino"), tmp_path / "run", "--drop_path_rate", "1.0").check()
+
+
+def test_families_from_scratch_take_the_same_arguments(tmp_path: Path) -> None:
+    words = ["--do_train", "--output_dir", str(tmp_path / "run"), "--use_cpu", "--model_family"]
+    training = ClassificationJob.parse([*words, "ceit", "--drop_path_rate", "0.2"])
+    training.check()
+    model = training.make_model(training.load())
+    assert max(part.ratio for part in model.modules() if isinstance(part, DropPath)) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="--drop_path_rate 0.2 is for models with stochastic depth, and dropkey_vit"):
+        ClassificationJob.parse([*words, "vit", "--drop_path_rate", "0.2"]).check()
+    with pytest.raises(ValueError, match="--mixup and --cutmix replace the model's loss, and this one has dense_head"):
+        ClassificationJob.parse([*words, "volo", "--cutmix", "1"]).check()
+    without = '{"dense_head": false, "mix_token": false}'
+    ClassificationJob.parse([*words, "volo", "--cutmix", "1", "--config_overrides", without]).check()
