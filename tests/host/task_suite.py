@@ -166,8 +166,8 @@ class TinyMesh:
     is_training = True
     batch_size = 3
     num_attention_heads = 2
-    # three stages of two layers
-    num_hidden_layers = 6
+    # of each of three stages
+    num_hidden_layers = 2
 
     def __init__(self, system: str) -> None:
         self.system = system
@@ -226,7 +226,7 @@ class TestDropKeyMesh(ModelTesterMixin, unittest.TestCase):
         tester = self.model_tester
         one = (tester.batch_size, tester.num_attention_heads, tester.seq_length, tester.seq_length)
         for model_class in self.all_model_classes:
-            assert self.recorded("attentions", model_class) == [one] * tester.num_hidden_layers
+            assert self.recorded("attentions", model_class) == [one] * tester.get_config().num_stage_layers
 
     def test_hidden_states_output(self) -> None:
         tester = self.model_tester
