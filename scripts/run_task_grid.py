@@ -29,7 +29,7 @@ from hf_dropkey.lab.grids import Cell
 from hf_dropkey.lab.rows import COLUMNS, Row, read_rows
 from hf_dropkey.lab.task_evidence import card_facts, values_of
 from hf_dropkey.lab.task_grids import TaskGrid, missing_cells, run_cell
-from hf_dropkey.lab.timing import append_rows, check_columns, origin
+from hf_dropkey.lab.timing import append_rows, check_columns, commit, origin
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +71,8 @@ def run(grid: TaskGrid, arguments: TaskGridArguments) -> int:
         check_columns(arguments.results, COLUMNS)
     kept = sorted({cell.seed for cell in grid.cells})[: arguments.seeds]
     cells = [cell for cell in missing_cells(grid, rows) if cell.seed in kept]
+    # remembers the commit of the code that is loaded here
+    commit()
     print(f"{grid.name}: {len(grid.cells)} cells, {len(cells)} of them to run", flush=True)
     failed = 0
     for number, cell in enumerate(cells, start=1):
