@@ -200,13 +200,30 @@ def check(arguments: Namespace) -> int:
 
 
 def export(arguments: Namespace) -> int:
-    """Writes a plain Transformers checkpoint."""
-    from .export import export_plain
+    """Writes a plain Transformers checkpoint, or a graph."""
+    from .export import export_graph, export_plain
     from .hub.download import model_files
     from .saved import check_model_folder
 
+    plain = arguments.format == "safetensors"
+    if plain and (arguments.int8 or arguments.image_size or arguments.monte_carlo):
+        raise ValueError(
+            "--int8, --monte_carlo and --image_size belong to --format onnx or pt2, not to a plain checkpoint"
+        )
     folder = model_files(arguments.target, revision=arguments.revision)
     check_model_folder(folder)
+    if not plain:
+        graph = export_graph(
+            folder,
+            arguments.out,
+            file_format=arguments.format,
+            image_size=arguments.image_size,
+            int8=arguments.int8,
+            monte_carlo=arguments.monte_carlo,
+            overwrite=arguments.overwrite,
+        )
+        print(f"{arguments.out}: {graph}")
+        return 0
     model = export_plain(folder, arguments.out, overwrite=arguments.overwrite)
     print(f"{arguments.out}: {type(model).__name__}, a plain Transformers checkpoint")
     return 0

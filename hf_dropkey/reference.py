@@ -20,10 +20,14 @@ The definition, for B images, H heads, N queries and M keys; all words have 32 b
     centres; a centre is drawn with the probability 1 - (1 - ratio)^(1 / cells), if its signed word is below 2^32 times
     that, minus 2^31; patches under a drawn centre are dropped.
 *   A row whose real keys would all be dropped drops none (the patterns are drawn first, then this rule is applied).
+*   Masks by sample: each image has a seed of its own and is image 0 of it. The two halves of the run's seed are the words
+    that five steps start from, with the epoch, the low and the high half of the sample's id, the layer and, where there
+    are windows, the window as index (without windows there are four).
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -45,12 +49,32 @@ def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def _row(seed: Sequence[int], image: int, head: int, query: int) -> tuple[int, int]:
+def _steps(seed: Sequence[int], *indices: int) -> tuple[int, int]:
     one, two = seed[0] & WORD, seed[1] & WORD
-    for index in (image, head, query):
+    for index in indices:
         one = _mix(one ^ (index * GOLDEN + STEP_A & WORD))
         two = _mix(two ^ (index * GOLDEN + STEP_B & WORD) ^ one)
     return one, two
+
+
+def _row(seed: Sequence[int], image: int, head: int, query: int) -> tuple[int, int]:
+    return _steps(seed, image, head, query)
+
+
+def sample_seed(
+    sample: int, *, layer: int, epoch: int = 0, seed: int = 0, window: int | None = None
+) -> tuple[int, int]:
+    """The seed of one sample in one attention under masks by sample, whose image 0 its mask is.
+
+    Args:
+        sample: Its id, of 64 bits, signed or not.
+        layer: Number of the attention in its model.
+        epoch: Number of the pass over the data.
+        seed: Seed of the run, of 64 bits.
+        window: Number of the window in the image, where the attention is over windows.
+    """
+    indices = [epoch, sample & WORD, sample >> 32 & WORD, layer, *([] if window is None else [window])]
+    return _steps((seed & WORD, seed >> 32 & WORD), *indices)
 
 
 def _word(row: tuple[int, int], index: int) -> int:
@@ -106,7 +130,7 @@ def _covered(
 
 
 def reference_mask(
-    seed: Sequence[int],
+    seed: Sequence[int] | Sequence[Sequence[int]],
     shape: tuple[int, int, int, int],
     ratio: float,
     *,
@@ -118,7 +142,7 @@ def reference_mask(
     """Which scores DropKey drops, by the definition above, before the rule that a row keeps a key.
 
     Args:
-        seed: Two 32-bit words.
+        seed: Two 32-bit words; or such a pair for each image (`sample_seed`).
         shape: `(B, H, N, M)`.
         ratio: Drop ratio in [0, 1).
         pattern: "score", "key", "token", "block" or "cross".
@@ -133,15 +157,18 @@ def reference_mask(
     side = math.isqrt(keys)
     dropped = torch.zeros(shape, dtype=torch.bool)
     for image in range(images):
+        first: Any = seed[0]
+        own: Any = seed if isinstance(first, int) else seed[image]
+        place = image if isinstance(first, int) else 0
         if pattern == "token":
-            words = [_signed(_word(_row(seed, image, 0, 0), key)) for key in range(keys)]
+            words = [_signed(_word(_row(own, place, 0, 0), key)) for key in range(keys)]
             seen = [key for key in range(keys) if real is None or bool(real[image, key])]
             kept = sorted(seen, key=lambda key: (words[key], key))[: max(1, len(seen) - round(ratio * len(seen)))]
             dropped[image] = torch.tensor([key not in kept for key in range(keys)])
             continue
         for head in range(heads):
             for query in range(queries):
-                row = _row(seed, image, head, 0 if pattern == "key" else query)
+                row = _row(own, place, head, 0 if pattern == "key" else query)
                 if pattern in ("block", "cross"):
                     found = _covered(row, keys, ratio, pattern, window, grid or (side, side))
                 else:

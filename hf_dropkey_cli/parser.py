@@ -150,10 +150,23 @@ def _push(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def _export(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = _command(commands, "export", "write a plain Transformers checkpoint: no DropKey, no code")
+    parser = _command(commands, "export", "write a plain Transformers checkpoint (no DropKey, no code), or a graph")
     parser.add_argument("target", help="saved model: a folder, or owner/name on the Hub")
     parser.add_argument("out", type=Path, help="folder to write; new or empty")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub; default: main")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the saved model in out; all files there are deleted"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("safetensors", "onnx", "pt2"),
+        default="safetensors",
+        help="a plain checkpoint, or a graph with a free batch size; default: safetensors",
+    )
+    parser.add_argument("--int8", action="store_true", help="an ONNX graph with weights in 8 bits, too")
+    parser.add_argument(
+        "--monte_carlo", action="store_true", help="a second graph that drops keys, by its input `seed`"
+    )
+    parser.add_argument(
+        "--image_size", type=int, help="side in pixels of the images of a graph; default: the processor's"
     )

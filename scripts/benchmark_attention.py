@@ -5,6 +5,11 @@ Attention alone, forward and backward, in a few shapes; ratios are to plain fuse
 Whole training steps of ViT-S/16 and ViT-B/16:
     python scripts/benchmark_attention.py --workload step --models small base --out model_cards/benchmarks.csv
 
+On a GPU a row has the driver, the clock, the Triton release and the attention kernel that ran, so its file is another one:
+    python scripts/benchmark_attention.py --shapes 128x6x197x64 --dtypes bfloat16 --out model_cards/benchmarks_gpu.csv
+There is the host's time, the GPU's between events with a cold cache, that of a CUDA graph, of the forward pass alone, and
+of each kernel. `scripts/check_gpu.sh` runs it after the tests.
+
 Each variant except plain dropout is first compared with the reference, outputs and gradients: one that fails is not
 reported, and the exit status is 1. --help lists everything. On a noisy machine raise --rounds; quote ratios.
 """
@@ -16,7 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,11 +38,22 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 
-from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
-from hf_dropkey.lab.timing import append_rows, interleaved_times, origin, peak_memory, ratios, spread
+from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification, disable_fast_masks, enable_fast_masks
+from hf_dropkey.lab.gpu_timing import (
+    attention_kernel,
+    captured,
+    event_timer,
+    gpu_facts,
+    kernel_times,
+    short_name,
+    warm_clock,
+)
+from hf_dropkey.lab.timing import Spread, append_rows, interleaved_times, origin, peak_memory, ratios, spread
 from hf_dropkey.models.attention import TRITON_NAME, dropkey_attention_forward
+from hf_dropkey.models.attention_mask import Settings
 from hf_dropkey.models.counter_hash import draw_seed
 from hf_dropkey.models.dropkey import dropped_scores
+from hf_dropkey.models.efficient_attention import aligned_mask
 from hf_dropkey.reference import reference_attention
 
 
@@ -48,6 +64,7 @@ ALLOWED_ERROR = 4.0
 # the reference is a loop over rows
 CHECKED_HEADS, CHECKED_TOKENS = 2, 1025
 PAPER = "paper_listing"
+FAST = "fast masks"
 GPU_BACKENDS = ("flex_attention", TRITON_NAME)
 # the shapes of Touvron et al., DeiT, ICML 2021, table 1
 MODELS: dict[str, dict[str, Any]] = {
@@ -81,8 +98,11 @@ class BenchmarkArguments:
         default_factory=list, metadata={"help": "Only these, as 'backend/regulariser'. Default: all of the device."}
     )
     compile: bool = field(default=False, metadata={"help": "Adds compiled variants of DropKey."})
+    fast_masks: bool = field(default=False, metadata={"help": "Adds variants with masks by compiled C++, on a CPU."})
     rounds: int = field(default=15, metadata={"help": "Interleaved rounds."})
-    repeats: int = field(default=1, metadata={"help": "Runs between two readings of the clock; 20 on a GPU."})
+    repeats: int | None = field(
+        default=None, metadata={"help": "Runs between two readings of the clock. Default: 20 on a GPU, else 1."}
+    )
     threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: torch's."})
     device: str | None = field(default=None, metadata={"help": "Default: the accelerator, if any, else the CPU."})
     memory: bool = field(default=True, metadata={"help": "Measures peak memory too."})
@@ -97,7 +117,7 @@ class BenchmarkArguments:
             unknown = [name for name in values if name not in allowed]
             if unknown:
                 raise ValueError(f"--{flag} {' '.join(unknown)} is unknown; choose from {', '.join(allowed)}")
-        if min(self.rounds, self.repeats, self.batch_size) < 1:
+        if min(self.rounds, 1 if self.repeats is None else self.repeats, self.batch_size) < 1:
             raise ValueError(
                 f"--rounds {self.rounds}, --repeats {self.repeats} and --batch_size {self.batch_size} must be at least 1"
             )
@@ -161,6 +181,37 @@ def dropkey(backend: str, ratio: float, pattern: str) -> Attention:
     return attend
 
 
+def job_of(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call as a variant makes it: those with fast masks switch them on as long as it lasts."""
+    if FAST not in name:
+        return call
+
+    def fast(*inputs: Any) -> Any:
+        enable_fast_masks()
+        try:
+            return call(*inputs)
+        finally:
+            disable_fast_masks()
+
+    return fast
+
+
+class ReadyMask:
+    """PyTorch's attention with a mask that is there already: the floor of attention with any mask."""
+
+    def __init__(self, ratio: float, kernel: SDPBackend | None):
+        self.ratio, self.kernel = ratio, kernel
+        self.masks: dict[torch.Size, torch.Tensor] = {}
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if query.shape not in self.masks:
+            settings = Settings(self.ratio, "score", 3, None)
+            self.masks[query.shape] = aligned_mask(draw_seed(query.device), query, key, None, settings)
+        with nullcontext() if self.kernel is None else sdpa_kernel(self.kernel):
+            output = scaled_dot_product_attention(query, key, value, attn_mask=self.masks[query.shape])
+        return output.transpose(1, 2).contiguous()
+
+
 def attention_variants(
     arguments: BenchmarkArguments, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Attention]:
@@ -177,11 +228,17 @@ def attention_variants(
     found["eager/none"] = partial(eager_attention, dropout=0.0)
     found["eager/attention dropout"] = partial(eager_attention, dropout=ratio)
     found["eager/paper listing"] = partial(paper_attention, ratio=ratio)
+    if device.type == "cuda":
+        found["memory-efficient/ready mask"] = ReadyMask(ratio, SDPBackend.EFFICIENT_ATTENTION)
+    else:
+        found["sdpa/ready mask"] = ReadyMask(ratio, None)
     backends = ["eager", "sdpa"] + (list(GPU_BACKENDS) if device.type == "cuda" else [])
     for backend in backends:
         found[f"{backend}/dropkey"] = dropkey(backend, ratio, "score")
         if arguments.compile and backend in ("eager", "sdpa"):
             found[f"{backend} compiled/dropkey"] = torch.compile(dropkey(backend, ratio, "score"))
+    if arguments.fast_masks:
+        found[f"sdpa {FAST}/dropkey"] = dropkey("sdpa", ratio, "score")
     found["sdpa/dropkey key"] = dropkey("sdpa", ratio, "key")
     found["sdpa/dropkey token"] = dropkey("sdpa", arguments.token_ratio, "token")
     return selected(found, arguments.variants)
@@ -217,6 +274,12 @@ def forward_backward(attend: Attention, inputs: list[torch.Tensor], upstream: to
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
 
 
+def forward_alone(attend: Attention, inputs: list[torch.Tensor]) -> torch.Tensor:
+    """The output, without anything for a backward pass."""
+    with torch.no_grad():
+        return attend(inputs[0], inputs[1], inputs[2])
+
+
 def expected_drop(
     regulariser: str, arguments: BenchmarkArguments, shape: tuple[int, int, int, int], inputs: list[torch.Tensor]
 ) -> torch.Tensor | None:
@@ -227,6 +290,7 @@ def expected_drop(
     if regulariser == "paper listing":
         return torch.bernoulli(torch.ones(size, dtype=inputs[0].dtype, device=inputs[0].device) * arguments.ratio) > 0
     pattern = regulariser.removeprefix("dropkey").strip() or "score"
+    pattern = "score" if regulariser == "ready mask" else pattern
     ratio = arguments.token_ratio if pattern == "token" else arguments.ratio
     return dropped_scores(draw_seed(inputs[0].device).cpu(), size, ratio, pattern=pattern)
 
@@ -240,7 +304,7 @@ def error_over_eager(
     torch.manual_seed(7)
     dropped = expected_drop(name.split("/")[1], arguments, small, inputs)
     torch.manual_seed(7)
-    found = forward_backward(attend, inputs, upstream)
+    found = job_of(name, forward_backward)(attend, inputs, upstream)
     mask = torch.zeros((), device=like.device) if dropped is None else dropped.to(like.device)
 
     def masked_eager(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -282,9 +346,14 @@ def measure_attention(arguments: BenchmarkArguments, device: torch.device) -> It
                 else:
                     print(f"{name}: error {error:.1f} times eager's, over {ALLOWED_ERROR}: NOT REPORTED", flush=True)
                     FAILED.append(name)
-            jobs = {name: partial(forward_backward, attend, inputs, upstream) for name, attend in checked.items()}
-            about = dict(zip(("batch", "heads", "tokens", "head_width"), shape, strict=True))
-            yield from measured(jobs, arguments, device, {"workload": "attention", "dtype": dtype_name, **about})
+            jobs = {
+                name: job_of(name, partial(forward_backward, attend, inputs, upstream))
+                for name, attend in checked.items()
+            }
+            sizes = dict(zip(("batch", "heads", "tokens", "head_width"), shape, strict=True))
+            about = {"workload": "attention", "dtype": dtype_name, **sizes}
+            forwards = {name: job_of(name, partial(forward_alone, attend, inputs)) for name, attend in checked.items()}
+            yield from measured(jobs, arguments, device, about, forwards)
 
 
 # --- training steps ---------------------------------------------------------------------------------------------------
@@ -331,6 +400,8 @@ def step_models(arguments: BenchmarkArguments, device: torch.device, size: str) 
         "sdpa/dropkey": lambda: ours("sdpa", arguments.ratio),
         "sdpa/dropkey token": lambda: ours("sdpa", arguments.token_ratio, "token"),
     }
+    if arguments.fast_masks:
+        makers[f"sdpa {FAST}/dropkey"] = makers["sdpa/dropkey"]
     if device.type == "cuda":
         makers |= {f"{name}/dropkey": partial(ours, name, arguments.ratio) for name in GPU_BACKENDS}
     if arguments.compile:
@@ -364,7 +435,7 @@ def measure_steps(arguments: BenchmarkArguments, device: torch.device) -> Iterat
     for size in arguments.models:
         for dtype_name in arguments.dtypes:
             jobs = {
-                name: training_step(model, images, labels, DTYPES[dtype_name])
+                name: job_of(name, training_step(model, images, labels, DTYPES[dtype_name]))
                 for name, model in step_models(arguments, device, size).items()
             }
             heads, width = MODELS[size]["num_attention_heads"], MODELS[size]["hidden_size"]
@@ -384,26 +455,73 @@ def measure_steps(arguments: BenchmarkArguments, device: torch.device) -> Iterat
 FAILED: list[str] = []
 
 
+Jobs = Mapping[str, Callable[[], Any]]
+# of each job of a workload: milliseconds in each round
+Times = dict[str, list[float]]
+
+
+def all_times(jobs: Jobs, forwards: Jobs, arguments: BenchmarkArguments, device: torch.device) -> dict[str, Times]:
+    """The times of the jobs by metric: on a GPU the host's, the GPU's, and those of the forward pass and of graphs."""
+    on_gpu = device.type == "cuda"
+    repeats = arguments.repeats or (20 if on_gpu else 1)
+    take = partial(interleaved_times, rounds=arguments.rounds, device=device, repeats=repeats)
+    if on_gpu:
+        warm_clock(device)
+    found = {"time": take(jobs)}
+    if on_gpu:
+        timer = event_timer(device)
+        found["GPU time"] = take(jobs, timer=timer)
+        if forwards:
+            found["forward GPU time"] = take(forwards, timer=timer)
+            # attention alone: an optimizer's step is not made for graphs
+            graphs = {name: captured(job, device) for name, job in jobs.items()}
+            found["graph time"] = take({name: job for name, job in graphs.items() if job is not None}, timer=timer)
+    return found
+
+
+def readings(times: dict[str, Times], name: str, first: str) -> Iterator[tuple[str, Spread, str]]:
+    """Metric, value and unit of each time of a job, and of its ratio to the first job's."""
+    for metric, of_jobs in times.items():
+        if name in of_jobs:
+            yield metric, spread(of_jobs[name]), "ms"
+        if name in of_jobs and first in of_jobs:
+            yield f"{metric} over {first}", spread(ratios(of_jobs[name], of_jobs[first])), "ratio"
+
+
 def measured(
-    jobs: Mapping[str, Callable[[], Any]], arguments: BenchmarkArguments, device: torch.device, about: dict[str, Any]
+    jobs: Jobs,
+    arguments: BenchmarkArguments,
+    device: torch.device,
+    about: dict[str, Any],
+    forwards: Jobs = MappingProxyType({}),
 ) -> Iterator[dict[str, Any]]:
     """Times the jobs and yields their rows: times, ratios to the first job, peak memory and its ratio."""
-    times = interleaved_times(jobs, arguments.rounds, device=device, repeats=arguments.repeats)
+    times = all_times(jobs, forwards, arguments, device)
     memory = {name: peak_memory(job, device) for name, job in jobs.items()} if arguments.memory else {}
     first = next(iter(jobs))
     source = origin(device, f"python scripts/benchmark_attention.py {shlex.join(sys.argv[1:])}")
+    facts = gpu_facts(device) if device.type == "cuda" else {}
     print(f"\n{', '.join(f'{key} {value}' for key, value in about.items())}", flush=True)
     print(f"{'backend/regulariser':<28}{'ms':>9}{f'x {first}':>14}{'quartiles':>15}{'MiB':>9}{'x':>7}")
+    # what the GPU takes counts there
+    main_metric = "GPU time" if "GPU time" in times else "time"
     for name in jobs:
         backend, regulariser = name.split("/")
-        time_ms, ratio = spread(times[name]), spread(ratios(times[name], times[first]))
+        found = list(readings(times, name, first))
+        by_metric = {metric: value for metric, value, _ in found}
+        ratio = by_metric[f"{main_metric} over {first}"]
         quartiles = f"{ratio.first:.2f}-{ratio.third:.2f}"
-        line = f"{name:<28}{time_ms.median:>9.2f}{ratio.median:>14.3f}{quartiles:>15}"
-        found = [("time", time_ms, "ms"), (f"time over {first}", ratio, "ratio")]
+        line = f"{name:<28}{by_metric[main_metric].median:>9.2f}{ratio.median:>14.3f}{quartiles:>15}"
         if memory:
             found.append(("peak memory", spread([memory[name] / 2**20]), "MiB"))
             found.append((f"peak memory over {first}", spread([memory[name] / memory[first]]), "ratio"))
             line += f"{memory[name] / 2**20:>9.1f}{memory[name] / memory[first]:>7.2f}"
+        more = dict(facts)
+        if device.type == "cuda":
+            kernels = kernel_times(jobs[name], device, 5)
+            more["attention_kernel"] = attention_kernel(kernels)
+            found += [(f"kernel {short_name(kernel)}", spread([ms]), "ms") for kernel, ms in kernels.items()]
+            line += f"  {more['attention_kernel']}"
         print(line, flush=True)
         drop = 0.0 if regulariser == "none" else arguments.ratio
         drop = arguments.token_ratio if regulariser.endswith("token") else drop
@@ -411,6 +529,7 @@ def measured(
             numbers = {"value": value.median, "first_quartile": value.first, "third_quartile": value.third}
             yield {
                 **source,
+                **more,
                 **about,
                 "backend": backend,
                 "regulariser": regulariser,

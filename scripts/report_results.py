@@ -17,11 +17,11 @@ from hf_dropkey.lab.evidence import (
     in_words,
     occlusion_figure,
     ratio_figure,
-    report,
     size_figure,
 )
 from hf_dropkey.lab.rows import read_rows
 from hf_dropkey.lab.tables import with_part
+from hf_dropkey.lab.task_evidence import load_grids, whole_report
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +68,9 @@ class ReportArguments:
     benchmarks: Path = field(
         default=ROOT / "model_cards" / "benchmarks.csv", metadata={"help": "The rows of the benchmarks."}
     )
+    task_grids: Path = field(
+        default=ROOT / "scripts" / "task_grids", metadata={"help": "Folder of the grids of the paper's other tasks."}
+    )
     out: Path = field(default=ROOT / "model_cards", metadata={"help": "Folder for evidence.md and figures/."})
     readme: Path = field(
         default=ROOT / "README.md", metadata={"help": "Document with the markers of evidence and costs."}
@@ -85,7 +88,7 @@ def main() -> None:
     # everything is generated before anything is written
     readme = with_part(arguments.readme.read_text(encoding="utf-8"), "evidence", in_words(rows))
     documents = {
-        arguments.out / "evidence.md": f"{PREFACE}\n{report(rows)}",
+        arguments.out / "evidence.md": f"{PREFACE}\n{whole_report(rows, load_grids(arguments.task_grids))}",
         arguments.readme: with_part(readme, "costs", cost_lines(costs)),
         arguments.speed: with_part(arguments.speed.read_text(encoding="utf-8"), "costs", cost_tables(costs)),
     }

@@ -51,6 +51,7 @@ from hf_dropkey.training.finetune import split_groups
 from hf_dropkey.training.guards import LossGuard, check_devices, check_engine, named_save, note_where_to_resume
 from hf_dropkey.training.job import started_command
 from hf_dropkey.training.record import STATE, RunRecord, earlier_resumes, recorded, run_settings
+from hf_dropkey.training.samples import IdCollator, NumberedRows, masks_of
 
 
 with needed("train"):
@@ -337,7 +338,8 @@ class Loop:
         for number, batch in enumerate(batches):
             last = number + 1 == len(batches)
             self.accelerator.gradient_state._set_sync_gradients(last)
-            with self.accelerator.no_sync(self.model) if not last else torch.enable_grad():
+            masks = masks_of(batch, epoch=int(self.transform.epoch), seed=self.args.seed)
+            with self.accelerator.no_sync(self.model) if not last else torch.enable_grad(), masks:
                 # a sum over images, divided by all images of the step, on a mean over processes
                 loss = self.loss_of(batch, count) * self.accelerator.num_processes
                 self.accelerator.backward(loss)
@@ -481,8 +483,9 @@ def make_loop(job: LoopJob, model: PreTrainedModel, data: ImageData) -> Loop:
     if accelerator.distributed_type != DistributedType.FSDP:
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    collate = job.collator(data, transform)
     workers: dict[str, Any] = {
-        "collate_fn": job.collator(data, transform),
+        "collate_fn": IdCollator(collate) if job.run.masks_by_sample else collate,
         "num_workers": training.dataloader_num_workers,
         "pin_memory": training.dataloader_pin_memory and torch.accelerator.is_available(),
         "persistent_workers": training.dataloader_persistent_workers,
@@ -490,7 +493,7 @@ def make_loop(job: LoopJob, model: PreTrainedModel, data: ImageData) -> Loop:
     }
     train_batches, max_steps = None, 0
     if data.train is not None:
-        train: Any = data.train
+        train: Any = NumberedRows(data.train) if job.run.masks_by_sample else data.train
         train_batches = accelerator.prepare(
             DataLoader(
                 train,

@@ -140,6 +140,31 @@ def test_a_saved_run_is_evaluated_predicted_and_described(
     assert "the DETR inside is" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_small_model_overfits_photographs(shared_data: Path, tmp_path: Path) -> None:
+    mini = shared_data / "hoi_vcoco_mini"
+    if not mini.is_dir():
+        pytest.skip("no hoi_vcoco_mini")
+    images = [image for image in json.loads((mini / "test_qpic_style.json").read_text()) if image["hoi_annotation"]][
+        :6
+    ]
+    (tmp_path / "six.json").write_text(json.dumps(images))
+    # the verbs of these files are F. Zhang's
+    verbs = json.loads((mini / "instances_vcoco_test.json").read_text())["classes"]
+    (tmp_path / "names.json").write_text(json.dumps({"verbs": verbs}))
+    data = (
+        [f"--{role}_images" for role in ("train", "validation")],
+        [f"--{r}_annotations" for r in ("train", "validation")],
+    )
+    words = [word for name in data[0] for word in (name, str(mini / "images"))]
+    words += [word for name in data[1] for word in (name, str(tmp_path / "six.json"))]
+    words += ["--names_file", str(tmp_path / "names.json"), "--image_size", "128", "--max_steps", "250"]
+    words += ["--warmup_steps", "25", "--draw_images", "0", "--output_dir", str(tmp_path / "run")]
+    run("train_hoi", str(ROOT / "scripts" / "recipes" / "hoi_overfit.json"), *words, folder=tmp_path)
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert results["eval_mAP"] >= 0.95, results
+
+
 # --- what needs no training ------------------------------------------------------------------------------------------
 
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from hf_dropkey.lab.costs import cost_lines, cost_tables, read_benchmarks
-from hf_dropkey.lab.evidence import in_words, report
+from hf_dropkey.lab.evidence import in_words
 from hf_dropkey.lab.rows import read_rows
 from hf_dropkey.lab.tables import with_part
+from hf_dropkey.lab.task_evidence import load_grids, whole_report
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -14,8 +15,8 @@ HOW = "run python scripts/report_results.py"
 
 
 def test_the_evidence_is_current() -> None:
-    rows = read_rows(CARDS / "results.csv")
-    assert (CARDS / "evidence.md").read_text(encoding="utf-8").endswith(report(rows)), HOW
+    rows, grids = read_rows(CARDS / "results.csv"), load_grids(ROOT / "scripts" / "task_grids")
+    assert (CARDS / "evidence.md").read_text(encoding="utf-8").endswith(whole_report(rows, grids)), HOW
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert with_part(readme, "evidence", in_words(rows)) == readme, HOW
 

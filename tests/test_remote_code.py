@@ -31,6 +31,7 @@ CODE = {
     "configuration_dropkey_vit.py",
     "counter_hash.py",
     "cpu_attention.py",
+    "efficient_attention.py",
     "dropkey.py",
     "flex_attention.py",
     "modeling_dropkey.py",

@@ -276,6 +276,13 @@ def test_rows_of_real_models_equal_the_reference(shape: tuple[int, int, int, int
     check_against_reference(make_inputs(shape, width, HALF), 0.2)
 
 
+@pytest.mark.parametrize("keys", [2048, 2113])
+def test_rows_whose_blocks_pass_one_word_of_bits(keys: int) -> None:
+    # 2,048 keys are 32 blocks, for each of which the backward pass keeps a bit; the ratio takes either threshold half
+    # of the time
+    check_against_reference(make_inputs((1, 1, 3, keys), 16, SINGLE), (64 + 0.5) / 256)
+
+
 def test_key_pattern_drops_the_same_keys_for_all_queries() -> None:
     dropped = check_against_reference(make_inputs((2, 2, 33, 70), 32, SINGLE), 0.3, pattern="key")
     assert torch.equal(dropped, dropped[:, :, :1].expand_as(dropped))

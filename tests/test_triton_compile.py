@@ -65,6 +65,8 @@ def compile_kernel(
     }
     if not padded:
         constants |= {"p_padding": None, "p_silent": None}
+    if shared:
+        constants["p_state"] = None
     about = f"{name} {columns or width} of {width}, {keys} keys, {padded=}, {shared=}, {launch}"
     return resources(about, architecture, kernel, constants, warps=launch.warps, stages=launch.stages)
 
@@ -93,7 +95,7 @@ def resources(
         "p_undone": "*i8",
         "p_silent": "*i8",
         "p_padding": "*i1",
-        "p_seed": "*i32",
+        "p_state": "*i32",
     }
     types |= {"p_limits": "*i32", "scale": "fp32", "scaling": "fp32"}
     signature: dict[str, Any] = {}
@@ -101,6 +103,9 @@ def resources(
     for place, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
+        elif argument == "p_seed":
+            signature[argument] = ("*i32", "i32")
+            attributes[place, 0] = [["tt.divisibility", 16]]
         elif argument.startswith("strides"):
             signature[argument] = ("i32", "i32", "i32")
             attributes |= {(place, axis): [["tt.divisibility", 16]] for axis in range(3)}

@@ -19,7 +19,7 @@ from ..images.augmentation import Augmentation, AugmentationEpoch
 from ..images.mixing import Mixing, MixingCollator, mixed_loss
 from ..images.tables import matching_files
 from ..pages.observed import Observed
-from ..saved import check_attention
+from ..saved import check_attention, quiet_loading
 from ..training.arguments import RampArguments, RunArguments
 from ..training.defaults import STARTS, default_words, start_of
 from ..training.finetune import FineTuningArguments, freeze, learning_rates
@@ -131,11 +131,13 @@ class ClassificationJob(TrainingJob[ImageData]):
 
     def make_model(self, data: ImageData) -> PreTrainedModel:
         """The model, with pretrained weights or new ones; with `--lora_r` a `PeftModel` around it."""
-        if is_native(self.config):
-            model = make_model(self.config, self.model)
-            new = head_modules(model)
-        else:
-            model, new = pretrained_model(self.config, self.model, self.dropkey, self.size)
+        # what is new or resized is in our own log
+        with quiet_loading():
+            if is_native(self.config):
+                model = make_model(self.config, self.model)
+                new = head_modules(model)
+            else:
+                model, new = pretrained_model(self.config, self.model, self.dropkey, self.size)
         check_drop_path(model, self.model.drop_path_rate)
         self.new_modules = new
         freeze(model, self.fine_tuning.freeze_layers, new)

@@ -37,7 +37,7 @@ from ..images.annotated import (
     usable_images,
 )
 from ..images.checks import name_some
-from ..images.sources import EVALUATION_SPLITS
+from ..images.sources import EVALUATION_SPLITS, data_fingerprint
 from .arguments import HoiDataArguments
 from .metrics import NO_OBJECT, TruePairs
 from .names import COCO_OBJECTS, HICO_VERBS, MISSING_OBJECT, VCOCO_VERBS, plain_name
@@ -185,6 +185,11 @@ class HoiData:
     def person_label(self) -> int:
         """The class of the persons who act."""
         return next((n for n, name in enumerate(self.objects) if plain_name(name) == PERSON), 0)
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Rows, names, boxes and interactions, and sizes of the images to `train` and for `evaluation`."""
+        splits = {"train": self.train, "evaluation": self.evaluation}
+        return {name: data_fingerprint(split.identities()) for name, split in splits.items() if split is not None}
 
     def renamed(self, objects: Sequence[str], verbs: Sequence[str], *, missing_object: bool) -> "HoiData":
         """The same data with the numbers of a model's names.

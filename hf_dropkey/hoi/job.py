@@ -21,6 +21,7 @@ from ..models.pairs_dropkey_hoi import pair_arrays
 from ..training.arguments import BoxAugmentationArguments, RunArguments
 from ..training.detr import DetrTrainer
 from ..training.job import TrainingJob, public_name
+from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import (
     CLASS_TABLE,
@@ -139,6 +140,10 @@ class HoiJob(TrainingJob[HoiData]):
             on_nonfinite_loss=self.run.on_nonfinite_loss,
             backbone_learning_rate=self.interactions.backbone_learning_rate,
         )
+
+    def fingerprint(self, data: HoiData) -> Fingerprint:
+        """Rows and hashes of names, annotations and sizes of each split."""
+        return data.fingerprint()
 
     def describe(self, data: HoiData) -> None:
         """Logs counts of images, pairs, verbs and classes, and what was left out."""

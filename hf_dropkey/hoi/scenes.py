@@ -7,6 +7,7 @@ them something lies about that nobody acts on. Figures are large: DETR from scra
 
 import io
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ TWO_PEOPLE = 0.2
 DISTRACTOR = 0.5
 GLANCE = 0.4
 # of the image's side
-OBJECT_RADIUS = 0.075
+OBJECT_RADIUS = 0.1
 LINE_WIDTH = 0.03
 
 Point = tuple[float, float]
@@ -102,7 +103,7 @@ def make_scene(seed: int, row: int) -> Scene:
             side = int(generator.choice([-1, 1]))
         else:
             # back to back, so that nobody's object is between them
-            center, height = 0.28 + 0.44 * number, generator.uniform(0.55, 0.62)
+            center, height = 0.34 + 0.32 * number, generator.uniform(0.55, 0.62)
             side = 2 * number - 1
         kind = str(generator.choice(list(POSSIBLE)))
         verb = str(generator.choice(POSSIBLE[kind]))
@@ -250,9 +251,16 @@ def scene_record(role: str, row: int, size: int) -> dict[str, Any]:
 
 def scene_cell(image: dict[str, Any]) -> dict[str, Any]:
     """The undecoded image of a record."""
+    return {"bytes": drawn_scene(image["role"], image["row"], image["width"]), "path": None}
+
+
+# a scene takes some kilobytes, and drawing it as long as decoding it
+@lru_cache(maxsize=4096)
+def drawn_scene(role: str, row: int, size: int) -> bytes:
+    """The scene of a row as a PNG file."""
     content = io.BytesIO()
-    draw_scene(make_scene(SEEDS[image["role"]], image["row"]), image["width"]).save(content, "PNG", compress_level=1)
-    return {"bytes": content.getvalue(), "path": None}
+    draw_scene(make_scene(SEEDS[role], row), size).save(content, "PNG", compress_level=1)
+    return content.getvalue()
 
 
 def allowed_scene_pairs() -> NDArray[np.float64]:

@@ -193,14 +193,19 @@ class Grid:
             raise ValueError(
                 f"the grid {file} selects by {found['select_by']!r}; every cell has {', '.join(SELECTABLE)}"
             )
-        cells = list(cls._cells(found))
+        cells = list(cls.cells_of(found))
         if not cells:
             raise ValueError(f"the grid {file} lists no cell")
         del found["seeds"]
         return cls(name=file.stem, **{**found, "cells": tuple(dict.fromkeys(cells))})
 
     @staticmethod
-    def _cells(found: Mapping[str, Any]) -> Iterator[Cell]:
+    def cells_of(found: Mapping[str, Any]) -> Iterator[Cell]:
+        """The cells that a grid's `cells`, `models` and `seeds` say.
+
+        Raises:
+            ValueError: A field is unknown, a model too, or there is no regulariser.
+        """
         known = {entry.name for entry in fields(Cell)} - {"seed"}
         for product in found["cells"]:
             unknown = sorted(set(product) - known)

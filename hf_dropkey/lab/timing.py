@@ -40,7 +40,13 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def interleaved_times(
-    jobs: Mapping[str, Job], rounds: int, *, device: torch.device, repeats: int = 1, warmup: int = 1
+    jobs: Mapping[str, Job],
+    rounds: int,
+    *,
+    device: torch.device,
+    repeats: int = 1,
+    warmup: int = 1,
+    timer: Callable[[Job, int], float] | None = None,
 ) -> dict[str, list[float]]:
     """The time of each job in each round, in milliseconds; every round runs all jobs, starting with another one.
 
@@ -50,19 +56,26 @@ def interleaved_times(
         device: The device of the jobs, which is synchronised before the clock is read.
         repeats: Runs of a job between two readings of the clock; the result is the time of one run.
         warmup: Rounds before the first one that counts.
+        timer: Takes a job and `repeats` and returns the milliseconds of one run. Default: the host's clock.
     """
+
+    def by_the_clock(job: Job, repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            job()
+        wait_for(device)
+        return (time.perf_counter() - start) * 1e3 / repeats
+
+    timer = timer or by_the_clock
     names = list(jobs)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             wait_for(device)
-            start = time.perf_counter()
-            for _ in range(repeats):
-                jobs[name]()
-            wait_for(device)
+            time_ms = timer(jobs[name], repeats)
             if number >= 0:
-                times[name].append((time.perf_counter() - start) * 1e3 / repeats)
+                times[name].append(time_ms)
     return times
 
 

@@ -5,10 +5,11 @@ A row has `image` and `box` ([x, y, width, height] in pixels), and what is known
 confidence, `camera` [3] (scale, x, y: a point is drawn at `scale * xy + (x, y)`). x points right, y down, z away.
 """
 
+import hashlib
 import io
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..images.checks import name_some, read_checked_image
+from ..images.sources import data_fingerprint, image_bytes, image_name
 from ..models.pipeline_dropkey_mesh import BOX_MARGIN, check_box
 from .bodies import JOINT_ROWS, PARTS, Body
 from .metrics import mean_body
@@ -71,6 +73,17 @@ class MeshSplit(Protocol):
     def person(self, row: int) -> Person:
         """What is known of the person of a row."""
 
+    def identities(self) -> Iterator[tuple[str, str, int]]:
+        """Name, a hash of what is known of the person, and size in bytes of the image of each row."""
+
+
+def digest(*arrays: Any) -> str:
+    """A hash of arrays, of which any may be None."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(b"none" if array is None else str(np.shape(array)).encode() + np.asarray(array).tobytes())
+    return found.hexdigest()
+
 
 @dataclass(frozen=True)
 class MeshData:
@@ -78,6 +91,11 @@ class MeshData:
 
     train: MeshSplit | None
     evaluation: MeshSplit | None
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Rows, names, persons and sizes of the images to `train` and for `evaluation`."""
+        splits = {"train": self.train, "evaluation": self.evaluation}
+        return {name: data_fingerprint(split.identities()) for name, split in splits.items() if split is not None}
 
 
 # --- generated people ------------------------------------------------------------------------------------------------
@@ -118,6 +136,13 @@ class GeneratedPeople:
     def person(self, row: int) -> Person:
         """The person of a row: everything is known, and exact."""
         return self.draw(row)[1]
+
+    def identities(self) -> Iterator[tuple[str, str, int]]:
+        """Seed and row as the name, a hash of body and backgrounds, and the side of the images: all the rest follows."""
+        known = digest(self.body.template, self.body.faces, self.body.joint_regressor)
+        files = [(path.name, path.stat().st_size) for path in self.backgrounds]
+        for row in range(self.count):
+            yield f"seed {self.seed} row {row}", f"{known} {files}", self.size
 
     def vertices(self, rows: Sequence[int]) -> np.ndarray:
         """The meshes of rows, without drawing them, `[N, V, 3]`."""
@@ -280,6 +305,13 @@ class RowPeople:
     def person(self, row: int) -> Person:
         """The person of a row."""
         return self.people[row]
+
+    def identities(self) -> Iterator[tuple[str, str, int]]:
+        """The image's name, a hash of the person, and the image's size in bytes, of each row."""
+        for number, one in zip(self.numbers, self.people, strict=True):
+            cell = self.rows[number]["image"]
+            known = digest(one.box, one.vertices, one.joints_3d, one.joints_2d)
+            yield image_name(cell.get("path"), number), known, image_bytes(cell)
 
     def _read(self, row: Mapping[str, Any], number: int) -> Person:
         """What a row says, checked.

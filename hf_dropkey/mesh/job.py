@@ -16,6 +16,7 @@ from ..images.augmentation import AugmentationEpoch
 from ..images.sources import EVALUATION_SPLITS
 from ..training.arguments import DropKeyArguments, RampArguments, RunArguments
 from ..training.job import TrainingJob, public_name
+from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import (
     FIGURE,
@@ -121,6 +122,10 @@ class MeshJob(TrainingJob[MeshData]):
             on_nonfinite_loss=self.run.on_nonfinite_loss,
             mean_body=None if known is None else mean_vertices(known, self.the_body.joint_regressor),
         )
+
+    def fingerprint(self, data: MeshData) -> Fingerprint:
+        """Rows and hashes of names, persons and sizes of each split."""
+        return data.fingerprint()
 
     def describe(self, data: MeshData) -> None:
         """Logs the meshes and the number of persons."""

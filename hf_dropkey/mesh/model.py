@@ -26,6 +26,8 @@ NANO: dict[str, Any] = {
         "num_stages": 3,
         "hidden_sizes": [24, 48, 96],
         "depths": [1, 1, 2],
+        # at its usual 1e-6 every block starts as nothing, and needs long training to be more
+        "layer_scale_init_value": 1.0,
         "out_features": ["stage3"],
     },
     "image_size": 64,

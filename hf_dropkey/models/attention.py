@@ -36,11 +36,12 @@ from .attention_mask import (
     real_keys,
     settings_of,
 )
-from .counter_hash import draw_seed
 from .cpu_attention import can_redraw, redrawn_mask_attention
 from .dropkey import PATTERNS, DropKeySite, check_choice, check_ratio, ratio_of
+from .efficient_attention import can_redraw_efficiently, redrawn_efficient_attention
 from .flex_attention import flex_dropkey_forward
 from .patterns import padding_of
+from .sample_masks import layer_number, seed_for
 from .triton_attention import triton_dropkey_attention
 from .triton_mask import can_draw, drawn_mask
 
@@ -59,7 +60,7 @@ def eager_dropkey_forward(
     grid: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """DropKey with explicit attention weights; softmax in float32 at least. See `dropkey_attention_forward`."""
-    seed, settings = draw_seed(query.device), settings_of(module, grid)
+    seed, settings = seed_for(module, query.shape[0], query.device), settings_of(module, grid)
     blind = None
     if is_drop_alone(attention_mask, settings) and query.device.type == "cpu":
         # added by the matrix product itself, which spares three passes over the scores and one backward
@@ -95,9 +96,11 @@ def sdpa_dropkey_forward(
     grid: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, None]:
     """DropKey through `scaled_dot_product_attention`. See `dropkey_attention_forward`."""
-    seed, settings = draw_seed(query.device), settings_of(module, grid)
+    seed, settings = seed_for(module, query.shape[0], query.device), settings_of(module, grid)
     if can_redraw(query, key, value, attention_mask, dropout):
         output = redrawn_mask_attention(query, key, value, seed, attention_mask, settings, scaling)
+    elif can_redraw_efficiently(query, key, value, attention_mask, dropout):
+        output = redrawn_efficient_attention(query, key, value, seed, attention_mask, settings, scaling)
     else:
         if can_draw(query, attention_mask, settings.pattern):
             mask = drawn_mask(seed, query, key.shape[2], attention_mask, settings.ratio, settings.pattern)
@@ -151,7 +154,7 @@ def triton_dropkey_forward(
         query,
         key,
         value,
-        draw_seed(query.device),
+        seed_for(module, query.shape[0], query.device),
         ratio_of(module),
         scaling=scaling,
         pattern=module.dropkey_pattern,
@@ -199,7 +202,8 @@ def _plain_over_kept_tokens(
     dropout: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The pattern "token" by gathering: the plain function of the backend, over the keys that are left."""
-    left = keep_tokens(key, value, attention_mask, module.dropkey_ratio)
+    seed = seed_for(module, key.shape[0], key.device)
+    left = keep_tokens(seed, key, value, attention_mask, module.dropkey_ratio)
     mask = left.attention_mask
     if implementation in ("sdpa", TRITON_NAME) and mask is not None and mask.ndim == 2:
         mask = mask[:, None, None]
@@ -311,6 +315,7 @@ class _Site:
     training: bool = True
     # as Transformers' attention functions read it
     is_causal: bool = False
+    dropkey_layer: torch.Tensor | None = None
 
 
 def dropkey_attention(
@@ -326,6 +331,7 @@ def dropkey_attention(
     scaling: float | None = None,
     backend: str | None = None,
     training: bool = True,
+    layer: int | None = None,
 ) -> torch.Tensor:
     """Attention with DropKey for any `nn.Module`, where it would call PyTorch's `scaled_dot_product_attention`.
 
@@ -345,6 +351,7 @@ def dropkey_attention(
         backend: "eager", "sdpa", "flex_attention" or "dropkey_triton"; default the one of `default_backend`. All drop
             the same scores for the same state of torch's generator.
         training: Whether to drop anything; pass the module's `self.training`.
+        layer: Number of this attention in its model; needed within `sample_ids` only.
 
     Returns:
         `[B, H, N, Dv]` in the dtype of the query (under autocast, of autocast). A query that may see no key gets 0.
@@ -375,7 +382,7 @@ def dropkey_attention(
     if not training or ratio == 0:
         return _plain_attention(query, key, value, attention_mask, scaling)
     output, _ = dropkey_attention_forward(
-        _Site(ratio, pattern, window),
+        _Site(ratio, pattern, window, dropkey_layer=layer_number(layer)),
         query,
         key,
         value,

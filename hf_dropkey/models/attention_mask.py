@@ -8,7 +8,7 @@ from typing import NamedTuple, overload
 
 import torch
 
-from .counter_hash import Ratio, draw_seed
+from .counter_hash import Ratio
 from .dropkey import PADDING_THRESHOLD, DropKeySite, ratio_of
 from .patterns import (
     drop_bias,
@@ -128,8 +128,8 @@ def additive_mask(
         Broadcastable to `[B, H, N, M]`; the row of a query that may see no key is -inf throughout.
     """
     if is_drop_alone(attention_mask, settings):
-        bias = drop_bias(seed, (*query.shape[:3], key.shape[2]), settings.ratio, settings.pattern)
-        return protect_bias_rows(bias, settings.pattern, settings.ratio).to(query.dtype)
+        bias = drop_bias(seed, (*query.shape[:3], key.shape[2]), settings.ratio, settings.pattern, query.dtype)
+        return protect_bias_rows(bias, settings.pattern, settings.ratio)
     gone = protected_drops(seed, query, key, attention_mask, settings)
     if attention_mask is not None:
         gone = gone | ~real_keys(attention_mask)
@@ -156,13 +156,14 @@ class KeptTokens(NamedTuple):
 
 
 def keep_tokens(
-    key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, ratio: float
+    seed: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, ratio: float
 ) -> KeptTokens:
-    """Draws a seed and returns what the pattern "token" keeps.
+    """What the pattern "token" keeps for a seed.
 
     Nothing of the dropped keys remains, so attention over what is left is plain attention, on any backend.
 
     Args:
+        seed: As `row_keys`.
         key: `[B, H, M, D]`.
         value: `[B, H, M, Dv]`.
         attention_mask: As `real_keys`, hiding the same keys from all queries.
@@ -177,7 +178,7 @@ def keep_tokens(
     """
     images, keys = key.shape[0], key.shape[2]
     real = real_keys(attention_mask)
-    order, kept = token_order(draw_seed(key.device), images, keys, ratio, real, attention_mask)
+    order, kept = token_order(seed, images, keys, ratio, real, attention_mask)
     count = kept_tokens(keys, ratio)
     # in the order of the sequence, which is kinder to memory; places past an image's own count are masked
     order, place = order[:, :count].sort(-1)

@@ -218,7 +218,10 @@ class DropKeyConfigMixin(RemotePickleMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         modeling_file = type(self).modeling_file(self)
-        for file in {str(modeling_file), *get_relative_import_files(modeling_file)}:
+        # no model imports a pipeline, which Transformers looks up by task
+        modules = {task["impl"].partition(".")[0] for task in type(self).family_pipelines.values()}
+        sources = [modeling_file, *(modeling_file.with_name(f"{module}.py") for module in sorted(modules))]
+        for file in {str(path) for source in sources for path in (source, *get_relative_import_files(source))}:
             # a loaded checkpoint may be saved onto the very files it was loaded from
             if not (folder / Path(file).name).exists() or not os.path.samefile(file, folder / Path(file).name):
                 shutil.copyfile(file, folder / Path(file).name)

@@ -25,16 +25,18 @@ This file travels with checkpoints: it imports torch and its neighbours only.
 """
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from .counter_hash import Ratio, RatioTensor, byte_thresholds, draw_seed
+from .counter_hash import Ratio, RatioTensor, byte_thresholds
 from .patterns import PATTERNS as PATTERNS
 from .patterns import check_choice as check_choice
 from .patterns import dropped_scores as dropped_scores
 from .patterns import protect_rows, rows_can_empty, shape_bound
+from .sample_masks import layer_number, seed_for
 
 
 SCHEDULES = ("decreasing", "constant", "increasing")
@@ -256,6 +258,7 @@ def drop_keys(
     pattern: str = "score",
     window: int = 3,
     grid: tuple[int, int] | None = None,
+    layer: int | None = None,
 ) -> torch.Tensor:
     """DropKey on attention scores, between the attention mask and the softmax.
 
@@ -268,6 +271,7 @@ def drop_keys(
             `dropped_scores`.
         window: Side of a block, or length of each arm of a cross, in patches.
         grid: Patch rows and columns behind the keys, for "block" and "cross"; default the largest square that fits.
+        layer: Number of this attention in its model; needed within `sample_ids` only.
 
     Returns:
         Scores of the same shape and dtype: -inf where dropped, else unchanged. `scores` itself where nothing is dropped.
@@ -282,7 +286,10 @@ def drop_keys(
     check_ratio(ratio, "ratio")
     check_choice(pattern, PATTERNS, "pattern")
     _check_scores(scores)
-    return _drop_keys(scores, ratio, pattern, window, grid) if training and ratio > 0 else scores
+    if not training or ratio == 0:
+        return scores
+    site = SimpleNamespace(dropkey_layer=layer_number(layer))
+    return _drop_keys(site, scores, ratio, pattern, window, grid)
 
 
 def _check_scores(scores: torch.Tensor) -> None:
@@ -298,9 +305,9 @@ def _check_scores(scores: torch.Tensor) -> None:
 
 
 def _drop_keys(
-    scores: torch.Tensor, ratio: Ratio, pattern: str, window: int, grid: tuple[int, int] | None
+    site: Any, scores: torch.Tensor, ratio: Ratio, pattern: str, window: int, grid: tuple[int, int] | None
 ) -> torch.Tensor:
-    """`drop_keys` while it drops."""
+    """`drop_keys` while it drops; `site` is what `seed_for` takes."""
     if 0 in scores.shape:
         return scores
     by_head = scores if scores.ndim == 4 else scores[:, None]
@@ -309,7 +316,7 @@ def _drop_keys(
     # "token" counts the keys of an image: those that any of its queries sees
     counted = real.any(2, keepdim=True).any(1, keepdim=True) if pattern == "token" else real
     dropped = dropped_scores(
-        draw_seed(scores.device),
+        seed_for(site, images, scores.device),
         (images, heads, queries, keys),
         ratio,
         pattern=pattern,
@@ -352,7 +359,7 @@ class DropKey(DropKeyRatioMixin, nn.Module):
         _check_scores(scores)
         if not dropkey_is_active(self):
             return scores
-        return _drop_keys(scores, ratio_of(self), self.dropkey_pattern, self.dropkey_window, grid)
+        return _drop_keys(self, scores, ratio_of(self), self.dropkey_pattern, self.dropkey_window, grid)
 
     def extra_repr(self) -> str:
         """The settings, as shown when a model is printed."""

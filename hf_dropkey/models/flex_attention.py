@@ -15,9 +15,10 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
 from .attention_mask import additive, keep_tokens, settings_of
-from .counter_hash import GOLDEN, MIX_1, MIX_2, Ratio, draw_seed, row_keys, threshold_tensor
+from .counter_hash import GOLDEN, MIX_1, MIX_2, Ratio, row_keys, threshold_tensor
 from .dropkey import DropKeySite
 from .patterns import shape_bound_of, shape_centres
+from .sample_masks import seed_for
 
 
 PENALTY = -1024.0
@@ -133,19 +134,20 @@ def flex_dropkey_forward(
     is_tensor = isinstance(attention_mask, torch.Tensor)
     block_mask = None if is_tensor else attention_mask
     blind = None
+    seed = seed_for(module, query.shape[0], query.device)
     if module.dropkey_pattern == "token":
         if block_mask is not None:
             # padding is the same for all queries: what the first one sees tells it
             attention_mask = create_mask(
                 block_mask.mask_mod, query.shape[0], 1, 1, key.shape[2], device=query.device.type
             )
-        left = keep_tokens(key, value, attention_mask, module.dropkey_ratio)
+        left = keep_tokens(seed, key, value, attention_mask, module.dropkey_ratio)
         key, value, blind, block_mask = left.key, left.value, left.blind, None
         score_mod = None if left.attention_mask is None else _mask_mod_of(additive(left.attention_mask))
     else:
         settings = settings_of(module, grid)
         score_mod = score_mod_of(
-            draw_seed(query.device),
+            seed,
             (*query.shape[:3], key.shape[2]),
             *settings,
             additive(attention_mask) if is_tensor else None,

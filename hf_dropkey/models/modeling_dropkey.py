@@ -24,6 +24,7 @@ from .attention import default_backend, dropkey_attention_forward
 from .configuration_dropkey import RemotePickleMixin
 from .configuration_dropkey_sizes import check_image_side, height_and_width
 from .dropkey import DropKeyRatioMixin, dropkey_is_active
+from .sample_masks import check_argument, number_layers, sample_ids
 
 
 logger = logging.get_logger(__name__)
@@ -148,7 +149,9 @@ class DropPath(nn.Module):
         """`hidden_states` `[B, ...]`, each image either zero or scaled by 1 / (1 - ratio)."""
         if not self.training or self.ratio == 0:
             return hidden_states
-        kept = hidden_states.new_empty(len(hidden_states), *[1] * (hidden_states.ndim - 1)).bernoulli_(1 - self.ratio)
+        kept = hidden_states.new_empty(hidden_states.shape[0], *[1] * (hidden_states.ndim - 1)).bernoulli_(
+            1 - self.ratio
+        )
         return hidden_states * kept / (1 - self.ratio)
 
     def extra_repr(self) -> str:
@@ -261,7 +264,24 @@ def resize_position_tokens(table: torch.Tensor, old: tuple[int, int], new: tuple
 
 
 class DropKeyModelMixin(RemotePickleMixin):
-    """What every DropKey model adds to `PreTrainedModel`: the choice of a backend, and pickles of remote classes."""
+    """What every DropKey model adds to `PreTrainedModel`: a backend, masks by sample, pickles of remote classes."""
+
+    def post_init(self) -> None:
+        """As in Transformers; the attentions get their numbers."""
+        super().post_init()  # type: ignore[misc]
+        model: Any = self
+        number_layers(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module; `sample_ids`, integers `[B]`, makes masks depend on the samples (`sample_masks.sample_ids`)."""
+        parent: Any = super()
+        ids = kwargs.pop("sample_ids", None)
+        if ids is None:
+            return parent.__call__(*args, **kwargs)
+        model: Any = self
+        check_argument(model)
+        with sample_ids(ids):
+            return parent.__call__(*args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """As in Transformers; where no backend is requested, the fastest one for the device and dtype (`default_backend`)."""

@@ -138,7 +138,9 @@ class DropKeyCeitEmbeddings(nn.Module):
         """`[B, C, height, width]` to `[B, 1 + N, hidden_size]`, N being the 16 x 16 pixel patches."""
         patches = self.projection(self.pooling(self.normalization(self.convolution(pixel_values))))
         positions = self.positions((patches.shape[-2], patches.shape[-1]))
-        tokens = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).transpose(1, 2)), dim=1)
+        tokens = torch.cat(
+            (self.cls_token.expand(patches.shape[0], -1, -1), patches.flatten(2).transpose(1, 2)), dim=1
+        )
         return self.dropout(tokens + positions)
 
 

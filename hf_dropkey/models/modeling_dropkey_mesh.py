@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import dropkey_attention_forward
 from .configuration_dropkey_mesh import DropKeyMeshConfig
@@ -79,6 +79,12 @@ class BodyMeshOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+def mixed(weights: torch.Tensor, vertices: torch.Tensor) -> torch.Tensor:
+    """Weighted sums `[..., rows, 3]` of vertices `[..., V, 3]`, a row of `weights` `[rows, V]` for each."""
+    # one matrix product: `weights @ vertices` copies the weights for every mesh, and took a quarter of a training step
+    return nn.functional.linear(vertices.mT, weights).mT
+
+
 # --- the body --------------------------------------------------------------------------------------------------------
 
 
@@ -115,14 +121,14 @@ class DropKeyMeshBody(nn.Module):
 
     def levels(self, vertices: torch.Tensor) -> list[torch.Tensor]:
         """A full mesh `[..., V, 3]` at three resolutions, coarse first, each relative to the full mesh's pelvis."""
-        pelvis = (self.joint_regressor @ vertices)[..., self.pelvis_row : self.pelvis_row + 1, :]
-        middle = self.downsample_mid @ vertices
+        pelvis = mixed(self.joint_regressor[self.pelvis_row][None], vertices)
+        middle = mixed(self.downsample_mid, vertices)
         # centred last, as in the official systems: rows that sum to 1 do so up to rounding only
-        return [level - pelvis for level in (self.downsample_coarse @ middle, middle, vertices)]
+        return [level - pelvis for level in (mixed(self.downsample_coarse, middle), middle, vertices)]
 
     def joints(self, vertices: torch.Tensor) -> torch.Tensor:
         """The predicted joints `[..., J, 3]` of full meshes `[..., V, 3]`."""
-        return (self.joint_regressor[self.joint_rows]) @ vertices
+        return mixed(self.joint_regressor[self.joint_rows], vertices)
 
     def reference_tokens(self) -> torch.Tensor:
         """Joints and coarse vertices of the template relative to its pelvis, `[J + coarse, 3]`."""
@@ -353,6 +359,14 @@ def draw_kept_tokens(count: int, sizes: Sequence[int], ratio: float, device: tor
     return torch.cat(kept, dim=1)[..., None].float()
 
 
+def layer_recorder() -> OutputRecorder:
+    """What records the outputs of the layers of all stages, and finds them by numbers from either end."""
+    recorder = OutputRecorder(DropKeyMeshLayer)
+    # not an argument: older releases have no such field, and record all layers or none
+    recorder.num_hidden_layers_key = "num_stage_layers"
+    return recorder
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +386,7 @@ class DropKeyMeshPreTrainedModel(DropKeyModelMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["DropKeyMeshLayer"]
-    _can_record_outputs = {"hidden_states": DropKeyMeshLayer, "attentions": DropKeyMeshSelfAttention}
+    _can_record_outputs = {"hidden_states": layer_recorder(), "attentions": DropKeyMeshSelfAttention}
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
         """As in Transformers; a single name means the transformer, and leaves the backbone, which may not know it."""

@@ -17,7 +17,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_mask import protected_drops, settings_of
 from .configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
-from .counter_hash import draw_seed
 from .dropkey import dropkey_is_active, layer_ratios
 from .modeling_dropkey import (
     DropKeyArchitecture,
@@ -29,6 +28,7 @@ from .modeling_dropkey import (
     checked_pixel_values,
     resize_position_tokens,
 )
+from .sample_masks import seed_for
 
 
 # kernel side, stride and padding of the windows that become tokens: before stage 1, before stage 2, before the layers
@@ -94,7 +94,8 @@ class DropKeyT2TViTPerformer(DropKeyAttention):
             if dropkey_is_active(self):
                 # one row of scores per image: its decisions hold for all queries
                 row = key[:, None, :1]
-                dropped = protected_drops(draw_seed(key.device), row, key[:, None], None, settings_of(self, grid))
+                seed = seed_for(self, key.shape[0], key.device)
+                dropped = protected_drops(seed, row, key[:, None], None, settings_of(self, grid))
                 key = key.masked_fill(dropped[:, 0, 0, :, None], 0.0)
             total = query @ key.sum(1)[..., None]
             output = query @ (key.transpose(1, 2) @ value) / (total + self.epsilon)
@@ -159,7 +160,7 @@ class DropKeyT2TViTEmbeddings(nn.Module):
                 tokens = self._stage(index, tokens, grid, **kwargs)
                 image = tokens.transpose(1, 2).unflatten(2, grid)
         tokens = self.projection(tokens)
-        tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
+        tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         return self.dropout(tokens + self.positions(grid))
 
     def _stage(self, index: int, tokens: torch.Tensor, grid: tuple[int, int], **kwargs: Any) -> torch.Tensor:

@@ -54,6 +54,8 @@ class DropKeyVoloOutlookAttention(DropKeyAttention):
         self.window = OUTLOOK_WINDOW
         self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.score_proj = nn.Linear(width, self.num_heads * self.window**4)
+        # for masks by sample: its batch is the windows of one image, then those of the next
+        self.dropkey_windowed = True
         self.o_proj = nn.Linear(width, width)
 
     def forward(
@@ -286,7 +288,7 @@ class DropKeyVoloModel(DropKeyVoloPreTrainedModel):
         for stage in self.stages:
             for layer in cast(nn.ModuleList, stage):
                 hidden_states = layer(hidden_states, grid, **kwargs)
-        class_token = self.embeddings.cls_token.to(hidden_states.device).expand(len(hidden_states), -1, -1)
+        class_token = self.embeddings.cls_token.to(hidden_states.device).expand(hidden_states.shape[0], -1, -1)
         hidden_states = torch.cat((class_token, hidden_states), dim=1)
         for layer in self.class_layers:
             hidden_states = layer(hidden_states, grid, **kwargs)

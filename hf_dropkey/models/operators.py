@@ -40,6 +40,16 @@ def register_operator(
     return getattr(torch.ops.hf_dropkey, full_name).default
 
 
+# the seed again, as something that only the backward pass can know: opaque to compilers
+seed_in_backward = register_operator(
+    "seed_in_backward",
+    [__file__],
+    "(Tensor seed, Tensor gradient) -> Tensor",
+    lambda seed, gradient: seed.clone(),
+    lambda seed, gradient: torch.empty_like(seed),
+)
+
+
 def unit_columns(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or a copy if its last dimension is not dense; kernels take any other stride."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

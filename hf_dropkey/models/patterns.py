@@ -122,7 +122,7 @@ def dropped_scores(
     """Which scores DropKey drops, True = dropped, before the rule that a row keeps a key (`protect_rows`).
 
     Args:
-        seed: int32 `[2]` (`draw_seed`), on the device of the result.
+        seed: int32 `[2]` (`draw_seed`) or `[B, 2]` (`row_keys`), on the device of the result.
         shape: `(B, H, N, M)`.
         ratio: Drop ratio in [0, 1), a number; or as data (`ratio_tensor`), except for "token".
         pattern: "score": every score on its own (the paper). "key": the same keys for all queries of a head.
@@ -152,15 +152,21 @@ def dropped_scores(
     return _dropped_by_shape(k1, k2, ratio, pattern, window, keys, grid)
 
 
-def drop_bias(seed: torch.Tensor, shape: tuple[int, int, int, int], ratio: Ratio, pattern: str) -> torch.Tensor:
-    """`dropped_scores` of the patterns "score" and "key" as float32 to add to scores: -inf where dropped, else 0.
+def drop_bias(
+    seed: torch.Tensor,
+    shape: tuple[int, int, int, int],
+    ratio: Ratio,
+    pattern: str,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """`dropped_scores` of the patterns "score" and "key" as floats to add to scores: -inf where dropped, else 0.
 
     Returns:
         `[B, H, N, M]`, or `[B, H, 1, M]` for "key".
     """
     images, heads, queries, keys = shape
     k1, k2 = row_keys(seed, images, heads, 1 if pattern == "key" else queries)
-    return drop_bias_by_byte(k1, k2, keys, ratio)
+    return drop_bias_by_byte(k1, k2, keys, ratio, dtype)
 
 
 def kept_tokens(keys: int, ratio: float) -> int:
@@ -179,7 +185,7 @@ def token_order(
     """The pattern "token" as a random order of the keys of each image: kept ones, then dropped ones, then padding.
 
     Args:
-        seed: int32 `[2]`.
+        seed: int32 `[2]` or `[B, 2]`.
         images: `B`.
         keys: `M`.
         ratio: Drop ratio in [0, 1).

@@ -80,7 +80,7 @@ def _common_arguments(
         "p_q": query,
         "p_k": key,
         "p_v": value,
-        "p_seed": seed.contiguous(),
+        "p_seed": seed_argument(seed),
         "p_limits": limits.contiguous(),
         "p_padding": padding,
         "strides_q": query.stride()[:3],
@@ -97,6 +97,11 @@ def _common_arguments(
         "VALUE_WIDTH": (value_width, tile_side(value_width)),
         "UPCAST": INTERPRETED and query.dtype == torch.bfloat16,
     }
+
+
+def seed_argument(seed: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """What kernels take as `p_seed`: a seed int32 `[2]` or `[B, 2]`, and the words from one image's to the next."""
+    return seed.contiguous(), 0 if seed.ndim == 1 else 2
 
 
 def _launch(name: str, arguments: dict[str, Any], **one_pass: Any) -> None:
@@ -196,6 +201,7 @@ def _backward(
         "p_undone": undone,
         "p_delta": delta,
         "p_silent": None if padding is None else torch.empty_like(undone),
+        "p_state": None if shared else _row_states(query, key),
         "strides_do": grad.stride()[:3],
         "scaling": scaling,
     }
@@ -206,6 +212,14 @@ def _backward(
     key_side |= {"strides_dk": grads[1].stride()[:3], "strides_dv": grads[2].stride()[:3]}
     _launch("key_value", arguments | key_side)
     return grads
+
+
+def _row_states(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Memory for what one kernel of the backward pass leaves for the next of each row's hash: two words, and a bit for
+    each block of 64 keys, int32 `[B, H, 2 + ceil(M / 2048), N]`.
+    """
+    images, heads, queries = query.shape[:3]
+    return query.new_empty(images, heads, 2 + -(-key.shape[2] // 2048), queries, dtype=torch.int32)
 
 
 def _backward_outputs(
@@ -339,10 +353,10 @@ def _check(
             f"The fused attention needs a GPU, got tensors on {str(query.device)!r}. Use the backend 'sdpa', or set "
             "TRITON_INTERPRET=1 before Python starts to test it on the CPU."
         )
-    if tuple(seed.shape) != (2,) or seed.dtype != torch.int32:
+    if tuple(seed.shape) not in ((2,), (q[0], 2)) or seed.dtype != torch.int32:
         raise ValueError(
-            f"`seed` must be int32 of shape (2,), got {seed.dtype} of shape {tuple(seed.shape)}. Take it from "
-            "`draw_seed`."
+            f"`seed` must be int32 of shape (2,) or {(q[0], 2)}, got {seed.dtype} of shape {tuple(seed.shape)}. Take it "
+            "from `draw_seed`."
         )
     if padding is not None and (tuple(padding.shape) != (q[0], k[2]) or padding.dtype != torch.bool):
         raise ValueError(
@@ -376,7 +390,8 @@ def triton_dropkey_attention(
         query: `[B, H, N, D]` in float16, bfloat16 or float32, any strides, D up to 128.
         key: `[B, H, M, D]`.
         value: `[B, H, M, Dv]`, Dv up to 128.
-        seed: int32 `[2]` (`counter_hash.draw_seed`) on the same device; read by the kernels, never by the host.
+        seed: int32 `[2]` (`counter_hash.draw_seed`) or `[B, 2]` (`counter_hash.row_keys`) on the same device; read by
+            the kernels, never by the host.
         ratio: Drop ratio in [0, 1), a number, or as data for compiled code (`dropkey.ratio_tensor`).
         scaling: Factor on the scores, above 0, default `D ** -0.5`.
         pattern: "score" or "key".

@@ -64,9 +64,11 @@ def _step(k1, k2, index):
 
 @_jit
 def _row_pairs(p_seed, image, head, o_rows, SHARED: tl.constexpr):
-    k1 = tl.load(p_seed).to(tl.uint32, bitcast=True)
-    k2 = tl.load(p_seed + 1).to(tl.uint32, bitcast=True)
-    k1, k2 = _step(k1, k2, image)
+    # one seed for the batch, or one for each image, which is image 0 of its seed (`sample_masks`): (pointer, stride)
+    p_pair = p_seed[0] + image.to(tl.int64) * p_seed[1]
+    k1 = tl.load(p_pair).to(tl.uint32, bitcast=True)
+    k2 = tl.load(p_pair + 1).to(tl.uint32, bitcast=True)
+    k1, k2 = _step(k1, k2, tl.where(p_seed[1] == 0, image, 0))
     k1, k2 = _step(k1, k2, head)
     # the pattern "key" takes the decisions of query 0 for all
     return _step(k1, k2, tl.zeros([1, 1], tl.int32) if SHARED else o_rows)
@@ -84,12 +86,17 @@ def _words(k1, k2, o_words):
 
 
 @_jit
-def _thresholds(k1, k2, block, limits):
+def _takes_upper(k1, k2, block, limits):
     # the block number is a Python integer in the interpreter
     b_block = tl.full([1, 1], block, tl.int32).to(tl.uint32)
     b_offset = tl.mul(b_block, _GOLDEN, sanitize_overflow=False)
     b_dither = _mix(tl.mul(k1, 3, sanitize_overflow=False) ^ k2 ^ b_offset, 0)
-    return tl.where(b_dither.to(tl.int32, bitcast=True) < limits[2], limits[1], limits[0])
+    return b_dither.to(tl.int32, bitcast=True) < limits[2]
+
+
+@_jit
+def _thresholds(k1, k2, block, limits):
+    return tl.where(_takes_upper(k1, k2, block, limits), limits[1], limits[0])
 
 
 @_jit
@@ -346,6 +353,31 @@ def _load_statistics(p_lse, p_undone, o_rows, m_rows):
 
 
 @_jit
+def _store_row_state(p_state, k1, k2, o_rows, m_rows, N, M, limits):
+    # planes of N words: k1, k2, and a bit for each block of keys, set where it takes the upper threshold
+    p_rows = p_state + o_rows[:, None]
+    tl.store(p_rows, k1.to(tl.int32, bitcast=True), mask=m_rows[:, None])
+    tl.store(p_rows + N, k2.to(tl.int32, bitcast=True), mask=m_rows[:, None])
+    b_bits = tl.zeros_like(k1)
+    blocks = tl.cdiv(M, 64)
+    for block in range(blocks):
+        b_bits |= _takes_upper(k1, k2, block, limits).to(tl.uint32) << (block % 32)
+        if (block % 32 == 31) | (block == blocks - 1):
+            p_plane = p_rows + (2 + block // 32) * N
+            tl.store(p_plane, b_bits.to(tl.int32, bitcast=True), mask=m_rows[:, None])
+            b_bits = tl.zeros_like(k1)
+
+
+@_jit
+def _load_row_state(p_state, block, o_rows, m_rows, N, limits):
+    k1 = tl.load(p_state + o_rows, mask=m_rows, other=0).to(tl.uint32, bitcast=True)
+    k2 = tl.load(p_state + N + o_rows, mask=m_rows, other=0).to(tl.uint32, bitcast=True)
+    b_bits = tl.load(p_state + (2 + block // 32) * N + o_rows, mask=m_rows, other=0)
+    b_threshold = tl.where((b_bits >> (block % 32)) & 1 != 0, limits[1], limits[0])
+    return k1[None, :], k2[None, :], b_threshold[None, :]
+
+
+@_jit
 def _query_block(
     b_dq, b_q, b_do, b_lse, b_delta, m_undone, b_words, k1, k2, block, p_k, p_v, p_padding, stride_k, stride_v,
     M, scale, limits, SIZE: tl.constexpr, MASKED: tl.constexpr, HAS_PADDING: tl.constexpr, WIDTH: tl.constexpr,
@@ -369,12 +401,12 @@ def _query_block(
 
 @_jit
 def _query_kernel(
-    p_q, p_k, p_v, p_o, p_do, p_dq, p_lse, p_undone, p_delta, p_silent, p_seed, p_limits, p_padding,
+    p_q, p_k, p_v, p_o, p_do, p_dq, p_lse, p_undone, p_delta, p_silent, p_state, p_seed, p_limits, p_padding,
     strides_q, strides_k, strides_v, strides_o, strides_do, strides_dq, stride_padding,
     scale, scaling, heads, N, M, SHARED: tl.constexpr, HAS_PADDING: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the queries; for the next kernel delta, the sum of output times its gradient, and silent rows."""
+    """The gradient of the queries; for the next kernel delta (output times its gradient), silent rows, hash states."""
     o_rows, image, head = _program(N, TILE, heads)
     m_rows = o_rows < N
     p_k += _head_offset(image, head, strides_k)
@@ -421,11 +453,13 @@ def _query_kernel(
         )  # fmt: skip
     p_dq += _head_offset(image, head, strides_dq)
     _store_rows(p_dq, o_rows, strides_dq[2], b_dq * scaling, m_rows, WIDTH)
+    if not SHARED:
+        _store_row_state(p_state + first_row * (2 + tl.cdiv(M, 2048)), k1, k2, o_rows, m_rows, N, M, limits)
 
 
 @_jit
 def _key_value_kernel(
-    p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_undone, p_delta, p_silent, p_seed, p_limits, p_padding,
+    p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_undone, p_delta, p_silent, p_state, p_seed, p_limits, p_padding,
     strides_q, strides_k, strides_v, strides_do, strides_dk, strides_dv, stride_padding,
     scale, scaling, heads, N, M, SHARED: tl.constexpr, HAS_PADDING: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
@@ -441,6 +475,8 @@ def _key_value_kernel(
     p_v += _head_offset(image, head, strides_v)
     p_do += _head_offset(image, head, strides_do)
     first_row = (image.to(tl.int64) * heads + head) * N
+    if not SHARED:
+        p_state += first_row * (2 + tl.cdiv(M, 2048))
     o_words = (block // 4 * 64 + tl.arange(0, 64))[:, None]
     limits = _limits(p_limits)
 
@@ -464,8 +500,12 @@ def _key_value_kernel(
                 m_silent = tl.max((b_do != 0).to(tl.int32), 1) == 0
             b_q = tl.where(m_silent[:, None], 0.0, b_q).to(b_q.dtype)
             b_lse = tl.where(m_silent, float("inf"), b_lse)
-        k1, k2 = _row_pairs(p_seed, image, head, o_rows[None, :], SHARED)
-        b_threshold = _thresholds(k1, k2, block, limits)
+        if SHARED:
+            k1, k2 = _row_pairs(p_seed, image, head, o_rows[None, :], SHARED)
+            b_threshold = _thresholds(k1, k2, block, limits)
+        else:
+            # hashed here, a row would be hashed again by every thread that holds one of its scores
+            k1, k2, b_threshold = _load_row_state(p_state, block, o_rows, m_rows, N, limits)
         b_threshold = tl.where(m_undone[None, :], -(2**31), b_threshold)
         m_gone = _is_dropped(_words(k1, k2, o_words), block, b_threshold)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale

@@ -15,7 +15,7 @@ import torch
 
 from .counter_hash import Ratio
 from .patterns import rows_can_empty
-from .triton_attention import limits_of, triton_is_available
+from .triton_attention import limits_of, seed_argument, triton_is_available
 from .triton_kernels import draw_mask_kernel
 
 
@@ -47,7 +47,7 @@ def drawn_mask(
     """`attention_mask.additive_mask` of the patterns "score" and "key", in one launch.
 
     Args:
-        seed: int32 `[2]`.
+        seed: int32 `[2]` or `[B, 2]`.
         query: `[B, H, N, D]`; its dtype is that of the result.
         keys: `M`.
         attention_mask: Padding, bool or integers, `[B|1, M]` or `[B|1, 1, 1, M]`, or None.
@@ -68,7 +68,7 @@ def drawn_mask(
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         draw_mask_kernel[(images * heads * -(-rows // ROWS),)](
             p_mask=mask,
-            p_seed=seed.contiguous(),
+            p_seed=seed_argument(seed),
             p_limits=limits_of(ratio, query.device),
             p_padding=padding,
             stride_row=stride,

@@ -29,8 +29,17 @@ from ..models.dropkey import (
     layer_ratios,
     release_ratio_data,
 )
+from ..models.sample_masks import number_layers
 from .adapters import adapter_settings
-from .dispatch import WINDOWED_PATTERNS, DropKeyConfigView, SeenPixels, takes_pixels
+from .dispatch import (
+    WINDOWED_PATTERNS,
+    DropKeyConfigView,
+    SeenPixels,
+    has_windows,
+    leave_sample_ids,
+    take_sample_ids,
+    takes_pixels,
+)
 from .legacy_names import convert_legacy_names
 from .modes import check_owner, check_threads, held_mode, owned
 from .report import DropKeyReport, RegularisedAttention
@@ -49,6 +58,8 @@ MODULE_STATE = (
     "dropkey_owner_config",
     "dropkey_base_ratio",
     "dropkey_pixels",
+    "dropkey_layer",
+    "dropkey_windowed",
 )
 
 
@@ -159,6 +170,7 @@ class _Undo:
     hook: RemovableHandle
     pixels: SeenPixels = field(default_factory=SeenPixels)
     pixel_hooks: list[RemovableHandle] = field(default_factory=list)
+    sample_hooks: list[RemovableHandle] = field(default_factory=list)
 
     def applied(self) -> dict[int, str]:
         return {id(config): backend for config, backend in self.backends}
@@ -250,6 +262,8 @@ def apply_dropkey(
     )
     _leave_out(root, chosen, settings)
     _watch_pixels(root, undo)
+    number_layers(root)
+    _watch_samples(root, undo)
     settings.remember(root.config)
     if int(os.environ.get("RANK", 0)) == 0:
         logger.info("%s", report)
@@ -365,6 +379,7 @@ def _install(
             if not site.native:
                 hold_ratio_data(module)
                 module.dropkey_pixels = pixels
+                module.dropkey_windowed = has_windows(module)
             yield RegularisedAttention(site.name, depth, site.kind, site.side, ratio, _backend(site))
 
 
@@ -395,6 +410,15 @@ def _watch_pixels(root: PreTrainedModel, undo: _Undo) -> None:
             undo.pixel_hooks.pop().remove()
 
 
+def _watch_samples(root: PreTrainedModel, undo: _Undo) -> None:
+    """Lets a stock model take `sample_ids` among its arguments, as models of this package do."""
+    # once; a model of this package takes them out before its hooks see them
+    undo.sample_hooks = undo.sample_hooks or [
+        root.register_forward_pre_hook(take_sample_ids, with_kwargs=True),
+        root.register_forward_hook(leave_sample_ids, always_call=True),
+    ]
+
+
 def remove_dropkey(model: nn.Module) -> None:
     """Undoes `apply_dropkey`: modules, configuration and backend are as before the first call.
 
@@ -411,7 +435,7 @@ def remove_dropkey(model: nn.Module) -> None:
             "package becomes a plain one through export_plain."
         )
     undo.before.restore(undo.applied())
-    for hook in (undo.hook, *undo.pixel_hooks):
+    for hook in (undo.hook, *undo.pixel_hooks, *undo.sample_hooks):
         hook.remove()
 
 

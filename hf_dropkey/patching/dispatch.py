@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 from ..models.attention import dropkey_attention_forward
 from ..models.dropkey import dropkey_is_active
+from ..models.sample_masks import any_block, check_argument, enter_block, leave_block
 
 
 DROPKEY_NAME = "dropkey"
@@ -29,6 +30,7 @@ EXCLUDED_BY_MASK = -50.0
 # what an attention may ask for that changes the softmax itself
 FOREIGN_FEATURES = ("softcap", "s_aux", "cache")
 WINDOWED_PATTERNS = ("block", "cross")
+BLOCK = "argument of a patched model"
 
 
 class DropKeyConfigView:
@@ -207,6 +209,29 @@ class SeenPixels:
     def size(self, *, training: bool) -> tuple[int, int] | None:
         """Height and width for an attention in training mode or not; the model around it may be in eval mode."""
         return self.trained if training and self.trained is not None else self.evaluated
+
+
+def take_sample_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook of stock models: opens a block for the argument `sample_ids`, which the model never sees."""
+    ids = kwargs.pop("sample_ids", None)
+    if ids is None:
+        return None
+    check_argument(model)
+    enter_block(ids, of=BLOCK)
+    return args, kwargs
+
+
+def leave_sample_ids(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """The forward hook that closes the block, also after an error."""
+    # mostly there is none, which compiled code is told by a guard
+    if any_block():
+        leave_block(of=BLOCK)
+
+
+def has_windows(module: Any) -> bool:
+    """Whether the batch of an attention is the windows of the first image, then those of the next (Swin, ViTDet, SAM)."""
+    window = getattr(module.config, "window_size", None)
+    return isinstance(window, int) and window > 0
 
 
 def takes_pixels(model: nn.Module) -> bool:

@@ -239,6 +239,9 @@ class TrainingJob(ABC, Generic[Data]):
             check_same_settings(self.fixed(), checkpoint)
             if self.training.should_log:
                 tell_changes(checkpoint, run_settings(self.training), self.fingerprint(data))
+        # before the first of the processes trains, so that the others find it built
+        with self.training.main_process_first(desc="compiling masks"):
+            self.run.start_fast_masks()
         logger.info("%d parameters", model.num_parameters())
         self.describe(data)
         return model, data
@@ -254,6 +257,8 @@ class TrainingJob(ABC, Generic[Data]):
         trainer = self.make_trainer(model, data)
         trainer.record.data = {split: dict(parts) for split, parts in kept.items()}
         trainer.record.settings["fixed"] = self.fixed()
+        if self.run.masks_by_sample:
+            trainer.mask_by_sample()
         return trainer
 
     def settings(self) -> dict[str, str]:
@@ -265,6 +270,8 @@ class TrainingJob(ABC, Generic[Data]):
         }
         values["on_nonfinite_loss"] = self.run.on_nonfinite_loss
         values["world_size"] = self.training.world_size
+        # named only where it is on, so that runs from before it existed are the same
+        values |= {"masks_by_sample": True} if self.run.masks_by_sample else {}
         return {name: str(getattr(value, "value", value)) for name, value in values.items()}
 
     def asked(self) -> dict[str, str]:

@@ -146,7 +146,7 @@ def _other_batch(there: Mapping[str, int], here: Mapping[str, int], *, step: int
             f"counts as {step * batch[1]}, and the learning rate goes on by steps"
         )
     if there["world_size"] != here["world_size"]:
-        meaning += "; the random states of the processes do not fit, so that DropKey draws other masks"
+        meaning += "; the random states of the processes do not fit, so that DropKey draws other masks unless --masks_by_sample is set"
     return f"{', '.join(changes)}: {meaning}"
 
 

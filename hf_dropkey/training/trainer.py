@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -18,6 +19,7 @@ from .finetune import split_groups
 from .guards import LossGuard, check_engine, named_save, note_where_to_resume
 from .lora import merged
 from .record import RunRecord, run_settings
+from .samples import IdCollator, NumberedRows, masks_of
 
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,20 @@ class SkipStep(TrainerCallback):
         # with fp16 the scaler skips the step itself, and misses gradients that are gone
         if self.guard.end_step() and not args.fp16:
             kwargs["model"].zero_grad(set_to_none=True)
+
+
+class MaskEpoch(TrainerCallback):
+    """Tells the trainer the epoch, which masks by sample depend on."""
+
+    def __init__(self, trainer: "GuardedTrainer") -> None:
+        """`trainer` is the one whose epochs are counted."""
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Also runs in the middle of an epoch after a resume."""
+        self.trainer.mask_epoch = int(state.epoch or 0)
 
 
 class TakeUp(TrainerCallback):
@@ -91,6 +107,7 @@ class GuardedTrainer(HubTrainer):
         self.learning_rates = dict(learning_rates or {})
         self.loss_guard = LossGuard(on_nonfinite_loss)
         self._begun, self._seconds_before = time.time(), 0.0
+        self.mask_epoch = 0
         super().__init__(*args, **kwargs)
         check_engine(self.accelerator, os.environ)
         record = RunRecord(run_settings(self.args))
@@ -171,13 +188,21 @@ class GuardedTrainer(HubTrainer):
             self.model = self.model_wrapped = merged(self.accelerator.unwrap_model(self.model))
         return output
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def mask_by_sample(self) -> None:
+        """Makes masks depend on the rows of the data set, not on their places in a batch (`models/sample_masks.py`)."""
+        data: Any = self.train_dataset
+        self.train_dataset = data and NumberedRows(data)
+        self.data_collator = IdCollator(self.data_collator)
+        self.add_callback(MaskEpoch(self))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `Trainer.training_step`, with a look at the loss.
 
         Raises:
             FloatingPointError: As `LossGuard.look_at`.
         """
-        loss = super().training_step(*args, **kwargs)
+        with masks_of(inputs, epoch=self.mask_epoch, seed=self.args.seed):
+            loss = super().training_step(model, inputs, *args, **kwargs)
         losses = self.accelerator.gather(loss.reshape(1))
         self.loss_guard.look_at(losses.tolist(), step=self.state.global_step + 1)
         return loss

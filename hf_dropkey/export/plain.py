@@ -16,10 +16,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .models.modeling_dropkey_hoi import DropKeyHoiForObjectDetection
-from .patching.apply import UNDO, remove_dropkey
-from .patching.sites import transformers_model
-from .saved import PROCESSOR_FILES, load_config, one_error, saved_class
+from ..models.modeling_dropkey_hoi import DropKeyHoiForObjectDetection
+from ..patching.apply import UNDO, remove_dropkey
+from ..patching.sites import transformers_model
+from ..saved import PROCESSOR_FILES, load_config, one_error, saved_class
 
 
 def export_plain(
@@ -44,9 +44,11 @@ def export_plain(
     """
     target = Path(out)
     source = None if isinstance(model_or_folder, nn.Module) else Path(model_or_folder)
-    _check_target(source, target, overwrite=overwrite)
-    plain = plain_model(model_or_folder if isinstance(model_or_folder, nn.Module) else _load(Path(model_or_folder)))
-    with _replaced(target) as stage:
+    check_target(source, target, overwrite=overwrite)
+    plain = plain_model(
+        model_or_folder if isinstance(model_or_folder, nn.Module) else load_model(Path(model_or_folder))
+    )
+    with replaced(target) as stage:
         plain.save_pretrained(stage)
         for name in PROCESSOR_FILES if source is not None else ():
             if (source / name).is_file():  # type: ignore[operator]  # a folder, as said above
@@ -54,7 +56,7 @@ def export_plain(
     return plain.eval()
 
 
-def _check_target(source: Path | None, target: Path, *, overwrite: bool) -> None:
+def check_target(source: Path | None, target: Path, *, overwrite: bool) -> None:
     """Raises as `export_plain` does where writing would mix models or delete other files."""
     there = target.resolve()
     if source is not None and source.exists():
@@ -79,7 +81,7 @@ def _check_target(source: Path | None, target: Path, *, overwrite: bool) -> None
 
 
 @contextmanager
-def _replaced(target: Path) -> Iterator[Path]:
+def replaced(target: Path) -> Iterator[Path]:
     """A folder that replaces `target` once it is complete; if writing fails, the old contents stay."""
     real = target.resolve()
     real.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +166,7 @@ def _has(module: Any, path: str) -> bool:
     return module is not None
 
 
-def _load(folder: Path) -> PreTrainedModel:
+def load_model(folder: Path) -> PreTrainedModel:
     """The model in a folder, by the class it was saved as."""
     cls: Any = saved_class(load_config(folder), folder)
     with one_error(f"the model in {folder} cannot be loaded"):
