@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from stock_models import SIDE, job, saved, words_of
 from transformers import AutoModelForImageClassification
 
-from hf_dropkey import apply_dropkey, load_classifier
+from hf_dropkey import apply_dropkey, export_plain, load_classifier
 from hf_dropkey.classification import evaluation, prediction
 from hf_dropkey.classification.job import ClassificationJob
 from hf_dropkey.hub.cards import write_card
@@ -167,6 +167,13 @@ def test_a_check_names_the_base_model_that_it_has_not_seen(adapter: Path, tmp_pa
     assert not any("base_config.json" in problem or "not a saved model" in problem for problem in report.problems)
     (folder / "adapter_model.safetensors").unlink()
     assert any("adapter_model.safetensors is not there" in problem for problem in check_release(folder).problems)
+
+
+def test_an_adapter_is_exported_once_it_is_merged(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is an adapter of .*source and has no whole weights; .* load_classifier"):
+        export_plain(adapter, tmp_path / "out")
+    plain = export_plain(load_classifier(adapter).merge_and_unload(), tmp_path / "out")
+    assert type(plain) is hf.Dinov2ForImageClassification and not hasattr(plain.config, "dropkey_ratio")
 
 
 def test_an_adapter_that_lacks_something_is_an_error_that_says_so(adapter: Path, tmp_path: Path) -> None:

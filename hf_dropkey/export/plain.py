@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..models.modeling_dropkey_hoi import DropKeyHoiForObjectDetection
 from ..patching.apply import UNDO, remove_dropkey
 from ..patching.sites import transformers_model
-from ..saved import PROCESSOR_FILES, load_config, one_error, saved_class
+from ..saved import PROCESSOR_FILES, base_of, is_adapter, load_config, one_error, saved_class
 
 
 def export_plain(
@@ -167,7 +167,16 @@ def _has(module: Any, path: str) -> bool:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """The model in a folder, by the class it was saved as."""
+    """The model in a folder, by the class it was saved as.
+
+    Raises:
+        ValueError: It is an adapter, or cannot be loaded.
+    """
+    if is_adapter(folder):
+        raise ValueError(
+            f"{folder} is an adapter of {base_of(folder)} and has no whole weights; train with --merge_adapter, or pass "
+            "load_classifier(folder).merge_and_unload()"
+        )
     cls: Any = saved_class(load_config(folder), folder)
     with one_error(f"the model in {folder} cannot be loaded"):
         model: PreTrainedModel = cls.from_pretrained(folder)
