@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from ..extras import needed
 from ..images.classes import check_id2label
@@ -137,7 +137,7 @@ def base_config(folder: Path, arguments: ModelArguments) -> PreTrainedConfig:
         return config
     # of a model with code of its own, which is where the base model is
     config = AutoConfig.from_pretrained(
-        arguments.model_name_or_path,
+        str(arguments.model_name_or_path),
         revision=arguments.revision,
         trust_remote_code=arguments.trust_remote_code or None,
     )

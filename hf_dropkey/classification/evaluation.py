@@ -78,7 +78,7 @@ def load(arguments: EvaluationArguments) -> tuple[PreTrainedModel, Any]:
     """
     name = arguments.model_name_or_path
     check_attention(arguments.attn_implementation)
-    source = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+    source: dict[str, Any] = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
     model = load_classifier(name, attn_implementation=arguments.attn_implementation, **source)
     processor = AutoImageProcessor.from_pretrained(name, **source)
     return model, processor

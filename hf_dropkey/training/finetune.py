@@ -73,7 +73,7 @@ class FineTuningArguments:
 def layers_of(model: nn.Module) -> list[str]:
     """Names of the blocks of a model in order of execution: the innermost numbered modules that hold its attentions."""
     sites, _ = find_attention(transformers_model(model))
-    layers = {}
+    layers: dict[str, None] = {}
     for site in sites:
         parts = site.name.split(".")
         numbers = [place for place, part in enumerate(parts) if part.isdigit()]
