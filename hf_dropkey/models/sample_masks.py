@@ -66,7 +66,7 @@ def sample_ids(ids: torch.Tensor | Sequence[int], *, epoch: int = 0, seed: int =
 
 
 # compiled code calls them as they are; this decorator, unlike `torch.compiler.disable`, loads the compiler late
-@torch._disable_dynamo
+@torch._disable_dynamo  # type: ignore[attr-defined]  # PyTorch's own files use it so
 def enter_block(ids: torch.Tensor | Sequence[int], *, epoch: int = 0, seed: int = 0, of: str = "") -> None:
     """The beginning of `sample_ids`; `of` names who opens it."""
     pairs = _pairs_of(_checked(ids), epoch, seed)
@@ -76,7 +76,7 @@ def enter_block(ids: torch.Tensor | Sequence[int], *, epoch: int = 0, seed: int 
     _count(1)
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # type: ignore[attr-defined]  # PyTorch's own files use it so
 def leave_block(of: str = "") -> None:
     """The end of the innermost block, if it is that of `of`."""
     block = _current()
@@ -219,7 +219,8 @@ def _seeds(
             "the model gets, in its order; a batch that is given twice needs its ids twice (torch.cat((ids, ids))). "
             "Models that make another batch of the images inside cannot have masks by sample."
         )
-    k1, k2 = step(*pairs.unbind(-1), layer.to(device))
+    one, two = pairs.unbind(-1)
+    k1, k2 = step(one, two, layer.to(device))
     if windowed:
         window = torch.arange(windows, dtype=torch.int32, device=device)
         k1, k2 = (words.flatten() for words in step(k1[:, None], k2[:, None], window))
