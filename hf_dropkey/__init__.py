@@ -17,8 +17,8 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import moved
-from .export import export_graph, export_plain
-from .inference import MonteCarloPrediction, monte_carlo_predict
+from .export import DropKeyONNX, export_graph, export_plain
+from .inference import MonteCarloPrediction, dropkey_seed, monte_carlo_predict
 from .models import (
     DropKeyCeitConfig,
     DropKeyCeitForImageClassification,
@@ -127,6 +127,7 @@ __all__ = [
     "DropKeyMeshForBodyMesh",
     "DropKeyMeshModel",
     "DropKeyMeshPreTrainedModel",
+    "DropKeyONNX",
     "DropKeyReport",
     "DropKeyScheduleCallback",
     "DropKeySeedCallback",
@@ -155,6 +156,7 @@ __all__ = [
     "dropkey_active",
     "dropkey_attention",
     "dropkey_disabled",
+    "dropkey_seed",
     "enable_fast_masks",
     "export_graph",
     "export_plain",

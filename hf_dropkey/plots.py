@@ -4,6 +4,7 @@ Colours come from the Okabe-Ito set and from perceptually uniform maps, so that 
 colour vision and in grey.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,7 +87,7 @@ def predictions_with_attention(
             fontsize=9,
             fontweight="normal" if right else "bold",
         )
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(textwrap.fill(title, max(30, int(11 * figure.get_figwidth()))), fontsize=11)
     ticks = [0, *(2.0**power for power in range(1 + int(np.log2(relative.max()))))]
     colors = ScalarMappable(scale, ATTENTION_MAP)
     bar = figure.colorbar(colors, ax=list(axes.flat), shrink=0.6, aspect=30, ticks=ticks, format="{x:g}")

@@ -1,6 +1,7 @@
 """Folders of saved models and adapters: their configuration, class and weights, and the files that they lack."""
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -202,6 +203,27 @@ def check_attention(name: str | None) -> None:
     known = ["eager", *(one for one in ALL_ATTENTION_FUNCTIONS.keys() if "|" not in one and one != DROPKEY_NAME)]  # noqa: SIM118  # no dict
     if name not in known:
         raise ValueError(f"--attn_implementation {name} is unknown; choose from {', '.join(sorted(known))}")
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Leaves out Transformers' table of new and resized weights, for loaders that report these themselves.
+
+    A table with weights of the checkpoint that the model does not have is shown.
+    """
+    handlers = logging.getLogger("transformers").handlers
+    for handler in handlers:
+        handler.addFilter(_expected)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_expected)
+
+
+def _expected(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return "LOAD REPORT" not in message or "UNEXPECTED" in message
 
 
 def missing_model_files(folder: Path) -> list[str]:

@@ -350,8 +350,8 @@ def measure_attention(arguments: BenchmarkArguments, device: torch.device) -> It
                 name: job_of(name, partial(forward_backward, attend, inputs, upstream))
                 for name, attend in checked.items()
             }
-            about = dict(zip(("batch", "heads", "tokens", "head_width"), shape, strict=True))
-            about = {"workload": "attention", "dtype": dtype_name, **about}
+            sizes = dict(zip(("batch", "heads", "tokens", "head_width"), shape, strict=True))
+            about = {"workload": "attention", "dtype": dtype_name, **sizes}
             forwards = {name: job_of(name, partial(forward_alone, attend, inputs)) for name, attend in checked.items()}
             yield from measured(jobs, arguments, device, about, forwards)
 

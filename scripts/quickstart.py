@@ -38,6 +38,15 @@ ROWS = (
     ("parameters", "parameters", ",d"),
 )
 
+NEXT_STEPS = """
+Next steps
+  one page about the run          {model}/report.html
+  what DropKey does inside        {command} look --model_name_or_path {model} --output_dir runs/look
+  your own images, from a pretrained model of the Hub, one sub-folder of images per class:
+      {command} train --do_train --do_eval --output_dir runs/mine --model_name_or_path facebook/dinov2-small \\
+          --train_dir images/train --validation_dir images/validation --dropkey_ratio 0.1
+  recipes, and all commands       {command} recipes; {command} --help"""
+
 
 def run_script(name: str, *arguments: str) -> None:
     """Runs one of the scripts in a process of its own, with its output here."""
@@ -112,6 +121,7 @@ def main() -> None:
     print("\nOne seed of a small task: the better one here is not evidence.")
     print(f"\nsaved model  {folders['DropKey']}\npredictions  {folder / 'predictions.png'}")
     print(f"numbers      {folder / 'results.json'}\ntook         {time.monotonic() - start:.0f} s")
+    print(NEXT_STEPS.format(model=folders["DropKey"], command=Path(sys.executable).with_name("hf-dropkey")))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_export_writes_a_plain_checkpoint(folder, tmp_path, capsys):
 
 
 def test_card_writes_the_facts_of_its_arguments(folder, capsys):
-    words = ["--license", "mit", "--dataset", "Cats", "--repo-id", "me/cats", "--command", "python train.py"]
+    words = ["--license", "mit", "--dataset", "Cats", "--repo_id", "me/cats", "--command", "python train.py"]
     assert main(["card", folder, *words]) == 0
     assert capsys.readouterr().out.strip().endswith("README.md")
     # facts are given once and kept for later cards

@@ -129,6 +129,7 @@ FLOORS = (
     ("inference", "saved"),
     ("export", "inspection"),
     ("hub",),
+    ("pages",),
     ("training",),
     ("classification", "detection", "hoi", "mesh", "segmentation"),
     ("lab", "demo", "cli"),
@@ -201,7 +202,7 @@ def test_the_public_names() -> None:
     }
     patching = {"DropKeyReport", "apply_dropkey", "remove_dropkey", "dropkey", "dropkey_active", "dropkey_disabled"}
     inference = {"MonteCarloPrediction", "monte_carlo_predict", "export_plain", "layer_ratios", "default_backend"}
-    inference |= {"export_graph", "load_classifier"}
+    inference |= {"DropKeyONNX", "dropkey_seed", "export_graph", "load_classifier"}
     training = {
         "DropKeyGuardCallback",
         "DropKeyLogCallback",

@@ -332,3 +332,14 @@ def test_a_repository_is_checked_without_fetching_what_can_run(folder):
     assert "problem: optimizer.pt is of a kind that no model needs" in done.stdout
     assert "there is no repository me/none" in done.stderr
     assert not [request for request in hub.requests if "optimizer.pt" in request]
+
+
+def test_a_folder_of_runs_is_told_in_one_sentence(tmp_path: Path) -> None:
+    for name in ("a", "a/checkpoint-4", "b"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "training_args.bin").touch()
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no model but folders with one: a, b; check one of these, such as .*/a$"
+    ):
+        check_release(tmp_path)

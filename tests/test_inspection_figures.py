@@ -11,6 +11,7 @@ from PIL import Image
 from hf_dropkey.inspection.figures import (
     DROPKEY_COLOR,
     PLAIN_COLOR,
+    _nats,
     drop_fractions,
     entropy_and_distance,
     maps_over_images,
@@ -121,27 +122,33 @@ def test_maps_have_one_scale_with_uniform_attention_in_its_middle() -> None:
     panels = [axis for axis in figure.axes if axis.images]
     assert [axis.get_title() for axis in panels] == ["image", "layers.0", "rollout", "", "", ""]
     uniform, peaked = panels[1].images[-1], panels[5].images[-1]
-    assert np.allclose(uniform.get_array(), 1)
+    # uniform attention leaves the image as it is
+    assert np.allclose(uniform.get_array(), 0, atol=1e-6) and uniform.get_cmap()(0.5)[3] < 0.02
     most = 16 / maps["rollout"][1].mean()
-    assert peaked.get_array()[0, 0] == pytest.approx(most)
-    # a patch without attention has the darkest colour
-    assert peaked.get_array()[0, 1] == pytest.approx(1 / most)
-    assert uniform.get_clim() == peaked.get_clim() == pytest.approx((1 / most, most))
-    assert uniform.norm(1) == pytest.approx(0.5) and uniform.get_cmap().name == "cividis"
+    # each tile has its own scale: its largest ratio has all of the colour, a patch without attention is the darkest
+    assert peaked.get_array()[0, 0] == pytest.approx(1) and peaked.get_array()[0, 1] == pytest.approx(-1)
+    assert [text.get_text() for text in panels[5].texts] == [f"{most:.3g}x"]
+    assert [text.get_text() for text in panels[1].texts] == ["1x"]
+    assert uniform.get_clim() == peaked.get_clim() == (-1, 1)
     # the map lies on the whole image
     assert list(uniform.get_extent()) == list(panels[1].images[0].get_extent()) == [0, 8, 8, 0]
     assert np.array_equal(panels[0].images[0].get_array(), np.asarray(pictures(2)[0]))
     (bar,) = [axis for axis in figure.axes if "class token" in axis.get_ylabel()]
-    assert "1: the same on every patch" in bar.get_ylabel()
-    assert [label.get_text() for label in bar.get_yticklabels()] == ["1/4", "1/2", "1", "2", "4"]
+    assert "each tile on its own logarithmic scale" in bar.get_ylabel()
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["least", "uniform", "most"]
     saved(figure)
 
 
-def test_a_map_under_which_the_image_is_pale_keeps_its_colors() -> None:
-    black, white = Image.new("L", (4, 4), 0), Image.new("L", (4, 4), 255)
-    figure = maps_over_images([black, white], {"layer": np.ones((2, 2, 2))}, title="t", attends="class token")
-    dark, light = (figure.axes[place].images[0].get_array()[0, 0, 0] for place in (1, 3))
-    assert 0 < dark < light < 255 and light - dark < 160
+def test_the_image_under_a_map_keeps_its_colors() -> None:
+    image = Image.new("RGB", (4, 4), (200, 40, 90))
+    figure = maps_over_images([image], {"layer": np.ones((1, 2, 2))}, title="t", attends="class token")
+    assert np.array_equal(figure.axes[1].images[0].get_array()[0, 0], (200, 40, 90))
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    colors = Image.open(io.BytesIO(file.getvalue())).convert("RGB").getcolors(1 << 24) or []
+    # the image and the map of uniform attention over it look the same
+    large = [color for count, color in colors if count > 4000 and color != (255, 255, 255)]
+    assert large and all(np.abs(np.subtract(color, (200, 40, 90))).max() <= 1 for color in large)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +164,15 @@ def test_a_map_under_which_the_image_is_pale_keeps_its_colors() -> None:
 def test_bad_maps_are_refused(count: int, maps: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         maps_over_images(pictures(count), maps, title="t", attends="class token")
+
+
+def test_a_small_number_of_nats_has_digits() -> None:
+    assert [_nats(value) for value in (1.234, 0.0123, 0.00045, 0.00001)] == [
+        "1.23 nats",
+        "0.012 nats",
+        "0.00045 nats",
+        "< 0.0001 nats",
+    ]
 
 
 # --- drops ------------------------------------------------------------------------------------------------------------
@@ -218,10 +234,10 @@ def test_images_come_from_the_most_uncertain_on_and_say_right_or_wrong() -> None
     figure = uncertain(kept=kept)
     titles = [axis.get_title() for axis in figure.axes if axis.images]
     assert titles == [
-        "0.300 nats\ndog (50%)\nwrong, is cat",
-        "0.200 nats\nemu (60%)\nright",
-        "0.100 nats\ncat (90%)\nright",
-        "0.000 nats\ncat (99%)\nright",
+        "0.30 nats\ndog (50%)\nwrong, is cat",
+        "0.20 nats\nemu (60%)\nright",
+        "0.10 nats\ncat (90%)\nright",
+        "< 0.0001 nats\ncat (99%)\nright",
     ]
     shown = [axis.images[0].get_array() for axis in figure.axes if axis.images]
     assert np.array_equal(shown[0], np.asarray(pictures(4)[1]))
@@ -240,7 +256,7 @@ def test_images_come_from_the_most_uncertain_on_and_say_right_or_wrong() -> None
 def test_of_many_images_both_ends_are_shown_and_the_reader_is_an_error() -> None:
     figure = uncertain(most=2)
     titles = [axis.get_title() for axis in figure.axes if axis.images]
-    assert [title.split()[0] for title in titles] == ["0.300", "0.000"]
+    assert [title.split()[0] for title in titles] == ["0.30", "<"]
     assert figure.get_supxlabel() == "2 of 4 images: the 1 most uncertain, then the 1 most certain"
     # an odd number keeps its half, rounded down
     assert len([axis for axis in uncertain(most=3).axes if axis.images]) == 2
@@ -249,13 +265,13 @@ def test_of_many_images_both_ends_are_shown_and_the_reader_is_an_error() -> None
 def test_long_names_do_not_run_into_each_other() -> None:
     names = ["greater spotted woodpecker", "dog", "cat", "emu"]
     titles = [axis.get_title() for axis in uncertain(predicted=names, truth=names[::-1]).axes if axis.images]
-    assert titles[2] == "0.100 nats\ngreater spott… (90%)\nwrong, is emu"
-    assert titles[1] == "0.200 nats\nemu (60%)\nwrong, is greater spo…"
+    assert titles[2] == "0.10 nats\ngreater spott… (90%)\nwrong, is emu"
+    assert titles[1] == "0.20 nats\nemu (60%)\nwrong, is greater spo…"
 
 
 def test_without_true_classes_nothing_is_called_right() -> None:
     titles = [axis.get_title() for axis in uncertain(truth=None).axes if axis.images]
-    assert titles[0] == "0.300 nats\ndog (50%)"
+    assert titles[0] == "0.30 nats\ndog (50%)"
 
 
 @pytest.mark.parametrize(

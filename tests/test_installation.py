@@ -7,6 +7,7 @@ any configuration of pip's, so that no folder of wheels on this machine's disk s
 import json
 import os
 import shutil
+import site
 import subprocess
 import sys
 import zipfile
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from packaging.utils import canonicalize_name
+from PIL import Image
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,22 +89,75 @@ def pins(*names: str) -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
 
 
-def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+def tracked() -> list[str]:
+    """The files in git, relative to the root."""
     if not (ROOT / ".git").exists():
         pytest.skip("this is no git checkout, so there is no list of tracked files to compare with")
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    return listed.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this package, built without a registry."""
+    folder = tmp_path_factory.mktemp("wheel")
     # a copy, because building leaves files where the sources are
-    for name in listed.stdout.splitlines():
-        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / "source" / name)
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path]
-    command = [sys.executable, "-m", "pip", "wheel", *options, tmp_path / "source"]
+    for name in tracked():
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "source" / name)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder]
+    command = [sys.executable, "-m", "pip", "wheel", *options, folder / "source"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     built = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert built == {name for name in listed.stdout.splitlines() if name.startswith(PACKAGES)}
+    assert built == {name for name in tracked() if name.startswith(PACKAGES)}
     assert {"hf_dropkey/recipes/digits_vit.json", "hf_dropkey_cli/arguments.json"} <= built
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_trains_predicts_and_reports(wheel: Path, tmp_path: Path) -> None:
+    home = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True, timeout=120)
+    python = home / "bin" / "python"
+    options = ["--python", python, "install", "--no-deps", "--no-index", "--no-compile", wheel]
+    subprocess.run([sys.executable, "-m", "pip", *options], check=True, capture_output=True, timeout=300)
+    (packages,) = home.glob("lib/python*/site-packages")
+    # the dependencies of this environment behind the wheel; an editable installation among them is not followed
+    (packages / "dependencies.pth").write_text("".join(f"{path}\n" for path in site.getsitepackages()))
+    work = tmp_path / "work"
+    work.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [home / "bin" / words[0], *words[1:]],
+            cwd=work,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    where = run(
+        "python", "-c", "import hf_dropkey, hf_dropkey_cli; print(hf_dropkey.__file__, hf_dropkey_cli.__file__)"
+    )
+    assert where.count(str(packages)) == 2
+    assert "recipe:digits_vit  (classification)" in run("hf-dropkey", "recipes")
+    brief = ["--max_steps", "2", "--max_train_samples", "64", "--max_eval_samples", "16", "--use_cpu"]
+    run("hf-dropkey", "train", "recipe:digits_vit", *brief, "--output_dir", "run")
+    Image.new("L", (8, 8), 128).save(work / "a.png")
+    found = run("hf-dropkey", "predict", "--model_name_or_path", "run", "--images", "a.png")
+    assert found.splitlines()[-1].endswith("a.png")
+    (work / "run" / "report.html").unlink()
+    assert run("hf-dropkey", "report", "run").strip() == "run/report.html"
+    assert "Worst mistakes" in (work / "run" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

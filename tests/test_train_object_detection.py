@@ -23,7 +23,7 @@ from transformers import AutoModelForObjectDetection, DetrForObjectDetection
 from hf_dropkey import apply_dropkey
 from hf_dropkey.detection.arguments import MODEL_TYPES
 from hf_dropkey.detection.figures import detections
-from hf_dropkey.detection.job import DetectionTrainer
+from hf_dropkey.detection.job import DetectionTrainer, choose_examples
 from hf_dropkey.detection.metrics import COCO_METRICS
 
 
@@ -306,3 +306,14 @@ def test_annotations_are_checked_before_training(monkeypatch, tmp_path, shapes):
     with pytest.raises(ValueError, match=r"annotation 3 of image 1: bbox .* has width 0"):
         here(monkeypatch, tmp_path, *arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_examples_are_images_with_a_box_above_the_threshold() -> None:
+    box = [0.0, 0.0, 1.0, 1.0]
+    scored = [[(0.2, 0, box)], [(0.9, 1, box), (0.1, 0, box)], [], [(0.6, 0, box)]]
+    assert choose_examples(scored, count=2, threshold=0.5) == ([1, 3], [[(0.9, 1, box)], [(0.6, 0, box)]])
+    rows, shown = choose_examples(scored, count=3, threshold=0.5)
+    assert rows == [0, 1, 3] and shown[0] == []
+    # a model that is sure of nothing shows what it is surest of
+    rows, shown = choose_examples(scored, count=2, threshold=0.95)
+    assert rows == [0, 1] and shown[1] == [(0.9, 1, box), (0.1, 0, box)]

@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageClassifica
 from transformers.utils import cached_file
 
 from ..extras import needed
+from ..images.classes import check_id2label
 from ..models.configuration_dropkey_features import DropKeyFeaturesConfig
 from ..patching.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CONFIG
 from ..saved import base_of, check_model_source, is_adapter
@@ -42,6 +43,8 @@ def load_classifier(
     check_model_source(str(source), adapters=True)
     folder = adapter_folder(str(source), revision)
     if folder is None:
+        found, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
+        check_id2label(found, str(source))
         model: PreTrainedModel = AutoModelForImageClassification.from_pretrained(
             source,
             revision=revision,

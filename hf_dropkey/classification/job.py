@@ -7,7 +7,7 @@ command names.
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, 
 from ..images.augmentation import Augmentation, AugmentationEpoch
 from ..images.mixing import Mixing, MixingCollator, mixed_loss
 from ..images.tables import matching_files
-from ..saved import check_attention
+from ..pages.observed import Observed
+from ..saved import check_attention, quiet_loading
 from ..training.arguments import RampArguments, RunArguments
 from ..training.defaults import STARTS, default_words, start_of
 from ..training.finetune import FineTuningArguments, freeze, learning_rates
@@ -29,6 +30,7 @@ from ..training.trainer import GuardedTrainer
 from .arguments import AugmentationArguments, ClassificationDropKeyArguments, DataArguments, ModelArguments
 from .data import ImageData, load_image_data
 from .metrics import classification_metrics
+from .mistakes import KeptPredictions, save_predictions
 from .model import check_loss, fit_classes, is_native, made_size, make_config, make_image_processor, make_model
 from .pretrained import check_drop_path, head_modules, pretrained_model
 from .transform import ImageTransform, collate_images, transform_rows
@@ -120,6 +122,7 @@ class ClassificationJob(TrainingJob[ImageData]):
         self.augmentation: Augmentation = self.augmentation_arguments.augmentation(made, digits=digits)
         self.callbacks = self.ramp.callbacks()
         self.new_modules: list[str] = []
+        self.kept = KeptPredictions(classification_metrics)
 
     def load(self) -> ImageData:
         """The images; the configuration gets their classes."""
@@ -128,11 +131,13 @@ class ClassificationJob(TrainingJob[ImageData]):
 
     def make_model(self, data: ImageData) -> PreTrainedModel:
         """The model, with pretrained weights or new ones; with `--lora_r` a `PeftModel` around it."""
-        if is_native(self.config):
-            model = make_model(self.config, self.model)
-            new = head_modules(model)
-        else:
-            model, new = pretrained_model(self.config, self.model, self.dropkey, self.size)
+        # what is new or resized is in our own log
+        with quiet_loading():
+            if is_native(self.config):
+                model = make_model(self.config, self.model)
+                new = head_modules(model)
+            else:
+                model, new = pretrained_model(self.config, self.model, self.dropkey, self.size)
         check_drop_path(model, self.model.drop_path_rate)
         self.new_modules = new
         freeze(model, self.fine_tuning.freeze_layers, new)
@@ -153,7 +158,7 @@ class ClassificationJob(TrainingJob[ImageData]):
             processing_class=self.processor,
             data_collator=self.collator(data, transform),
             compute_loss_func=self.loss(),
-            compute_metrics=classification_metrics,
+            compute_metrics=self.kept,
             callbacks=[AugmentationEpoch(transform), *self.callbacks],
             on_nonfinite_loss=self.run.on_nonfinite_loss,
             merge_adapter=self.lora.merge_adapter,
@@ -186,6 +191,12 @@ class ClassificationJob(TrainingJob[ImageData]):
         augmentation = self.augmentation_arguments
         names = ("augment", "random_erasing", "mixup", "cutmix", "mixing_probability")
         return {**self.fine_tuning.recorded(), **{name: getattr(augmentation, name) or 0 for name in names}}
+
+    def observe(self, trainer: GuardedTrainer, data: ImageData) -> Observed:
+        """As `TrainingJob.observe`, with every prediction of the last evaluation and pictures of the worst mistakes."""
+        mistakes = save_predictions(self.output, self.kept, data)
+        classes = data.label_names if self.kept.kept is not None else []
+        return replace(super().observe(trainer, data), classes=classes, mistakes=mistakes)
 
     def fingerprint(self, data: ImageData) -> Fingerprint:
         """Rows and hashes of names, labels and sizes of each split."""

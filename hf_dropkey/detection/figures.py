@@ -1,5 +1,6 @@
 """Images with annotated and predicted boxes."""
 
+import textwrap
 from collections.abc import Sequence
 
 from PIL import Image
@@ -60,7 +61,7 @@ def detections(
             draw_box(upper, box, name, colors[name])
         for name, box, score in predictions[number]:
             draw_box(lower, box, f"{name} {score:.2f}", colors[name])
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(textwrap.fill(title, max(30, int(11 * figure.get_figwidth()))), fontsize=11)
     return figure
 
 

@@ -34,6 +34,9 @@ from .transform import DetectionCollator, DetectionDataset
 
 logger = logging.getLogger(__name__)
 
+# images looked at for each one drawn, and boxes of an image where none reaches the threshold
+CHOSEN_FROM, SUREST = 8, 3
+
 
 @dataclass
 class DetectionJob(TrainingJob[DetectionData]):
@@ -163,26 +166,54 @@ class DetectionTrainer(DetrTrainer):
 def draw_predictions(
     trainer: GuardedTrainer, dataset: DetectionDataset, names: list[str], *, count: int, threshold: float
 ) -> None:
-    """Draws the first images of a data set with their boxes and the model's, into the folder of the run."""
-    rows = list(range(min(count, len(dataset))))
-    found: Any = trainer.predict(Subset(dataset, rows)).predictions
+    """Draws images of a data set with their boxes and the model's, into the folder of the run.
+
+    Of the first images those in which the model finds something are drawn; if it finds nothing anywhere, the title says
+    so and the surest boxes are drawn.
+    """
+    looked_at = list(range(min(CHOSEN_FROM * count, len(dataset))))
+    found: Any = trainer.predict(Subset(dataset, looked_at)).predictions
     if not trainer.is_world_process_zero():
         return
     split = dataset.split
-    predictions = [
-        [(names[int(number)], box, score) for score, number, *box in one.tolist() if score >= threshold]
-        for one in found
+    scored = [
+        sorted(((score, int(number), box) for score, number, *box in one.tolist()), reverse=True) for one in found
     ]
+    rows, shown = choose_examples(scored, count=count, threshold=threshold)
+    most = max((one[0][0] for one in scored if one), default=0.0)
+    kind = f"predicted with a score of {threshold:g} or more"
+    if most < threshold:
+        kind = f"predicted: no score reaches {threshold:g}, so the surest boxes (largest score {most:.2f})"
     figure = detections(
         [split.open(row) for row in rows],
         [annotated_boxes(split, row) for row in rows],
-        predictions,
-        title=f"{Path(split.name).name}: annotated (above) and predicted with a score of {threshold:g} or more (below)",
+        [[(names[number], box, score) for score, number, box in one] for one in shown],
+        title=f"{Path(split.name).name}: annotated (above) and {kind} (below)",
     )
     file = output_folder(trainer.args) / FIGURE
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     logger.info("%d images with their boxes are in %s", len(rows), file)
+
+
+Scored = list[tuple[float, int, list[float]]]
+
+
+def choose_examples(scored: list[Scored], *, count: int, threshold: float) -> tuple[list[int], list[Scored]]:
+    """Which images are drawn, and the boxes of each.
+
+    Args:
+        scored: For each image score, class and box of its detections, the surest first.
+        count: Largest number of images.
+        threshold: Smallest score that is drawn, unless no image has one.
+    """
+    kept = [[box for box in one if box[0] >= threshold] for one in scored]
+    if not any(kept):
+        # so many that a figure can be read
+        kept = [one[:SUREST] for one in scored]
+    # the sort is stable: images with a box in their order, then the others
+    rows = sorted(sorted(range(len(kept)), key=lambda row: not kept[row])[:count])
+    return rows, [kept[row] for row in rows]
 
 
 def annotated_boxes(split: DetectionSplit, row: int) -> list[tuple[str, list[float]]]:

@@ -153,7 +153,7 @@ def merged_readme(folder: Path, repo_id: str, there: str | None, *, replace: boo
         if mine not in theirs and len(mine.splitlines()) > 1:
             logger.warning(
                 f"{folder / README} has hand-written text that the card of {repo_id} does not have; the repository's card "
-                "is kept. To publish the folder's card instead, pass replace_readme=True (--replace-readme)"
+                "is kept. To publish the folder's card instead, pass replace_readme=True (--replace_readme)"
             )
     base = own if there is None or (replace and own is not None) else there
     return str(model_card(folder, repo_id=repo_id, existing=base or "")).encode()

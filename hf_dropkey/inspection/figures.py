@@ -14,20 +14,22 @@ from PIL import Image
 
 from ..extras import needed
 from ..intervals import interval
-from ..plots import ATTENTION_MAP, RIGHT_COLOR, WRONG_COLOR
+from ..plots import RIGHT_COLOR, WRONG_COLOR
 
 
 with needed("plots"):
-    import matplotlib as mpl
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, LogNorm
+    from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.figure import Figure, SubFigure
+    from matplotlib.patheffects import withStroke
 
 
 PLAIN_COLOR, DROPKEY_COLOR, REFERENCE_COLOR = "#0072B2", "#D55E00", "#4D4D4D"
-# opacity of a map over its image, and contrast of the image, low enough that colours keep their meaning
-COVER, CONTRAST = 0.7, 0.6
+# largest opacity of a map over its image
+COVER = 0.75
+# below, a mutual information is shown as nothing but small
+SMALL_NATS = 0.0001
 ORDER = "attention module, in order of execution"
 
 
@@ -107,10 +109,11 @@ def maps_over_images(
     title: str,
     attends: str,
 ) -> Figure:
-    """A row for each image: the image itself, then each map over it, patch by patch.
+    """A row for each image: the image itself, then each map over it in colour, patch by patch.
 
-    All maps have one logarithmic scale, the ratio to uniform attention, which has the middle colour; the largest ratio
-    has the lightest colour, its inverse and all below the darkest.
+    Each tile has its own logarithmic scale of the ratio to uniform attention. Uniform attention is transparent; patches
+    with more are tinted orange, those with less are darkened; the patch furthest from uniform attention has the most
+    colour. The largest ratio stands in the tile. In a tile without a ratio of 2 or 1/2, nothing has all of its colour.
 
     Args:
         images: B images of any size, as the model saw them.
@@ -127,9 +130,6 @@ def maps_over_images(
             f"{len(images)} images and maps of {lengths}; pass one map per image and column, and at least one"
         )
     relative = {name: _relative(values, name) for name, values in maps.items()}
-    # nearly uniform attention should look so
-    most = max(2.0, *(float(values.max()) for values in relative.values()))
-    scale = LogNorm(1 / most, most)
     figure = Figure(figsize=(1.45 * (1 + len(maps)) + 1.4, 1.5 * len(images) + 0.9), layout="constrained")
     axes = figure.subplots(len(images), 1 + len(maps), squeeze=False)
     for axis in axes.flat:
@@ -138,34 +138,45 @@ def maps_over_images(
         frame = (0, image.width, image.height, 0)
         for column, name in enumerate(["image", *maps]):
             axis = axes[row, column]
-            if column == 0:
-                axis.imshow(image.convert("RGB"), extent=frame)
-            else:
-                axis.imshow(_paled(image), extent=frame)
-                axis.imshow(
-                    relative[name][row].clip(1 / most), cmap=ATTENTION_MAP, norm=scale, alpha=COVER, extent=frame
-                )
+            axis.imshow(image.convert("RGB"), extent=frame)
+            if column:
+                _tint(axis, relative[name][row], frame)
             if row == 0:
                 axis.set_title(name, fontsize=9)
     _head(figure, title)
-    powers = np.arange(-int(np.log2(most)), 1 + int(np.log2(most)))
-    ticks = 2.0 ** powers[powers % max(1, len(powers) // 8) == 0]
     # as on a grey image
-    shades = COVER * mpl.colormaps[ATTENTION_MAP](np.linspace(0, 1, 256))[:, :3] + (1 - COVER) * 0.5
-    colors = ScalarMappable(scale, ListedColormap(shades))
-    shrink = min(1.0, 3 / len(images))
-    bar = figure.colorbar(colors, ax=list(axes.flat), shrink=shrink, aspect=25, extend="min")
-    bar.set_ticks(list(ticks), labels=[f"{tick:g}" if tick >= 1 else f"1/{1 / tick:g}" for tick in ticks])
-    bar.minorticks_off()
-    bar.set_label(f"attention of the {attends} on a patch\n(1: the same on every patch)", fontsize=9)
+    shades = _tints()
+    shades = shades[:, 3:] * shades[:, :3] + (1 - shades[:, 3:]) * 0.5
+    colors = ScalarMappable(Normalize(-1, 1), ListedColormap(shades))
+    bar = figure.colorbar(colors, ax=list(axes.flat), shrink=min(1.0, 3 / len(images)), aspect=25)
+    bar.set_ticks([-1, 0, 1], labels=["least", "uniform", "most"])
+    bar.set_label(f"attention of the {attends} on a patch\n(each tile on its own logarithmic scale)", fontsize=9)
     return figure
 
 
-def _paled(image: Image.Image) -> NDArray[np.uint8]:
-    """The image in greys of little contrast around the middle, `[height, width, 3]`."""
-    grey = np.asarray(image.convert("L"), dtype=np.float64) / 255
-    paled = np.rint(255 * (0.5 + CONTRAST * (grey - 0.5))).astype(np.uint8)
-    return np.repeat(paled[:, :, None], 3, axis=2)
+def _tint(axis: Axes, relative: NDArray[np.floating], frame: tuple[int, int, int, int]) -> None:
+    """Lays a map, as multiples of uniform attention, over an image, and writes its largest value."""
+    most = max(2.0, float(relative.max()))
+    # a patch without attention is as dark as one that is as far below as the largest is above
+    axis.imshow(
+        np.log(relative.clip(1 / most)) / np.log(most),
+        cmap=ListedColormap(_tints()),
+        norm=Normalize(-1, 1),
+        extent=frame,
+        interpolation="nearest",
+    )
+    # white on a dark edge shows on any image
+    text = axis.text(0.03, 0.03, f"{relative.max():.3g}x", transform=axis.transAxes, fontsize=7, color="white")
+    text.set_path_effects([withStroke(linewidth=1.8, foreground="black")])
+
+
+def _tints() -> NDArray[np.float64]:
+    """Colours from less to more attention than uniform, `[256, 4]`: dark blue, transparent, orange, light yellow."""
+    place = np.linspace(-1, 1, 256)
+    less, more, most = np.array([0.02, 0.03, 0.15]), np.array([1.0, 0.45, 0.0]), np.array([1.0, 0.95, 0.45])
+    above = more + np.clip(place, 0, 1)[:, None] ** 2 * (most - more)
+    colors = np.where(place[:, None] < 0, less, above)
+    return np.concatenate([colors, COVER * np.abs(place)[:, None] ** 0.8], axis=1)
 
 
 def _relative(values: NDArray[np.floating], name: str) -> NDArray[np.floating]:
@@ -296,12 +307,20 @@ def uncertain_images(
         right = truth is None or predicted[number] == truth[number]
         verdict = "" if truth is None else "\nright" if right else f"\nwrong, is {_shortened(truth[number], 12)}"
         axis.set_title(
-            f"{uncertainty[number]:.3f} nats\n{_shortened(predicted[number], 14)} ({confidence[number]:.0%}){verdict}",
+            f"{_nats(uncertainty[number])}\n{_shortened(predicted[number], 14)} ({confidence[number]:.0%}){verdict}",
             color="black" if truth is None else RIGHT_COLOR if right else WRONG_COLOR,
             fontsize=8,
             fontweight="normal" if right else "bold",
         )
     return figure
+
+
+def _nats(value: float) -> str:
+    """A mutual information with two digits that say something."""
+    if value < SMALL_NATS:
+        return f"< {SMALL_NATS} nats"
+    digits = max(2, 1 - int(np.floor(np.log10(value))))
+    return f"{value:.{digits}f} nats"
 
 
 def _shortened(name: str, most: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, TrainerCallback
+from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..fast_masks import enable_fast_masks
 from ..patching import DropKeyReport, apply_dropkey
@@ -23,6 +23,8 @@ from .callbacks import DropKeyScheduleCallback
 
 logger = logging.getLogger(__name__)
 
+# twenty points in a curve of the loss, however short the run is; `Trainer` logs every 500 steps
+LOGGING_STEPS = 0.05
 # of a model that remembers none
 DEFAULT_RATIO = 0.1
 # arguments of `apply_dropkey` in its errors
@@ -155,6 +157,9 @@ class RunArguments:
         default="stop",
         metadata={"help": "When the loss is NaN or infinite: stop, or skip that step; ten in a row stop the run."},
     )
+    report: bool = field(
+        default=True, metadata={"help": "Write report.html, one page about the run, into --output_dir."}
+    )
 
     masks_by_sample: bool = field(
         default=False,
@@ -191,12 +196,17 @@ def parse_arguments(groups: Any, command: Sequence[str]) -> tuple[Any, ...]:
     """
     parser = OneLineParser(groups)
     rest = list(command)
-    if rest and is_recipe(rest[0]):
-        parser.set_defaults(**read_recipe(recipe_file(rest.pop(0)), groups))
+    recipe = read_recipe(recipe_file(rest.pop(0)), groups) if rest and is_recipe(rest[0]) else {}
+    parser.set_defaults(**recipe)
+    given = {*recipe, *(word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest)}
     *made, unknown = parser.parse_args_into_dataclasses(rest, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         raise ValueError(f"{_unknown(unknown, known)}; --help lists the arguments")
+    for group in made:
+        if isinstance(group, TrainingArguments) and not {"logging_steps", "logging_strategy"} & given:
+            # after its checks, in which it would also become the default of --eval_steps
+            group.logging_steps = LOGGING_STEPS
     return tuple(made)
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from ..hub.cards import shown_command
 from ..hub.trainer import check_training_arguments, output_folder
+from ..pages.observed import Observed
 from ..patching.adapters import is_adapted
 from ..patching.sites import transformers_model
 from ..saved import config_file
@@ -25,6 +26,7 @@ from .arguments import RunArguments, parse_arguments
 from .checkpoints import check_same_model, check_same_settings, check_writable, prepare_output_folder
 from .guards import check_devices
 from .lock import forget_complete, is_complete, locked_output, write_complete
+from .observe import observed_drops
 from .record import Fingerprint, run_settings, tell_changes
 from .trainer import GuardedTrainer
 
@@ -306,6 +308,25 @@ class TrainingJob(ABC, Generic[Data]):
             evaluate_and_save(trainer)
         self.draw(trainer, data)
         write_card(trainer, {"tasks": self.TASK, "command": shown_command(command), **self.card(data)})
+        if self.run.report and trainer.is_world_process_zero():
+            self.write_page(trainer, data)
+
+    def observe(self, trainer: GuardedTrainer, data: Data) -> Observed:
+        """Measures, and writes beside the model, what `report.html` shows: what DropKey drops; more if a task does."""
+        return Observed(*observed_drops(trainer))
+
+    def write_page(self, trainer: GuardedTrainer, data: Data) -> None:
+        """Writes `report.html`; a run whose page cannot be written is complete all the same, and the log says why."""
+        # a run that only evaluates has no folder of a model
+        if not (self.output / "config.json").is_file() and not (self.output / "adapter_config.json").is_file():
+            return
+        try:
+            from ..pages.run import write_report
+
+            self.observe(trainer, data).save(self.output)
+            logger.info("the page about this run is %s", write_report(self.output))
+        except (ImportError, ValueError) as error:
+            logger.warning("report.html was not written: %s. Then run hf-dropkey report %s", error, self.output)
 
     @classmethod
     def main(cls, command: Sequence[str] | None = None) -> None:

@@ -1,0 +1,1 @@
+"""One page about a run, `report.html`: what is measured for it, its figures, its HTML."""
