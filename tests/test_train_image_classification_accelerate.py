@@ -71,6 +71,15 @@ def test_the_losses_are_those_of_the_trainer(trained, tmp_path):
 
 
 @pytest.mark.slow
+def test_mixed_images_and_rates_by_layer_give_the_losses_of_the_trainer(tmp_path):
+    changes = {"mixup": 0.4, "cutmix": 1.0, "random_erasing": 0.3, "augment": "trivialaugment"}
+    changes |= {"layer_decay": 0.7, "head_learning_rate": 0.01, "max_steps": 6, "eval_strategy": "no"}
+    loop, trainer = run(LOOP, tmp_path, "loop", **changes), run(TRAINER, tmp_path, "trainer", **changes)
+    assert history(loop, "loss") == history(trainer, "loss") and len(history(loop, "loss")) == 3
+    assert_same_weights(loop, trainer)
+
+
+@pytest.mark.slow
 def test_another_seed_gives_other_losses(trained, tmp_path):
     """Without this, equal losses might come from a loop that does not train."""
     assert history(run(LOOP, tmp_path, "seed", seed=1), "loss") != history(trained, "loss")
@@ -124,6 +133,7 @@ def test_a_changed_batch_is_reported_when_resuming(trained, tmp_path):
             "this loop has no label_smoothing_factor; leave out --label_smoothing_factor",
         ),
         ("--push_to_hub", "this loop has no push_to_hub"),
+        ("--lora_r 8", "this loop has no LoRA; leave out --lora_r 8, or use train_image_classification.py"),
         ("--save_strategy best --metric_for_best_model accuracy", "this loop has no .*metric_for_best_model"),
         ("--report_to comet_ml", "--report_to comet_ml: not installed"),
         ("--resume_from_checkpoint true", "no whole checkpoint to resume from"),
