@@ -17,8 +17,8 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import moved
-from .export import export_graph, export_plain
-from .inference import MonteCarloPrediction, monte_carlo_predict
+from .export import DropKeyONNX, export_graph, export_plain
+from .inference import MonteCarloPrediction, dropkey_seed, monte_carlo_predict
 from .models import (
     DropKeyCeitConfig,
     DropKeyCeitForImageClassification,
@@ -59,6 +59,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .classification.adapters import load_classifier
+    from .fast_masks import disable_fast_masks, enable_fast_masks, fast_masks_enabled
     from .hub.push import push_folder
     from .hub.trainer import HubTrainer
     from .training.callbacks import (
@@ -101,6 +102,9 @@ LAZY = {
     "DropKeyScheduleCallback": "training.callbacks",
     "DropKeySeedCallback": "training.callbacks",
     "HubTrainer": "hub.trainer",
+    "disable_fast_masks": "fast_masks",
+    "enable_fast_masks": "fast_masks",
+    "fast_masks_enabled": "fast_masks",
     "load_classifier": "classification.adapters",
     "push_folder": "hub.push",
 }
@@ -123,6 +127,7 @@ __all__ = [
     "DropKeyMeshForBodyMesh",
     "DropKeyMeshModel",
     "DropKeyMeshPreTrainedModel",
+    "DropKeyONNX",
     "DropKeyReport",
     "DropKeyScheduleCallback",
     "DropKeySeedCallback",
@@ -145,13 +150,17 @@ __all__ = [
     "__version__",
     "apply_dropkey",
     "default_backend",
+    "disable_fast_masks",
     "drop_keys",
     "dropkey",
     "dropkey_active",
     "dropkey_attention",
     "dropkey_disabled",
+    "dropkey_seed",
+    "enable_fast_masks",
     "export_graph",
     "export_plain",
+    "fast_masks_enabled",
     "layer_ratios",
     "load_classifier",
     "monte_carlo_predict",

@@ -206,8 +206,10 @@ def export(arguments: Namespace) -> int:
     from .saved import check_model_folder
 
     plain = arguments.format == "safetensors"
-    if plain and (arguments.int8 or arguments.image_size):
-        raise ValueError("--int8 and --image_size belong to --format onnx or pt2; a plain checkpoint has neither")
+    if plain and (arguments.int8 or arguments.image_size or arguments.monte_carlo):
+        raise ValueError(
+            "--int8, --monte_carlo and --image_size belong to --format onnx or pt2, not to a plain checkpoint"
+        )
     folder = model_files(arguments.target, revision=arguments.revision)
     check_model_folder(folder)
     if not plain:
@@ -217,6 +219,7 @@ def export(arguments: Namespace) -> int:
             file_format=arguments.format,
             image_size=arguments.image_size,
             int8=arguments.int8,
+            monte_carlo=arguments.monte_carlo,
             overwrite=arguments.overwrite,
         )
         print(f"{arguments.out}: {graph}")

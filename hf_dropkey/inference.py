@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .patching.apply import dropkey_active
+from .models.sample_masks import fixed_seed, number_layers
+from .patching.apply import dropkey_active, dropkey_modules
 from .patching.modes import GENERATORS
 
 
@@ -82,7 +83,7 @@ def monte_carlo_predict(
             f"Monte-Carlo prediction is defined for one label of several classes, not for problem_type={problem!r}."
         )
     tensors = {name: value for name, value in inputs.items() if name != "labels"}
-    moments = _Moments(class_dim)
+    moments = MonteCarloMoments(class_dim)
     with _repeatable(seed, _device_of(model)), eval_mode(model), dropkey_active(model), torch.no_grad():
         while moments.samples < samples:
             copies = min(samples_per_pass, samples - moments.samples)
@@ -92,7 +93,36 @@ def monte_carlo_predict(
     return moments.prediction()
 
 
-class _Moments:
+@contextmanager
+def dropkey_seed(model: nn.Module, seed: int | torch.Tensor) -> Iterator[None]:
+    """Within this block the model drops the same keys in every call: those of `seed`, and of no random generator.
+
+    A graph of `export_graph(..., monte_carlo=True)` drops them too, for the same seed. Use it in training mode or within
+    `dropkey_active`; in eval mode alone nothing is dropped. Other threads are not concerned.
+
+    Args:
+        model: A model with DropKey that is not compiled.
+        seed: An integer of 64 bits, or its low and high 32 bits as int32 `[2]`.
+
+    Example:
+
+        with dropkey_active(model), dropkey_seed(model, 1):
+            logits = model(images).logits
+
+    Raises:
+        TypeError: The seed is neither.
+        ValueError: The model has no DropKey.
+    """
+    modules = [module for _, module in dropkey_modules(model)]
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no DropKey. Call apply_dropkey(model, ratio=...) first.")
+    if not all(hasattr(module, "dropkey_layer") for module in modules):
+        number_layers(model)
+    with fixed_seed(seed):
+        yield
+
+
+class MonteCarloMoments:
     """Sums of probabilities, their squares and entropies; in float64, since variances are small differences."""
 
     def __init__(self, class_dim: int):

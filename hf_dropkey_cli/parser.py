@@ -165,5 +165,8 @@ def _export(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("--int8", action="store_true", help="an ONNX graph with weights in 8 bits, too")
     parser.add_argument(
+        "--monte_carlo", action="store_true", help="a second graph that drops keys, by its input `seed`"
+    )
+    parser.add_argument(
         "--image_size", type=int, help="side in pixels of the images of a graph; default: the processor's"
     )

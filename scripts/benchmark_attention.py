@@ -38,7 +38,7 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 
-from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
+from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification, disable_fast_masks, enable_fast_masks
 from hf_dropkey.lab.gpu_timing import (
     attention_kernel,
     captured,
@@ -64,6 +64,7 @@ ALLOWED_ERROR = 4.0
 # the reference is a loop over rows
 CHECKED_HEADS, CHECKED_TOKENS = 2, 1025
 PAPER = "paper_listing"
+FAST = "fast masks"
 GPU_BACKENDS = ("flex_attention", TRITON_NAME)
 # the shapes of Touvron et al., DeiT, ICML 2021, table 1
 MODELS: dict[str, dict[str, Any]] = {
@@ -97,6 +98,7 @@ class BenchmarkArguments:
         default_factory=list, metadata={"help": "Only these, as 'backend/regulariser'. Default: all of the device."}
     )
     compile: bool = field(default=False, metadata={"help": "Adds compiled variants of DropKey."})
+    fast_masks: bool = field(default=False, metadata={"help": "Adds variants with masks by compiled C++, on a CPU."})
     rounds: int = field(default=15, metadata={"help": "Interleaved rounds."})
     repeats: int | None = field(
         default=None, metadata={"help": "Runs between two readings of the clock. Default: 20 on a GPU, else 1."}
@@ -179,6 +181,21 @@ def dropkey(backend: str, ratio: float, pattern: str) -> Attention:
     return attend
 
 
+def job_of(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call as a variant makes it: those with fast masks switch them on as long as it lasts."""
+    if FAST not in name:
+        return call
+
+    def fast(*inputs: Any) -> Any:
+        enable_fast_masks()
+        try:
+            return call(*inputs)
+        finally:
+            disable_fast_masks()
+
+    return fast
+
+
 class ReadyMask:
     """PyTorch's attention with a mask that is there already: the floor of attention with any mask."""
 
@@ -220,6 +237,8 @@ def attention_variants(
         found[f"{backend}/dropkey"] = dropkey(backend, ratio, "score")
         if arguments.compile and backend in ("eager", "sdpa"):
             found[f"{backend} compiled/dropkey"] = torch.compile(dropkey(backend, ratio, "score"))
+    if arguments.fast_masks:
+        found[f"sdpa {FAST}/dropkey"] = dropkey("sdpa", ratio, "score")
     found["sdpa/dropkey key"] = dropkey("sdpa", ratio, "key")
     found["sdpa/dropkey token"] = dropkey("sdpa", arguments.token_ratio, "token")
     return selected(found, arguments.variants)
@@ -285,7 +304,7 @@ def error_over_eager(
     torch.manual_seed(7)
     dropped = expected_drop(name.split("/")[1], arguments, small, inputs)
     torch.manual_seed(7)
-    found = forward_backward(attend, inputs, upstream)
+    found = job_of(name, forward_backward)(attend, inputs, upstream)
     mask = torch.zeros((), device=like.device) if dropped is None else dropped.to(like.device)
 
     def masked_eager(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -327,10 +346,13 @@ def measure_attention(arguments: BenchmarkArguments, device: torch.device) -> It
                 else:
                     print(f"{name}: error {error:.1f} times eager's, over {ALLOWED_ERROR}: NOT REPORTED", flush=True)
                     FAILED.append(name)
-            jobs = {name: partial(forward_backward, attend, inputs, upstream) for name, attend in checked.items()}
-            about = dict(zip(("batch", "heads", "tokens", "head_width"), shape, strict=True))
-            about = {"workload": "attention", "dtype": dtype_name, **about}
-            forwards = {name: partial(forward_alone, attend, inputs) for name, attend in checked.items()}
+            jobs = {
+                name: job_of(name, partial(forward_backward, attend, inputs, upstream))
+                for name, attend in checked.items()
+            }
+            sizes = dict(zip(("batch", "heads", "tokens", "head_width"), shape, strict=True))
+            about = {"workload": "attention", "dtype": dtype_name, **sizes}
+            forwards = {name: job_of(name, partial(forward_alone, attend, inputs)) for name, attend in checked.items()}
             yield from measured(jobs, arguments, device, about, forwards)
 
 
@@ -378,6 +400,8 @@ def step_models(arguments: BenchmarkArguments, device: torch.device, size: str) 
         "sdpa/dropkey": lambda: ours("sdpa", arguments.ratio),
         "sdpa/dropkey token": lambda: ours("sdpa", arguments.token_ratio, "token"),
     }
+    if arguments.fast_masks:
+        makers[f"sdpa {FAST}/dropkey"] = makers["sdpa/dropkey"]
     if device.type == "cuda":
         makers |= {f"{name}/dropkey": partial(ours, name, arguments.ratio) for name in GPU_BACKENDS}
     if arguments.compile:
@@ -411,7 +435,7 @@ def measure_steps(arguments: BenchmarkArguments, device: torch.device) -> Iterat
     for size in arguments.models:
         for dtype_name in arguments.dtypes:
             jobs = {
-                name: training_step(model, images, labels, DTYPES[dtype_name])
+                name: job_of(name, training_step(model, images, labels, DTYPES[dtype_name]))
                 for name, model in step_models(arguments, device, size).items()
             }
             heads, width = MODELS[size]["num_attention_heads"], MODELS[size]["hidden_size"]

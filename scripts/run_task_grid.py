@@ -3,12 +3,15 @@
     python scripts/run_task_grid.py scripts/task_grids/hoi_scenes.json
     python scripts/run_task_grid.py scripts/task_grids/hoi_scenes.json --card dropkey-hoi-scenes
 
-Each cell is a run of the task's own training script on one thread, whose metrics become rows of --results. After an
+Each cell is a run of the task's own training job on one thread, whose metrics become rows of --results. After an
 interruption the same command continues. --card writes the card of the DropKey cell of the grid's first seed, from its
 folder and the rows.
 """
 
+import contextlib
+import io
 import json
+import logging
 import shutil
 import sys
 import tempfile
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from filelock import FileLock, Timeout
 from transformers import HfArgumentParser
 
@@ -25,7 +29,7 @@ from hf_dropkey.lab.grids import Cell
 from hf_dropkey.lab.rows import COLUMNS, Row, read_rows
 from hf_dropkey.lab.task_evidence import card_facts, values_of
 from hf_dropkey.lab.task_grids import TaskGrid, missing_cells, run_cell
-from hf_dropkey.lab.timing import append_rows, check_columns, origin
+from hf_dropkey.lab.timing import append_rows, check_columns, commit, origin
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,18 +71,21 @@ def run(grid: TaskGrid, arguments: TaskGridArguments) -> int:
         check_columns(arguments.results, COLUMNS)
     kept = sorted({cell.seed for cell in grid.cells})[: arguments.seeds]
     cells = [cell for cell in missing_cells(grid, rows) if cell.seed in kept]
+    # remembers the commit of the code that is loaded here
+    commit()
     print(f"{grid.name}: {len(grid.cells)} cells, {len(cells)} of them to run", flush=True)
     failed = 0
     for number, cell in enumerate(cells, start=1):
         folder = arguments.output_dir / grid.name / cell.name
         try:
-            found = run_cell(grid, cell, folder, root=ROOT)
-        except RuntimeError as error:
+            # what the job prints would hide the progress
+            with contextlib.redirect_stdout(io.StringIO()):
+                found = run_cell(grid, cell, folder, root=ROOT)
+        except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
             failed += 1
-            print(f"FAILED {cell.name}: {error}", flush=True)
+            print(f"FAILED {cell.name}: {type(error).__name__}: {error}", flush=True)
             continue
         source = origin(torch.device("cpu"), shown_command(["python", "scripts/run_task_grid.py", *sys.argv[1:]]))
-        source["threads"] = 1
         append_rows(arguments.results, [{name: str({**row, **source}[name]) for name in COLUMNS} for row in found])
         shown = {row["metric"]: row["value"] for row in found}
         first = next(iter(grid.metrics))
@@ -120,6 +127,10 @@ def main() -> int:
     if arguments.card is not None:
         print(write_card(grid, arguments, arguments.card))
         return 0
+    # models so small only lose by threads
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.INFO)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         # another run would repeat the unfinished cells

@@ -8,8 +8,16 @@ import torch
 from attention_inputs import site, tensors
 from torch import nn
 
+from hf_dropkey.models import cpu_attention
 from hf_dropkey.models.attention import dropkey_attention_forward
-from hf_dropkey.models.attention_mask import additive, blind_rows, keep_tokens, real_keys
+from hf_dropkey.models.attention_mask import (
+    additive,
+    additive_mask,
+    blind_rows,
+    keep_tokens,
+    real_keys,
+    settings_of,
+)
 from hf_dropkey.models.counter_hash import draw_seed
 from hf_dropkey.models.patterns import PATTERNS, padding_of
 from hf_dropkey.reference import reference_attention, reference_mask
@@ -199,6 +207,23 @@ def test_what_the_pattern_token_leaves_of_an_image_without_real_keys() -> None:
     assert left.blind is not None and left.blind.flatten().tolist() == [False, True]
     assert left.attention_mask is not None and left.attention_mask.sum(-1).tolist() == [3, 1]
     assert keep_tokens(SEED, key, key, None, 0.5).blind is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mask_in_parts_is_the_mask_in_one(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of two images and of some queries, drawn one after the other into the same memory."""
+    query, key, _ = tensors(IMAGES, HEADS, LENGTH, 8, dtype=dtype)
+    mask, settings = mask_of(form, torch.float32), settings_of(site(0.6), None)
+    whole = additive_mask(SEED, query, key, mask, settings).expand(IMAGES, HEADS, LENGTH, LENGTH)
+    for size in (1, 4 * HEADS * LENGTH * 5, 4 * HEADS * LENGTH * LENGTH * 2):
+        monkeypatch.setattr(cpu_attention, "CHUNK_BYTES", size)
+        state = cpu_attention._state_of_rows(SEED, query, key, mask, settings)
+        assert state is not None
+        chunks = cpu_attention.chunks_of(query, key)
+        assert len(chunks) > 1
+        for chunk, part in cpu_attention.additive_mask_chunks(SEED, state, chunks, query, key, mask, settings):
+            assert part.dtype == dtype and torch.equal(part, whole[chunk])
 
 
 # --- autocast and transforms ------------------------------------------------------------------------------------------

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
 from safetensors.torch import load_file
 from stock_models import SIDE, job, saved, words_of
 from transformers import AutoModelForImageClassification
 
 from hf_dropkey import apply_dropkey, load_classifier
+from hf_dropkey.classification import evaluation, prediction
 from hf_dropkey.classification.job import ClassificationJob
 from hf_dropkey.hub.cards import write_card
 from hf_dropkey.hub.push_plan import plan_push
+from hf_dropkey.hub.release_check import check_release
 from hf_dropkey.inspection.analysis import drop_schedule
 from hf_dropkey.inspection.saved import inspect_folder
 from hf_dropkey.patching.apply import forgotten_ratio
@@ -46,7 +49,9 @@ def test_the_folder_of_a_run_is_an_adapter_that_remembers_dropkey(adapter: Path)
     assert not {"config.json", "model.safetensors"} & names
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert settings["auto_mapping"]["dropkey"]["dropkey_ratio"] == 0.5
-    assert settings["modules_to_save"] == ["classifier"] and sorted(settings["target_modules"]) == ["q_proj", "v_proj"]
+    # the second pair in releases of Transformers before their attentions had common names
+    assert sorted(settings["target_modules"]) in (["q_proj", "v_proj"], ["query", "value"])
+    assert settings["modules_to_save"] == ["classifier"]
     weights = load_file(adapter / "adapter_model.safetensors")
     # two matrices at two layers of each of three attentions, and a classifier
     assert sum(".lora_" in name for name in weights) == 12 and len(weights) == 14
@@ -56,7 +61,7 @@ def test_the_folder_of_a_run_is_an_adapter_that_remembers_dropkey(adapter: Path)
 def test_peft_and_apply_dropkey_find_the_settings(adapter: Path) -> None:
     base = load_classifier(adapter).get_base_model()
     plain = hf.Dinov2ForImageClassification(hf.Dinov2Config.from_pretrained(adapter.parent / "source", num_labels=10))
-    fresh = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["q_proj"]))
+    fresh = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["fc1"]))
     assert forgotten_ratio(fresh) is None
     # as PEFT reads it, on a model whose own configuration knows nothing
     for name in [name for name in vars(base.config) if name.startswith("dropkey_")]:
@@ -109,7 +114,7 @@ def test_a_run_with_adapters_resumes_to_the_same_bits(adapter: Path, tmp_path: P
     ("words", "match"),
     [
         (("--lora_r", "8"), "another model: lora_alpha 4 there and 8 here; r 4 there and 8 here"),
-        (("--lora_target_modules", "k_proj"), r"target_modules \['q_proj', 'v_proj'\] there and \['k_proj'\] here"),
+        (("--lora_target_modules", "fc1"), r"target_modules \['.*', '.*'\] there and \['fc1'\] here"),
         (("--dropkey_ratio", "0.1", "--dropkey_schedule", "constant"), "dropkey_ratio 0.5 there and 0.1 here"),
     ],
 )
@@ -153,6 +158,17 @@ def test_cards_reports_and_pushes_understand_adapters(adapter: Path, tmp_path: P
     assert "adapter of rank 4" in write_card(folder).read_text()
 
 
+def test_a_check_names_the_base_model_that_it_has_not_seen(adapter: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(adapter, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*"))
+    report = check_release(folder)
+    assert not report.trusted
+    (line,) = [problem for problem in report.problems if "this is an adapter of" in problem]
+    assert "source, which is loaded with it and was not checked: check that too" in line
+    assert not any("base_config.json" in problem or "not a saved model" in problem for problem in report.problems)
+    (folder / "adapter_model.safetensors").unlink()
+    assert any("adapter_model.safetensors is not there" in problem for problem in check_release(folder).problems)
+
+
 def test_an_adapter_that_lacks_something_is_an_error_that_says_so(adapter: Path, tmp_path: Path) -> None:
     def broken(name: str) -> Path:
         return Path(shutil.copytree(adapter, tmp_path / name, ignore=shutil.ignore_patterns("checkpoint-*")))
@@ -174,3 +190,19 @@ def test_an_adapter_that_lacks_something_is_an_error_that_says_so(adapter: Path,
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="has base_model_name_or_path None; write there"):
         load_classifier(folder)
+
+
+def test_an_adapter_is_evaluated_and_predicts_from_the_command_line(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (40, 40), (200, 30, 30)).save(tmp_path / "a.png")
+    words = ["--model_name_or_path", str(adapter)]
+    out = ["--output_file", str(tmp_path / "out.json")]
+    evaluation.main([*words, "--use_cpu", "--max_eval_samples", "16", *out])
+    trained = json.loads((adapter / "eval_results.json").read_text())
+    assert json.loads((tmp_path / "out.json").read_text())["nll"] == pytest.approx(trained["eval_nll"], abs=1e-4)
+    prediction.predict(prediction.PredictionArguments(str(adapter), [str(tmp_path / "a.png")], output_file=out[1]))
+    (found,) = json.loads((tmp_path / "out.json").read_text())
+    assert found["label"] in map(str, range(10)) and "PeftModel" in capsys.readouterr().out
+    page = (adapter / "report.html").read_text()
+    assert "Measured on" in page

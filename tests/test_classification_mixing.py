@@ -13,7 +13,16 @@ from hf_dropkey.classification.job import ClassificationJob
 from hf_dropkey.models.modeling_dropkey import DropPath
 
 
-EVERYTHING = ("--mixup", "0.4", "--cutmix", "1.0", "--random_erasing", "0.5", "--augment", "randaugment")
+EVERYTHING: tuple[str, ...] = (
+    "--mixup",
+    "0.4",
+    "--cutmix",
+    "1.0",
+    "--random_erasing",
+    "0.5",
+    "--augment",
+    "randaugment",
+)
 EVERYTHING += ("--drop_path_rate", "0.3", "--label_smoothing_factor", "0.1", "--gradient_accumulation_steps", "2")
 EVERYTHING += ("--per_device_train_batch_size", "4")
 

@@ -1,16 +1,19 @@
 """Any pretrained vision model of Transformers trains with DropKey: new classifiers, other image sizes, clear refusals."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
+from safetensors.torch import load_file
 from stock_models import MODELS, SIDE, SMALL, SWIN, VIT, job, saved
 from transformers import AutoModelForImageClassification
 
-from hf_dropkey import apply_dropkey
+from hf_dropkey import apply_dropkey, layer_ratios
 from hf_dropkey.classification.job import ClassificationJob
 from hf_dropkey.classification.pretrained import resized_bias_table, resized_table
 from hf_dropkey.inspection.analysis import drop_schedule, measured_drops
@@ -20,24 +23,66 @@ from hf_dropkey.inspection.analysis import drop_schedule, measured_drops
 pytestmark = pytest.mark.usefixtures("auto_image_processor")
 
 
+def check_measured(model: Any, ratios: list[float]) -> None:
+    """The attentions of a model drop the fractions of keys that the schedule gives them."""
+    drops = [
+        drop
+        for drop in measured_drops(model, {"pixel_values": torch.randn(4, 3, SIDE, SIDE)}, passes=4)
+        if drop.fractions
+    ]
+    assert [drop.ratio for drop in drop_schedule(model)] == pytest.approx(ratios)
+    # a mask says nothing of an attention at ratio 0
+    assert [drop.ratio for drop in drops if drop.ratio] == pytest.approx([ratio for ratio in ratios if ratio])
+    for drop in drops:
+        deviation = (drop.ratio * (1 - drop.ratio) / (drop.scores * len(drop.fractions))) ** 0.5
+        mean = sum(drop.fractions) / len(drop.fractions)
+        assert abs(mean - drop.ratio) <= 4 * deviation + 0.02, (drop.name, mean)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_pretrained_model_trains_with_dropkey_and_is_saved_for_others(name: str, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    training = job(saved(name, tmp_path / "source"), run)
-    training.execute(["python", "train.py"])
+    run, words = tmp_path / "run", ("--dropkey_ratio", "0.6", "--head_learning_rate", "0.01")
+    source = saved(name, tmp_path / "source")
+    job(source, run, *words).execute(["python", "train.py"])
     config = json.loads((run / "config.json").read_text())
-    assert config["dropkey_ratio"] == 0.5 and len(config["id2label"]) == 10
+    assert config["dropkey_ratio"] == 0.6 and len(config["id2label"]) == 10
     assert (run / "README.md").is_file() and (run / "preprocessor_config.json").is_file()
-    again = AutoModelForImageClassification.from_pretrained(run)
+
+    # a run that was killed after the first step
+    shutil.copytree(run / "checkpoint-1", tmp_path / "killed" / "checkpoint-1")
+    job(source, tmp_path / "killed", *words, "--resume_from_checkpoint", "auto").execute(["python", "train.py"])
+    whole, resumed = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "killed"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+    # reloaded, it is evaluated as it was at the end, and classifies
+    again = AutoModelForImageClassification.from_pretrained(run).eval()
+    data = evaluation_rows(source, tmp_path / "other")
+    with torch.no_grad():
+        logits = again(pixel_values=data["pixel_values"]).logits
+    results = json.loads((run / "eval_results.json").read_text())
+    assert float(torch.nn.functional.cross_entropy(logits, data["labels"])) == pytest.approx(
+        results["eval_nll"], abs=1e-4
+    )
+    classify = hf.pipeline("image-classification", str(run), device="cpu")
+    found = classify(Image.new("RGB", (40, 40), (200, 30, 30)), top_k=10)
+    assert len(found) == 10 and sum(one["score"] for one in found) == pytest.approx(1, abs=1e-3)
+
     report = apply_dropkey(again)
-    assert {site.ratio for site in report.sites} == {0.5} and len(report.sites) >= 3
-    images = torch.randn(4, 3, SIDE, SIDE)
-    drops = [drop for drop in measured_drops(again, {"pixel_values": images}, passes=4) if drop.fractions]
-    assert drops and [drop.ratio for drop in drop_schedule(again)] == [site.ratio for site in report.sites]
-    for drop in drops:
-        deviation = (0.25 / (drop.scores * len(drop.fractions))) ** 0.5
-        mean = sum(drop.fractions) / len(drop.fractions)
-        assert abs(mean - 0.5) < 4 * deviation + 0.02, (drop.name, mean)
+    assert len(report.sites) == (4 if "swin" in name else 3)
+    check_measured(again, layer_ratios(len(report.sites), 0.6))
+
+
+def evaluation_rows(source: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """The images that a run evaluates on, and their labels."""
+    training = job(source, folder)
+    training.check()
+    data = training.load()
+    training.transform(data)
+    rows = [data.evaluation[place] for place in range(len(data.evaluation))]
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "beit", "dinov2", "siglip", "siglip vision", "clip vision", "dinov3"])

@@ -135,3 +135,14 @@ def test_a_name_in_the_file_does_not_say_where_code_comes_from(folder):
     config = AutoConfig.from_pretrained(folder)
     assert config.name_or_path == str(folder)
     assert type(AutoModel.from_config(config)) is DropKeyViTModel
+
+
+def test_a_familys_pipelines_are_saved_though_no_model_imports_them(tmp_path: Path) -> None:
+    class WithPipeline(DropKeyViTConfig):
+        family_pipelines = {"body": {"impl": "pipeline_dropkey_mesh.BodyMeshPipeline", "pt": ["AutoModel"]}}
+
+    DropKeyViTConfig(**SHAPE).save_pretrained(tmp_path / "without")
+    WithPipeline(**SHAPE).save_pretrained(tmp_path / "with")
+    before, now = ({file.name for file in (tmp_path / name).iterdir()} for name in ("without", "with"))
+    assert now - before == {"pipeline_dropkey_mesh.py"}
+    assert list(saved_config(tmp_path / "with")["custom_pipelines"]) == ["body"]

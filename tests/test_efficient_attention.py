@@ -176,6 +176,20 @@ def test_the_operators_for_a_gpu_take_what_they_get(dtype: torch.dtype, like_a_g
     assert max(sizes) == 2 * 3 * 197 * 64 * dtype.itemsize and sum(sizes) <= 4 * max(sizes) + 2 * 3 * 224 * 4 + 3 * 8
 
 
+def test_compilers_take_what_the_device_serves_for_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    efficient_attention._has_bfloat16.cache_clear()
+
+    def chooses(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if efficient_attention._device_serves(torch.device("cuda"), torch.bfloat16) else x - 1
+
+    # a question to the driver would break the graph
+    found = torch.compile(chooses, backend="eager", fullgraph=True)(torch.zeros(1))
+    efficient_attention._has_bfloat16.cache_clear()
+    assert found.item() == 1
+
+
 def test_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = torch.zeros(1, 1, 4, 16)
     assert not can_redraw_efficiently(plain, plain, plain, None, 0.0), "there is no GPU"

@@ -15,6 +15,7 @@ from mesh_models import tiny_model as tiny_mesh
 from stock_architectures import build
 from torch import nn
 
+from hf_dropkey import DropKeyONNX, dropkey_active, dropkey_seed
 from hf_dropkey.classification.families import FAMILIES
 from hf_dropkey.cli import main
 from hf_dropkey.export import export_graph, graphs
@@ -73,7 +74,7 @@ def test_a_patched_model_is_left_as_it_was(training: bool, tmp_path: Path) -> No
     assert model.training == training and written.difference < 1e-5
     images = torch.randn(7, 3, 32, 32)
     loaded = torch.export.load(tmp_path / "out" / "model.pt2").module()
-    torch.testing.assert_close(loaded(images)[0], model.eval()(images).logits)
+    torch.testing.assert_close(loaded(pixel_values=images)[0], model.eval()(images).logits)
 
 
 @pytest.mark.slow
@@ -149,7 +150,7 @@ def test_bad_input(model: Any, settings: dict[str, Any], message: str, tmp_path:
 def test_bad_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     native().save_pretrained(tmp_path / "saved")
     assert main(["export", str(tmp_path / "saved"), str(tmp_path / "out"), "--int8"]) == 2
-    assert "--int8 and --image_size belong to --format onnx" in capsys.readouterr().err
+    assert "belong to --format onnx or pt2" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "saved")
     assert main(["export", str(tmp_path / "saved"), str(tmp_path / "out"), "--format", "onnx"]) == 2
 
@@ -158,3 +159,61 @@ def test_what_onnx_needs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"pip install 'hf_dropkey\[onnx\]'"):
         export_graph(native(), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("make", "pattern"),
+    [
+        (patched, "score"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((native, "score"), (native, "key"), (patched, "key"))
+        ),
+    ],
+)
+def test_a_seed_drops_the_same_keys_in_onnxruntime(make: Any, pattern: str, tmp_path: Path) -> None:
+    model = make(dropkey_pattern=pattern) if make is native else make(pattern)
+    model.eval()
+    before = model.config._attn_implementation
+    written = export_graph(model, tmp_path / "out", monte_carlo=True)
+    assert written.files == ("onnx/model.onnx", "onnx/model_monte_carlo.onnx")
+    assert model.config._attn_implementation == before
+    exported = DropKeyONNX(tmp_path / "out")
+    images = torch.randn(5, 3, 32, 32)
+    for seed in (0, 3, 2**40 + 1):
+        with torch.no_grad(), dropkey_active(model), dropkey_seed(model, seed):
+            expected = model(images).logits
+        np.testing.assert_allclose(exported(images.numpy(), seed=seed), expected.numpy(), atol=1e-5)
+        assert not np.allclose(exported(images.numpy()), expected.numpy(), atol=1e-4)
+    found = exported.monte_carlo_predict(images.numpy(), samples=4, seed=3)
+    logits = [torch.from_numpy(exported(images.numpy(), 3 + (number << 32))) for number in range(4)]
+    torch.testing.assert_close(found.probabilities, torch.stack(logits).softmax(-1).mean(0))
+    assert found.samples == 4 and (found.mutual_information > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "vit"])
+def test_a_seed_drops_the_same_keys_in_every_family(family: str, tmp_path: Path) -> None:
+    model = nano(family).eval()
+    written = export_graph(model, tmp_path / "out", monte_carlo=True)
+    assert written.monte_carlo_difference is not None and written.monte_carlo_difference < 1e-5
+    images = torch.randn(5, 3, 64, 64)
+    with torch.no_grad(), dropkey_active(model), dropkey_seed(model, 9):
+        expected = model(images).logits
+    np.testing.assert_allclose(DropKeyONNX(tmp_path / "out")(images.numpy(), seed=9), expected.numpy(), atol=1e-5)
+
+
+def test_what_drops_nothing_has_no_such_graph(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="drops no keys"):
+        export_graph(build("vit"), tmp_path / "out", monte_carlo=True)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FileNotFoundError, match="has no onnx/model.onnx"):
+        DropKeyONNX(tmp_path)
+    export_graph(native(), tmp_path / "out")
+    exported, images = DropKeyONNX(tmp_path / "out"), np.zeros((1, 3, 32, 32), np.float32)
+    with pytest.raises(ValueError, match="export again with --monte_carlo"):
+        exported(images, seed=1)
+    with pytest.raises(ValueError, match="at least 2"):
+        exported.monte_carlo_predict(images, samples=1)
+    with pytest.raises(ValueError, match="must lie in"):
+        exported.monte_carlo_predict(images, seed=-1)

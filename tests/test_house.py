@@ -125,7 +125,7 @@ def test_scripts_are_imported_by_nothing() -> None:
 FLOORS = (
     ("version", "moved", "extras", "recipes"),
     ("models", "images", "intervals", "plots", "reference"),
-    ("patching",),
+    ("patching", "fast_masks"),
     ("inference", "saved"),
     ("export", "inspection"),
     ("hub",),
@@ -202,7 +202,7 @@ def test_the_public_names() -> None:
     }
     patching = {"DropKeyReport", "apply_dropkey", "remove_dropkey", "dropkey", "dropkey_active", "dropkey_disabled"}
     inference = {"MonteCarloPrediction", "monte_carlo_predict", "export_plain", "layer_ratios", "default_backend"}
-    inference |= {"export_graph", "load_classifier"}
+    inference |= {"DropKeyONNX", "dropkey_seed", "export_graph", "load_classifier"}
     training = {
         "DropKeyGuardCallback",
         "DropKeyLogCallback",
@@ -212,7 +212,8 @@ def test_the_public_names() -> None:
         "push_folder",
     }
     others = {"DropKeyViTForMaskedImageModeling", "__version__"}
-    others |= {"drop_keys", "DropKey", "dropkey_attention"}
+    others |= {"drop_keys", "DropKey", "dropkey_attention", "sample_ids", "number_layers"}
+    others |= {"enable_fast_masks", "disable_fast_masks", "fast_masks_enabled"}
     others |= {"DropKeyFeaturesConfig", "DropKeyFeaturesForImageClassification"}
     others |= {"HoiPipeline", *(f"DropKeyHoi{part}" for part in ("Config", "Model", "PreTrainedModel"))}
     others |= {"DropKeyHoiForObjectDetection"}

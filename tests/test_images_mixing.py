@@ -95,7 +95,7 @@ def test_the_loss_is_the_mean_over_all_accumulated_images() -> None:
     parts = [
         mixed_loss({"logits": logits[part]}, targets[part], num_items_in_batch=30) for part in (slice(2), slice(2, 6))
     ]
-    assert torch.allclose(sum(parts), whole)  # type: ignore[arg-type]  # of tensors
+    assert torch.allclose(sum(parts), whole)
     smoothed = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
     assert torch.allclose(mixed_loss({"logits": logits}, targets, label_smoothing=0.1), smoothed)
     assert torch.allclose(mixed_loss({"logits": logits}, targets, 30, label_smoothing=0.1), smoothed)

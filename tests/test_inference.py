@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from dropping_models import native
 from stock_architectures import ARCHITECTURES, VIT, build, pixels
 from torch import nn
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
-from hf_dropkey.inference import entropy, monte_carlo_predict
+from hf_dropkey.inference import dropkey_seed, entropy, monte_carlo_predict
 from hf_dropkey.patching.apply import apply_dropkey, dropkey_active
 
 
@@ -146,3 +147,36 @@ def test_bad_models_are_refused() -> None:
         monte_carlo_predict(model_of("patched", problem_type="multi_label_classification"), pixels())
     with pytest.raises(ValueError, match="Set `class_dim`"):
         monte_carlo_predict(model_of("patched", num_labels=1), pixels())
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_seed_without_a_generator(backend: str) -> None:
+    model = native(attn_implementation=backend).eval()
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad(), dropkey_active(model):
+        with dropkey_seed(model, 5):
+            state = torch.get_rng_state()
+            first = model(images).logits
+            assert torch.equal(model(images).logits, first) and torch.equal(torch.get_rng_state(), state)
+        with dropkey_seed(model, torch.tensor([5, 0], dtype=torch.int32)):
+            assert torch.equal(model(images).logits, first)
+        with dropkey_seed(model, 5 + 2**32):
+            assert not torch.allclose(model(images).logits, first)
+        assert not torch.equal(model(images).logits, model(images).logits)
+    with dropkey_seed(model, 5):
+        assert torch.equal(model(images).logits, model(images).logits)
+
+
+def test_a_seed_is_checked() -> None:
+    model = native()
+    for seed in (True, 0.5, torch.tensor([1, 2]), torch.zeros(3, dtype=torch.int32)):
+        with pytest.raises(TypeError, match="A seed must be"), dropkey_seed(model, seed):
+            pass
+    with pytest.raises(ValueError, match="has no DropKey"), dropkey_seed(torch.nn.Linear(1, 1), 1):
+        pass
+
+
+def test_compiled_code_takes_no_fixed_seed() -> None:
+    compiled = torch.compile(native().train(), backend="eager")
+    with pytest.raises(RuntimeError, match="takes no fixed seed"), dropkey_seed(compiled, 1):
+        compiled(torch.randn(2, 3, 32, 32))

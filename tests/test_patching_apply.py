@@ -269,6 +269,8 @@ def test_a_dropkey_vit_takes_other_settings_and_gives_them_back() -> None:
     config = model.config.to_dict()
     report = quiet(model, 0.4, schedule="increasing", pattern="key", exclude="*.1.*")
     assert [site.ratio for site in report.sites] == [0.0, 0.4]
+    # what is left out drops nothing, whatever its own configuration had for it
+    assert ratios(model) == [0.0, 0.0, 0.4]
     assert model.config.dropkey_schedule == "increasing"
     assert all(type(module).__name__ == "DropKeyViTAttention" for _, module in dropkey_modules(model))
     model.train()

@@ -33,8 +33,8 @@ def test_what_the_command_leaves_out_is_filled(words: list[str], kind: str) -> N
     parser = HfArgumentParser([TrainingArguments, FineTuningArguments])  # type: ignore[list-item]  # data classes
     added = default_words([*TRAIN, *words])
     training, tuning = parser.parse_args_into_dataclasses([*TRAIN, *added])
-    assert training.num_train_epochs == float(RATES[kind]["num_train_epochs"])  # type: ignore[index]  # a Start
-    assert training.learning_rate == float(RATES[kind]["learning_rate"])  # type: ignore[index]  # a Start
+    assert training.num_train_epochs == float(RATES[kind]["num_train_epochs"])
+    assert training.learning_rate == float(RATES[kind]["learning_rate"])
     assert tuning.head_learning_rate == (1e-3 if kind == "pretrained" else None)
     assert training.load_best_model_at_end and training.metric_for_best_model == "accuracy"
     assert training.greater_is_better and training.eval_strategy == training.logging_strategy == "epoch"

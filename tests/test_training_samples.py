@@ -32,7 +32,7 @@ RECIPE = {
     "masks_by_sample": True,
 }
 # rounding, after twelve steps
-ROUNDING = 2e-4
+ROUNDING = 5e-6
 
 
 def run(script: str, folder: Path, name: str, *, count: int = 1, **changes: Any) -> list[float]:
@@ -48,7 +48,14 @@ def run(script: str, folder: Path, name: str, *, count: int = 1, **changes: Any)
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-@pytest.mark.parametrize("script", [TRAINER, pytest.param(LOOP, marks=pytest.mark.slow)])
+def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
+    whole = run(TRAINER, tmp_path, "whole", max_steps=4)
+    two = run(TRAINER, tmp_path, "two", count=2, per_device_train_batch_size=8, max_steps=4)
+    assert len(whole) == 4 and two == pytest.approx(whole, abs=ROUNDING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [TRAINER, LOOP])
 def test_one_process_two_processes_and_small_batches_have_one_loss_curve(script: str, tmp_path: Path) -> None:
     whole = run(script, tmp_path, "whole")
     assert len(whole) == 12
@@ -62,7 +69,8 @@ def test_one_process_two_processes_and_small_batches_have_one_loss_curve(script:
     assert run(script, tmp_path, "resumed", **more) == pytest.approx(whole, abs=ROUNDING)
 
 
-@pytest.mark.parametrize("script", [TRAINER, pytest.param(LOOP, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [TRAINER, LOOP])
 def test_masks_by_place_have_another_one(script: str, tmp_path: Path) -> None:
     """Without this, equal losses might come from masks that do not matter."""
     whole = run(script, tmp_path, "whole", masks_by_sample=False, num_train_epochs=1)

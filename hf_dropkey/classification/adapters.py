@@ -6,9 +6,10 @@ from typing import Any
 
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from ..extras import needed
+from ..images.classes import check_id2label
 from ..models.configuration_dropkey_features import DropKeyFeaturesConfig
 from ..patching.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CONFIG
 from ..saved import base_of, check_model_source, is_adapter
@@ -42,6 +43,8 @@ def load_classifier(
     check_model_source(str(source), adapters=True)
     folder = adapter_folder(str(source), revision)
     if folder is None:
+        found, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
+        check_id2label(found, str(source))
         model: PreTrainedModel = AutoModelForImageClassification.from_pretrained(
             source,
             revision=revision,
@@ -134,7 +137,7 @@ def base_config(folder: Path, arguments: ModelArguments) -> PreTrainedConfig:
         return config
     # of a model with code of its own, which is where the base model is
     config = AutoConfig.from_pretrained(
-        arguments.model_name_or_path,
+        str(arguments.model_name_or_path),
         revision=arguments.revision,
         trust_remote_code=arguments.trust_remote_code or None,
     )

@@ -9,18 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoImageProcessor, PreTrainedModel, Trainer, TrainingArguments
 
-from ..images.classes import check_id2label, class_names
-from ..saved import check_attention, check_model_source
+from ..images.classes import class_names
+from ..saved import check_attention
 from ..training.arguments import parse_arguments
+from .adapters import load_classifier
 from .arguments import DataArguments
 from .data import ImageData, load_image_data
 from .metrics import classification_metrics
@@ -77,21 +71,16 @@ def main(command: Sequence[str]) -> None:
 
 
 def load(arguments: EvaluationArguments) -> tuple[PreTrainedModel, Any]:
-    """The model and its image processor.
+    """The model, or an adapter on its base model, and its image processor.
 
     Raises:
         ValueError, OSError: There is no such model, or its folder is damaged.
     """
     name = arguments.model_name_or_path
-    check_model_source(name)
     check_attention(arguments.attn_implementation)
-    source = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
-    found, _ = PreTrainedConfig.get_config_dict(name, revision=arguments.revision)
-    check_id2label(found, name)
+    source: dict[str, Any] = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+    model = load_classifier(name, attn_implementation=arguments.attn_implementation, **source)
     processor = AutoImageProcessor.from_pretrained(name, **source)
-    model = AutoModelForImageClassification.from_pretrained(
-        name, attn_implementation=arguments.attn_implementation, **source
-    )
     return model, processor
 
 

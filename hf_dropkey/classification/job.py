@@ -121,8 +121,8 @@ class ClassificationJob(TrainingJob[ImageData]):
         self.size: tuple[int, int] = made
         self.augmentation: Augmentation = self.augmentation_arguments.augmentation(made, digits=digits)
         self.callbacks = self.ramp.callbacks()
-        self.kept = KeptPredictions(classification_metrics)
         self.new_modules: list[str] = []
+        self.kept = KeptPredictions(classification_metrics)
 
     def load(self) -> ImageData:
         """The images; the configuration gets their classes."""

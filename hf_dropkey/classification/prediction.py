@@ -8,6 +8,7 @@ the last layer, the mean over heads, for a Vision Transformer.
 import json
 import sys
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, PreTrainedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
 
 @dataclass
@@ -104,20 +106,37 @@ def class_token_attention(attention: torch.Tensor, grid: tuple[int, int]) -> tor
     return attention.mean(dim=1)[:, 0, 1:].unflatten(-1, grid).float()
 
 
+def load(arguments: PredictionArguments) -> tuple[Any, list[str], Any]:
+    """The model, its class names and its image processor; an adapter needs this package, and comes on its base model.
+
+    Raises:
+        ImportError: It is an adapter, and the package is not installed.
+        ValueError, OSError: There is no such model, or it is damaged.
+    """
+    name = arguments.model_name_or_path
+    source: dict[str, Any] = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+    # only plain attention gives its weights
+    attention = {} if arguments.attention_file is None else {"attn_implementation": "eager"}
+    processor = AutoImageProcessor.from_pretrained(name, **source)
+    if find_adapter_config_file(name, revision=arguments.revision) is not None:
+        # by name, because this file also runs outside of the package
+        model = import_module("hf_dropkey.classification.adapters").load_classifier(name, **source, **attention)
+        found = {"id2label": {str(number): label for number, label in model.config.id2label.items()}}
+        return model, class_names(found, name), processor
+    config, _ = PreTrainedConfig.get_config_dict(name, revision=arguments.revision)
+    names = class_names(config, name)
+    model = AutoModelForImageClassification.from_pretrained(name, **source, **attention).eval()
+    return model, names, processor
+
+
 def predict(arguments: PredictionArguments) -> list[dict[str, Any]]:
     """Classifies, prints and writes; returns the class and the probability of each image.
 
     Raises:
         ValueError: An image cannot be read, or the model cannot do what is requested.
     """
-    source = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
-    found, _ = PreTrainedConfig.get_config_dict(arguments.model_name_or_path, revision=arguments.revision)
-    names = class_names(found, arguments.model_name_or_path)
     files = image_files(arguments.images)
-    # only plain attention gives its weights
-    attention = {} if arguments.attention_file is None else {"attn_implementation": "eager"}
-    processor = AutoImageProcessor.from_pretrained(arguments.model_name_or_path, **source)
-    model = AutoModelForImageClassification.from_pretrained(arguments.model_name_or_path, **source, **attention).eval()
+    model, names, processor = load(arguments)
     print(f"{type(model).__module__}.{type(model).__name__}, package loaded: {'hf_dropkey' in sys.modules}")
     probabilities, maps = forward(model, processor, files, arguments)
     predictions = []

@@ -6,13 +6,14 @@ turns the batch size into a constant does so without a word.
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..extras import needed
+from ..inference import dropkey_seed
+from ..models.sample_masks import seed_words
+from ..patching.apply import dropkey_active
 from ..saved import PROCESSOR_FILES, one_error, read_json
 from .plain import check_target, load_model, plain_class, plain_config, replaced
 
 
 GRAPH_FORMATS = ("onnx", "pt2")
 # where transformers.js looks for them
-ONNX_FILE, INT8_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
-PT2_FILE = "model.pt2"
+ONNX_FILE, INT8_FILE, MONTE_CARLO_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/model_monte_carlo.onnx"
+PT2_FILE, MONTE_CARLO_PT2_FILE = "model.pt2", "model_monte_carlo.pt2"
 OPSET = 20
 # traced with the first, compared at the others
 TRACED_BATCH, COMPARED_BATCHES = 2, (1, 3)
 # of the largest value of an output in the model: rounding differs between kernels, a wrong graph does not stay below
 TOLERANCE = 1e-3
+# seeds at which a graph that drops keys is compared; one has a high word
+COMPARED_SEEDS = (1, 7, 5 + (3 << 32))
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class ExportedGraph:
         image_size: Height and width of the images.
         difference: The largest difference from the model's outputs.
         int8_difference: The same of the int8 graph, or None without one.
+        monte_carlo_difference: The same of the graph that drops keys, over some seeds, or None without one.
     """
 
     files: tuple[str, ...]
@@ -55,27 +62,35 @@ class ExportedGraph:
     image_size: tuple[int, int]
     difference: float
     int8_difference: float | None = None
+    monte_carlo_difference: float | None = None
 
     def __str__(self) -> str:
         """What was written, in one line."""
         height, width = self.image_size
-        int8 = "" if self.int8_difference is None else f", in 8 bits by {self.int8_difference:.1e}"
+        more = "" if self.int8_difference is None else f", in 8 bits {self.int8_difference:.1e}"
+        if self.monte_carlo_difference is not None:
+            more += f", with dropped keys {self.monte_carlo_difference:.1e}"
         return (
             f"{', '.join(self.files)} for any number of images of {height} x {width} pixels; outputs "
-            f"{', '.join(self.outputs)}; at most {self.difference:.1e} from the model's{int8}"
+            f"{', '.join(self.outputs)}; at most {self.difference:.1e} from the model's{more}"
         )
 
 
 class _Named(nn.Module):
-    """A model of one image tensor with the tensors of its output as a plain tuple."""
+    """A model of images with the tensors of its output as a plain tuple; with a seed, it drops that seed's keys."""
 
     def __init__(self, model: PreTrainedModel, names: tuple[str, ...]):
         super().__init__()
         self.model, self.names = model, names
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = self.model(pixel_values=pixel_values)
+    def forward(self, pixel_values: torch.Tensor, seed: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        with contextlib.nullcontext() if seed is None else dropkey_seed(self.model, seed):
+            outputs = self.model(pixel_values=pixel_values)
         return tuple(outputs[name] for name in self.names)
+
+
+# inputs of a graph and what the model puts out for them, by their names
+Case = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
 def export_graph(
@@ -85,6 +100,7 @@ def export_graph(
     file_format: str = "onnx",
     image_size: int | tuple[int, int] | None = None,
     int8: bool = False,
+    monte_carlo: bool = False,
     overwrite: bool = False,
 ) -> ExportedGraph:
     """Writes the graph of a vision model in eval mode, for any batch size, and what runs it needs beside it.
@@ -99,6 +115,8 @@ def export_graph(
         file_format: "onnx" (needs the extra `onnx`) or "pt2".
         image_size: Height and width of the images in pixels; default the processor's, then the configuration's.
         int8: Write an ONNX graph with weights in 8 bits, too: `onnx/model_quantized.onnx`, whose outputs differ.
+        monte_carlo: Write a second graph, in which DropKey is active and whose input `seed`, int32 `[2]`, says what is
+            dropped: the same as within `dropkey_seed(model, seed)`. `DropKeyONNX` runs it.
         overwrite: Replace the saved model in `out`; all other files there are deleted too.
 
     Returns:
@@ -128,6 +146,8 @@ def export_graph(
     size = _size_of(model, source, image_size)
     with _evaluated(model), torch.no_grad(), replaced(Path(out)) as stage:
         written = _write(model, stage, file_format, size, int8=int8)
+        if monte_carlo:
+            written = _write_monte_carlo(model, stage, file_format, written)
         _write_config(model, stage / "config.json")
         for name in PROCESSOR_FILES if source is not None else ():
             if (source / name).is_file():  # type: ignore[operator]  # a folder, as said above
@@ -169,34 +189,62 @@ def _height_and_width(size: Any) -> tuple[int, int] | None:
 
 
 def _write(model: Any, stage: Path, file_format: str, size: tuple[int, int], *, int8: bool) -> ExportedGraph:
-    """Traces, writes and compares."""
+    """Traces, writes and compares the graph of a model that drops nothing."""
     images = {batch: _noise(model, batch, size) for batch in (TRACED_BATCH, *COMPARED_BATCHES)}
-    expected = {batch: _outputs(model, pixels) for batch, pixels in images.items()}
-    names = tuple(expected[TRACED_BATCH])
-    graph = _Named(model, names)
-    with one_error(f"{type(model).__name__} cannot be exported"), _quiet():
-        program = torch.export.export(
-            graph, (images[TRACED_BATCH],), dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}}
-        )
-    compared = {batch: (images[batch], expected[batch]) for batch in COMPARED_BATCHES}
-    about: dict[str, Any] = dict(inputs=("pixel_values",), outputs=names, image_size=size)
-    if file_format == "pt2":
-        torch.export.save(program, stage / PT2_FILE)
-        loaded = torch.export.load(stage / PT2_FILE).module()
-        difference = _difference(compared, lambda pixels: loaded(pixels))
-        return ExportedGraph(files=(PT2_FILE,), difference=difference, **about)
-    (stage / ONNX_FILE).parent.mkdir()
-    _save_onnx(program, names, stage / ONNX_FILE)
-    difference = _difference(compared, _runner(stage / ONNX_FILE))
+    cases: list[Case] = [
+        ({"pixel_values": images[batch]}, _outputs(model, images[batch])) for batch in COMPARED_BATCHES
+    ]
+    names = tuple(cases[0][1])
+    file = ONNX_FILE if file_format == "onnx" else PT2_FILE
+    difference = _write_graph(_Named(model, names), {"pixel_values": images[TRACED_BATCH]}, cases, stage / file)
+    about: dict[str, Any] = dict(inputs=("pixel_values",), outputs=names, image_size=size, difference=difference)
     if not int8:
-        return ExportedGraph(files=(ONNX_FILE,), difference=difference, **about)
+        return ExportedGraph(files=(file,), **about)
     from onnxruntime.quantization import quantize_dynamic
 
     with _quiet():
         quantize_dynamic(stage / ONNX_FILE, stage / INT8_FILE)
     # 8 bits differ by what they are; the caller sees by how much
-    int8_difference = _difference(compared, _runner(stage / INT8_FILE), tolerance=float("inf"))
-    return ExportedGraph(files=(ONNX_FILE, INT8_FILE), difference=difference, int8_difference=int8_difference, **about)
+    int8_difference = _difference(cases, _runner(stage / INT8_FILE), tolerance=float("inf"))
+    return ExportedGraph(files=(file, INT8_FILE), int8_difference=int8_difference, **about)
+
+
+def _write_monte_carlo(model: Any, stage: Path, file_format: str, plain: ExportedGraph) -> ExportedGraph:
+    """Traces, writes and compares the graph of a model that drops keys, and says so beside what the plain one is."""
+    with dropkey_active(model), _implementation(model, "eager"):
+        cases: list[Case] = []
+        for batch, seed in zip(itertools.cycle(COMPARED_BATCHES), COMPARED_SEEDS, strict=False):
+            pixels = _noise(model, batch, plain.image_size)
+            with dropkey_seed(model, seed):
+                expected = _outputs(model, pixels)
+            cases.append(({"pixel_values": pixels, "seed": seed_words(seed)}, expected))
+        traced = {"pixel_values": _noise(model, TRACED_BATCH, plain.image_size), "seed": seed_words(0)}
+        file = MONTE_CARLO_FILE if file_format == "onnx" else MONTE_CARLO_PT2_FILE
+        difference = _write_graph(_Named(model, plain.outputs), traced, cases, stage / file)
+    return replace(plain, files=(*plain.files, file), monte_carlo_difference=difference)
+
+
+def _write_graph(graph: _Named, traced: dict[str, torch.Tensor], cases: Sequence[Case], file: Path) -> float:
+    """Writes the graph that a model is for some inputs; returns the largest difference from what is expected."""
+    shapes = {name: {0: torch.export.Dim("batch")} if name == "pixel_values" else None for name in traced}
+    with one_error(f"{type(graph.model).__name__} cannot be exported"), _quiet():
+        program = torch.export.export(graph, (), traced, dynamic_shapes=shapes, strict=False)
+    if file.suffix == ".pt2":
+        torch.export.save(program, file)
+        loaded = torch.export.load(file).module()
+        return _difference(cases, lambda inputs: loaded(**inputs))
+    file.parent.mkdir(exist_ok=True)
+    with one_error("the graph cannot be written as ONNX"), _quiet():
+        made: Any = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(traced),
+            output_names=list(graph.names),
+            verbose=False,
+        )
+        made.save(file)
+    return _difference(cases, _runner(file))
 
 
 def _noise(model: Any, batch: int, size: tuple[int, int]) -> torch.Tensor:
@@ -228,35 +276,22 @@ def _write_config(model: PreTrainedModel, file: Path) -> None:
     file.write_text(json.dumps({**fields, "architectures": [type(model).__name__]}, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_onnx(program: torch.export.ExportedProgram, outputs: tuple[str, ...], file: Path) -> None:
-    with one_error("the graph cannot be written as ONNX"), _quiet():
-        made = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["pixel_values"],
-            output_names=list(outputs),
-            verbose=False,
-        )
-        assert made is not None
-        made.save(file)
-
-
-def _runner(file: Path) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+def _runner(file: Path) -> Callable[[dict[str, torch.Tensor]], Sequence[torch.Tensor]]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
-    def run(pixels: torch.Tensor) -> list[torch.Tensor]:
-        with one_error(f"{file.name} does not run on {len(pixels)} images"):
-            return [torch.from_numpy(found) for found in session.run(None, {"pixel_values": pixels.numpy()})]
+    def run(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        with one_error(f"{file.name} does not run on {len(inputs['pixel_values'])} images"):
+            found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        return [torch.from_numpy(array) for array in found]
 
     return run
 
 
 def _difference(
-    compared: Mapping[int, tuple[torch.Tensor, dict[str, torch.Tensor]]],
-    run: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+    cases: Sequence[Case],
+    run: Callable[[dict[str, torch.Tensor]], Sequence[torch.Tensor]],
     tolerance: float = TOLERANCE,
 ) -> float:
     """The largest difference between a graph and the model.
@@ -265,20 +300,33 @@ def _difference(
         ValueError: It is above the tolerance, as a fraction of the largest value of that output.
     """
     largest = 0.0
-    for batch, (pixels, expected) in compared.items():
-        for (name, right), found in zip(expected.items(), run(pixels), strict=True):
+    for inputs, expected in cases:
+        count = len(inputs["pixel_values"])
+        for (name, right), found in zip(expected.items(), run(inputs), strict=True):
             if found.shape != right.shape:
                 raise ValueError(
-                    f"the graph puts out {name} of shape {tuple(found.shape)} for {batch} images, the model "
+                    f"the graph puts out {name} of shape {tuple(found.shape)} for {count} images, the model "
                     f"{tuple(right.shape)}; nothing was written"
                 )
             difference = float((found - right).abs().max())
             if not difference <= tolerance * max(1.0, float(right.abs().max())):
                 raise ValueError(
-                    f"the graph's {name} differs from the model's by {difference:.2g} for {batch} images; nothing was written"
+                    f"the graph's {name} differs from the model's by {difference:.2g} for {count} images; nothing was "
+                    "written"
                 )
             largest = max(largest, difference)
     return largest
+
+
+@contextlib.contextmanager
+def _implementation(model: Any, name: str) -> Iterator[None]:
+    """A model on another attention backend, and at the end on its own again."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 @contextlib.contextmanager

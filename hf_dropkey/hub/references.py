@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .. import models
 from ..models.configuration_dropkey import shadowing_fields
+from ..patching.adapters import BASE_CONFIG
 from .contents import leaves
 
 
@@ -111,7 +112,7 @@ def json_problems(name: str, found: Any, classes: Mapping[str, Collection[str]],
     for path, value in leaves(found):
         for reason in _leaf_problems(base, path, value, classes, code):
             yield f"{name}: {'.'.join(path)} {reason}"
-    if base == "config.json":
+    if base in ("config.json", BASE_CONFIG):
         yield from (f"{name}: {reason}" for reason in _config_problems(found))
 
 

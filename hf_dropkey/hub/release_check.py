@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..patching.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..version import __version__
 from .contents import (
     TEXT_LIMIT,
@@ -24,6 +25,7 @@ from .contents import (
     read_bytes,
     visible,
 )
+from .kernel_folder import is_kernel_folder, kernel_problems
 from .push import api, clear_errors
 from .push_plan import PUSHED, PUSHED_NAMES
 from .references import defined_classes, json_problems
@@ -68,6 +70,7 @@ class ReleaseReport:
         problems: What is wrong, one sentence each; empty if the checkpoint can be trusted.
         diffs: Unified diff of each Python file that differs, by path.
         digest: One hash of all names and contents of a folder, "sha256:..."; None for a repository.
+        is_kernel: Whether it is a kernel (`scripts/build_kernel.py`), which has code but no weights.
     """
 
     target: str
@@ -77,6 +80,7 @@ class ReleaseReport:
     problems: tuple[str, ...]
     diffs: dict[str, str]
     digest: str | None = None
+    is_kernel: bool = False
 
     @property
     def trusted(self) -> bool:
@@ -91,7 +95,12 @@ class ReleaseReport:
         code = f"{len(self.identical)} Python files are those of hf_dropkey {self.version}"
         if self.trusted:
             code = code if self.identical else "no code"
-            yield f"trusted: {code}; the weights are safetensors that fill the model; nothing else can run"
+            rest = (
+                "it is a kernel, without weights"
+                if self.is_kernel
+                else "the weights are safetensors that fill the model"
+            )
+            yield f"trusted: {code}; {rest}; nothing else can run"
             if self.commit:
                 trust = ", trust_remote_code=True" if self.identical else ""
                 yield f'load it with revision="{self.commit}"{trust}'
@@ -99,7 +108,8 @@ class ReleaseReport:
                 yield f"digest: {self.digest} (compare later with --digest)"
             return
         yield from (f"problem: {problem}" for problem in self.problems)
-        yield f"{code}; {len(self.problems)} problems, so do not load it with trust_remote_code=True"
+        permission = "allow_all_kernels" if self.is_kernel else "trust_remote_code"
+        yield f"{code}; {len(self.problems)} problems, so do not load it with {permission}=True"
         for difference in self.diffs.values():
             yield from difference.splitlines()
 
@@ -138,6 +148,8 @@ def check_release(
         )
     files = {entry.name: entry for entry in entries(folder) if commit is None or entry.name in names}
     kept = {name: entry for name, entry in files.items() if not entry.leaves}
+    if commit is None and is_kernel_folder(names):
+        return _checked_kernel(target, files, digest)
     python = {name: entry for name, entry in kept.items() if name.endswith(".py")}
     code = compare_code({name: digest_of(entry) for name, entry in python.items()})
     classes = {
@@ -162,6 +174,22 @@ def check_release(
     diffs = {name: code_difference(name, read_bytes(python[name])) for name in python if name not in code.identical}
     version = " and ".join(code.versions) or __version__
     return ReleaseReport(str(target), commit, version, code.identical, tuple(problems), diffs, made)
+
+
+def _checked_kernel(target: Path | str, files: Mapping[str, Entry], digest: str | None) -> ReleaseReport:
+    """The result for a folder of `scripts/build_kernel.py`: the code is that of this package, the rest cannot run."""
+    kept = {name: entry for name, entry in files.items() if not entry.leaves}
+    built = {name: read_bytes(entry) for name, entry in kept.items() if name.startswith("build/")}
+    problems = list(kernel_problems(built))
+    wrong = {name for name in built if any(problem.startswith(f"{name} ") for problem in problems)}
+    for name, entry in files.items():
+        if name not in built:
+            problems += _file_problems(name, entry)
+    made = folder_digest(list(kept.values()))
+    if digest is not None and made.removeprefix("sha256:") != digest.removeprefix("sha256:"):
+        problems.append(f"the digest is {made}, not {digest}: the folder has changed since")
+    identical = tuple(name for name in built if name.endswith(".py") and name not in wrong)
+    return ReleaseReport(str(target), None, __version__, identical, tuple(problems), {}, made, is_kernel=True)
 
 
 def _located(target: Path | str, revision: str | None, token: str | bool | None) -> tuple[Path, str | None, list[str]]:
@@ -243,7 +271,9 @@ def _model_problems(
 ) -> Iterator[str]:
     """Missing files, and weights that the loader would not take as they are, in the folder and its sub-folders."""
     homes = sorted({str(PurePosixPath(name).parent) for name in contents if PurePosixPath(name).name == "config.json"})
-    if "config.json" not in contents:
+    if "config.json" not in contents and ADAPTER_CONFIG in contents:
+        yield from _adapter_problems(kept, contents[ADAPTER_CONFIG])
+    elif "config.json" not in contents:
         yield "there is no config.json at the top, so this is not a saved model"
     for home in homes:
         inside = "" if home == "." else home
@@ -255,6 +285,17 @@ def _model_problems(
             where = f"{inside}: " if inside else ""
             yield from (f"{where}{problem}" for problem in loading_problems(folder / inside, config, found))
     yield from _missing_code(kept, classes)
+
+
+def _adapter_problems(kept: Mapping[str, Entry], settings: Any) -> Iterator[str]:
+    """What an adapter lacks, and the model that is loaded with it, which this check has not seen."""
+    if ADAPTER_WEIGHTS not in kept:
+        yield f"there are no weights in safetensors: {ADAPTER_WEIGHTS} is not there"
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    yield visible(
+        f"this is an adapter of {base or 'a model that it does not name'}, which is loaded with it and was not checked: "
+        "check that too, and load the adapter with load_classifier or peft, which run no code of it"
+    )
 
 
 def _missing_code(kept: Mapping[str, Entry], classes: Mapping[str, Collection[str]]) -> Iterator[str]:

@@ -20,6 +20,7 @@ COLUMNS = {
     "paper's listing": (("eager",), "paper listing", "0.1"),
     "DropKey `eager`": (("eager",), "dropkey", "0.1"),
     "DropKey `sdpa`": (("sdpa",), "dropkey", "0.1"),
+    "DropKey `sdpa`, fast masks": (("sdpa fast masks",), "dropkey", "0.1"),
     "DropKey `sdpa`, compiled": (("sdpa compiled",), "dropkey", "0.1"),
     'DropKey "token"': (("sdpa",), "dropkey token", "0.3"),
 }

@@ -6,10 +6,12 @@ Without a GPU `first_call` runs in Triton's interpreter (TRITON_INTERPRET=1), an
 """
 
 import argparse
+import importlib
 import itertools
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,11 @@ from hf_dropkey.models.attention_mask import Settings, additive_mask
 from hf_dropkey.models.counter_hash import draw_seed
 from hf_dropkey.models.patterns import dropped_scores
 from hf_dropkey.models.triton_attention import triton_dropkey_attention
-from hf_dropkey.models.triton_launches import Launch
+from hf_dropkey.models.triton_launches import Launch, launch_configuration
 from hf_dropkey.models.triton_mask import drawn_mask
 from hf_dropkey.reference import reference_attention
 
-from .gpu_timing import event_timer, gpu_facts, triton_release
+from .gpu_timing import Timer, event_timer, gpu_facts, triton_release
 from .timing import append_rows, origin
 
 
@@ -75,7 +77,7 @@ def first_call() -> None:
     torch.manual_seed(0)
     inputs, seed, ratio = inputs_like_a_model((1, 2, 49, 32), device, dtype), draw_seed(device), 0.1
     start = time.perf_counter()
-    found = results_of(lambda *qkv: triton_dropkey_attention(*qkv, seed, ratio), inputs)
+    found = results_of(lambda q, k, v: triton_dropkey_attention(q, k, v, seed, ratio), inputs)
     print(f"one fused forward and backward pass: {time.perf_counter() - start:.1f} s with compilation")
     dropped = dropped_scores(seed, (1, 2, 49, 49), ratio)
 
@@ -85,7 +87,7 @@ def first_call() -> None:
 
     yardstick = results_of(eager, inputs)
     exact = results_of(
-        lambda *qkv: reference_attention(*qkv, dropped.cpu(), None), [tensor.double().cpu() for tensor in inputs]
+        lambda q, k, v: reference_attention(q, k, v, dropped.cpu()), [tensor.double().cpu() for tensor in inputs]
     )
     for name, one, other, truth in zip(("output", "dq", "dk", "dv"), found, yardstick, exact, strict=True):
         error, allowed = ((part.double().cpu() - truth).norm().item() for part in (one, other))
@@ -109,10 +111,75 @@ def candidates(default: Launch) -> Iterator[Launch]:
             yield Launch(tile, warps, stages)
 
 
-def sweep(out: Path, shape: tuple[int, int, int, int], seconds: float) -> None:
-    """Times every launch of every kernel of one shape in bfloat16, appends rows, and prints the best three.
+@contextmanager
+def choosing(choose: Callable[[str, Launch], Launch]) -> Iterator[None]:
+    """Launches of the fused attention as `choose` says, from the kernel's name and its usual launch."""
 
-    A launch whose output or gradients differ from the default's by more than rounding is an error.
+    def chosen(*arguments: Any, **settings: Any) -> tuple[str, Launch]:
+        name, usual = launch_configuration(*arguments, **settings)
+        return name, choose(name, usual)
+
+    patched: Any = triton_attention
+    patched.launch_configuration = chosen
+    try:
+        yield
+    finally:
+        patched.launch_configuration = launch_configuration
+
+
+def times_of_launches(
+    kernel: str, default: Launch, run: Callable[[], list[torch.Tensor]], timer: Timer, end: float
+) -> list[tuple[float, Launch]]:
+    """Milliseconds of `run` for each launch of a kernel that its GPU takes, until the monotonic clock shows `end`.
+
+    Raises:
+        SystemExit: A launch gives other results than the default, by more than rounding.
+    """
+    # what a kernel cannot be launched with
+    impossible = (RuntimeError, importlib.import_module("triton.runtime.errors").OutOfResources)
+    expected, times = run(), []
+    for launch in candidates(default):
+        if time.monotonic() > end:
+            print(f"{kernel}: the time is over, the other launches were not tried")
+            break
+        with choosing(lambda name, usual, launch=launch: launch if name == kernel else usual):  # type: ignore[misc]
+            try:
+                found = run()
+            except impossible as error:
+                print(f"{kernel} {tuple(launch)}: {str(error).splitlines()[0][:100]}")
+                continue
+            for one, other in zip(found, expected, strict=True):
+                if not (one.double() - other.double()).norm() <= 1e-2 * other.double().norm():
+                    raise SystemExit(f"{kernel} {tuple(launch)} gives other results than {tuple(default)}")
+            times.append((timer(run, 20), launch))
+    return sorted(times)
+
+
+def swept(
+    shape: tuple[int, int, int, int], device: torch.device, timer: Timer, seconds: float
+) -> Iterator[tuple[str, float, Launch]]:
+    """Kernel, milliseconds of forward and backward pass, launch: the fastest first; the best three are printed."""
+    inputs, seed = inputs_like_a_model(shape, device, torch.bfloat16), draw_seed(device)
+
+    def run() -> list[torch.Tensor]:
+        return results_of(lambda q, k, v: triton_dropkey_attention(q, k, v, seed, 0.1), inputs)
+
+    used: dict[str, Launch] = {}
+    with choosing(lambda name, usual: used.setdefault(name, usual)):
+        run()
+    end = time.monotonic() + seconds
+    for number, (kernel, default) in enumerate(used.items()):
+        # each kernel gets its part of the time that is left
+        share = time.monotonic() + (end - time.monotonic()) / (len(used) - number)
+        times = times_of_launches(kernel, default, run, timer, share)
+        print(f"{kernel}, default {tuple(default)}: best of {len(times)} (forward and backward pass)")
+        for time_ms, launch in times[:3]:
+            print(f"  {time_ms:.3f} ms {tuple(launch)}{' (default)' if launch == default else ''}")
+        yield from ((kernel, time_ms, launch) for time_ms, launch in times)
+
+
+def sweep(out: Path, shape: tuple[int, int, int, int], seconds: float) -> None:
+    """Times the launches of all kernels for one shape in bfloat16, and appends a row for each.
 
     Raises:
         SystemExit: There is no GPU, or a launch gives other results.
@@ -120,62 +187,11 @@ def sweep(out: Path, shape: tuple[int, int, int, int], seconds: float) -> None:
     device = device_of_checks()
     if device.type != "cuda":
         raise SystemExit("a sweep of launches needs a GPU; nothing was measured")
-    plain, timer = triton_attention.launch_configuration, event_timer(device)
-    inputs, seed = inputs_like_a_model(shape, device, torch.bfloat16), draw_seed(device)
-
-    def run() -> list[torch.Tensor]:
-        return results_of(lambda *qkv: triton_dropkey_attention(*qkv, seed, 0.1), inputs)
-
-    expected, end = run(), time.monotonic() + seconds
-    # the names that this shape's calls use, and their defaults
-    used: dict[str, Launch] = {}
-
-    def watch(*arguments: Any, **settings: Any) -> tuple[str, Launch]:
-        name, launch = plain(*arguments, **settings)
-        used[name] = launch
-        return name, launch
-
-    triton_attention.launch_configuration = watch
-    run()
-    try:
-        for kernel, default in used.items():
-            times: list[tuple[float, Launch]] = []
-            for launch in candidates(default):
-                if time.monotonic() > end:
-                    print(f"{kernel}: {seconds:.0f} s are over, the other launches were not tried")
-                    break
-
-                def chosen(*arguments: Any, kernel: str = kernel, launch: Launch = launch, **settings: Any) -> Any:
-                    name, usual = plain(*arguments, **settings)
-                    return name, launch if name == kernel else usual
-
-                triton_attention.launch_configuration = chosen
-                try:
-                    found = run()
-                except (RuntimeError, triton_attention.triton.runtime.errors.OutOfResources) as error:
-                    print(f"{kernel} {tuple(launch)}: {str(error).splitlines()[0][:100]}")
-                    torch.cuda.synchronize(device)
-                    continue
-                for one, other in zip(found, expected, strict=True):
-                    if (one.double() - other.double()).norm() > 1e-2 * other.double().norm():
-                        raise SystemExit(f"{kernel} {tuple(launch)} gives other results than {tuple(default)}")
-                times.append((timer(run, 20), launch))
-            best = sorted(times)[:3]
-            print(f"{kernel}, default {tuple(default)}: best of {len(times)} (forward and backward pass)")
-            for time_ms, launch in best:
-                print(f"  {time_ms:.3f} ms {tuple(launch)}{' (default)' if launch == default else ''}")
-            command = f"python -m hf_dropkey.lab.gpu_check sweep --shape {'x'.join(map(str, shape))}"
-            source: dict[str, Any] = {**origin(device, command), **gpu_facts(device)}
-            sizes = dict(zip(("batch", "heads", "tokens", "head_width"), shape, strict=True))
-            append_rows(
-                out,
-                [
-                    {**source, **sizes, "kernel": kernel, **launch._asdict(), "time_ms": f"{time_ms:.5g}"}
-                    for time_ms, launch in times
-                ],
-            )
-    finally:
-        triton_attention.launch_configuration = plain
+    command = f"python -m hf_dropkey.lab.gpu_check sweep --shape {'x'.join(map(str, shape))}"
+    about: dict[str, Any] = {**origin(device, command), **gpu_facts(device)}
+    about |= dict(zip(("batch", "heads", "tokens", "head_width"), shape, strict=True))
+    for kernel, time_ms, launch in swept(shape, device, event_timer(device), seconds):
+        append_rows(out, [{**about, "kernel": kernel, **launch._asdict(), "time_ms": f"{time_ms:.5g}"}])
 
 
 def main() -> None:

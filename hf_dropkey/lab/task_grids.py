@@ -1,15 +1,12 @@
 """Grids of the paper's other tasks: cells that differ in the regulariser, trained by a task's own script.
 
 Unlike in `grids`, nothing is chosen: the ratio of each regulariser is fixed beforehand in the grid's file, and the held-out
-data is scored once for each cell. A cell is a run of the script in a process of its own, so that its row has the command
-and the CPU seconds that a reader would need.
+data is scored once for each cell. A cell is a whole run of the script's job, so that readers repeat it by one command.
 """
 
+import importlib
 import json
-import os
-import resource
-import subprocess
-import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,6 +21,7 @@ from .rows import CELL_COLUMNS, Row, choose
 HELD_OUT = "held-out"
 # the argument of each script that sets dropout on attention weights
 ATTENTION_DROPOUT = {"train_hoi": "attention_dropout", "train_body_mesh": "attention_probs_dropout_prob"}
+JOBS = {"train_hoi": "hf_dropkey.hoi.job:HoiJob", "train_body_mesh": "hf_dropkey.mesh.job:MeshJob"}
 RESULTS = "all_results.json"
 # of a cell, beside what its script measures
 COSTS = {"cpu_seconds": "s", "parameters": "count"}
@@ -123,24 +121,23 @@ def missing_cells(grid: TaskGrid, rows: Sequence[Row]) -> list[Cell]:
 
 
 def run_cell(grid: TaskGrid, cell: Cell, folder: Path, *, root: Path) -> list[dict[str, str]]:
-    """Trains and scores a cell in a process of its own, on one thread.
+    """Trains and scores a cell in this process, as the command of its rows would; its folder is made anew.
 
     Returns:
         Its rows without their origin.
-
-    Raises:
-        RuntimeError: The script failed; has the end of its output.
     """
-    command = [sys.executable, str(root / "scripts" / f"{grid.script}.py"), str(root / grid.recipe)]
-    command += [*grid.words(cell, folder), "--overwrite_output_dir", "--disable_tqdm", "true"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    if done.returncode:
-        raise RuntimeError(f"{grid.command(cell, folder)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    words = [str(root / grid.recipe), *grid.words(cell, folder), "--overwrite_output_dir", "--disable_tqdm", "true"]
+    before = time.process_time()
+    job_class(grid.script).parse(words).execute([*grid.command(cell, folder).split()])
+    seconds = time.process_time() - before
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     return rows_of(grid, cell, results, cpu_seconds=seconds)
+
+
+def job_class(script: str) -> Any:
+    """The job of a training script."""
+    module, _, name = JOBS[script].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def rows_of(grid: TaskGrid, cell: Cell, results: Mapping[str, Any], *, cpu_seconds: float) -> list[dict[str, str]]:

@@ -128,8 +128,8 @@ def additive_mask(
         Broadcastable to `[B, H, N, M]`; the row of a query that may see no key is -inf throughout.
     """
     if is_drop_alone(attention_mask, settings):
-        bias = drop_bias(seed, (*query.shape[:3], key.shape[2]), settings.ratio, settings.pattern)
-        return protect_bias_rows(bias, settings.pattern, settings.ratio).to(query.dtype)
+        bias = drop_bias(seed, (*query.shape[:3], key.shape[2]), settings.ratio, settings.pattern, query.dtype)
+        return protect_bias_rows(bias, settings.pattern, settings.ratio)
     gone = protected_drops(seed, query, key, attention_mask, settings)
     if attention_mask is not None:
         gone = gone | ~real_keys(attention_mask)

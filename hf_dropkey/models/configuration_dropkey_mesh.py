@@ -173,6 +173,11 @@ class DropKeyMeshConfig(DropKeyConfigMixin, PreTrainedConfig):
         return len(self.joint_rows)
 
     @property
+    def num_stage_layers(self) -> int:
+        """Number of layers of all stages together."""
+        return len(self.hidden_sizes) * self.num_hidden_layers
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the transformer: joints, coarse vertices, then grid positions."""
         rows, columns = self.feature_grid

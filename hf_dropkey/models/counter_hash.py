@@ -21,6 +21,7 @@ This file travels with checkpoints: it imports torch and the standard library on
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,10 +38,18 @@ def _signed(value: int) -> int:
 MIX_1, MIX_2, GOLDEN = _signed(0x7FEB352D), _signed(0x846CA68B), _signed(0x9E3779B9)
 # distinct odd offsets keep the pair (0, 0) with index 0 away from the fixed point mix(0) = 0
 STEP_1, STEP_2 = _signed(0x85EBCA6B), _signed(0xC2B2AE35)
-# of float32's -inf
-INFINITY_BITS = _signed(0xFF800000)
+# the integers that masks are made as, and the bits of -inf, by dtype; others are converted from float32
+BITS = {
+    torch.float32: (torch.int32, _signed(0xFF800000)),
+    torch.bfloat16: (torch.int16, 0xFF80 - 2**16),
+    torch.float16: (torch.int16, 0xFC00 - 2**16),
+}
 # words of a mask that are drawn at a time on a CPU: smaller chunks fit the cache, larger ones amortise call overhead
 CHUNK_WORDS = 2**18
+# What draws the rows of a mask on a CPU instead of the code below, with the same bits, if anything: takes a `RowState`, the
+# ratio and where to write, integers `[rows, M]` for the bits of floats, and those of -inf. Set by the package's
+# `enable_fast_masks` alone; a checkpoint's copy of this file has no hand in it.
+FAST_ROWS: Callable[["RowState", float, torch.Tensor, int], None] | None = None
 
 
 class _Numbers(NamedTuple):
@@ -187,12 +196,15 @@ def dropped_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: Ratio)
     return torch.cat(_dropped_blocks(k1, k2, keys, ratio), -1)
 
 
-def drop_bias_by_byte(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: Ratio) -> torch.Tensor:
-    """`dropped_by_byte` as float32 to add to scores: -inf where dropped, else 0, `[B, H, N, M]`."""
+def drop_bias_by_byte(
+    k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: Ratio, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """`dropped_by_byte` as floats to add to scores: -inf where dropped, else 0, `[B, H, N, M]`."""
     if draws_in_place(k1.device) and not isinstance(ratio, RatioTensor):
-        return drop_bias_of_rows(row_state(k1, k2, keys, ratio), keys, ratio)
+        return drop_bias_of_rows(row_state(k1, k2, keys, ratio), keys, ratio, dtype)
     # joined after the choice of floats: compiled for a CPU, joined bools take thirty times as long
-    return torch.cat([torch.where(part, float("-inf"), 0.0) for part in _dropped_blocks(k1, k2, keys, ratio)], -1)
+    parts = [torch.where(part, float("-inf"), 0.0) for part in _dropped_blocks(k1, k2, keys, ratio)]
+    return torch.cat(parts, -1).to(dtype)
 
 
 def _dropped_blocks(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: Ratio) -> list[torch.Tensor]:
@@ -234,23 +246,40 @@ class RowState(NamedTuple):
     # k1 with its upper half folded into the lower
     k1: torch.Tensor
     k2: torch.Tensor
-    # those of the four blocks of each 256 keys
+    # those of the four blocks of each 256 keys; none, `[B, H, N, 0]`, if `FAST_ROWS` was set
     thresholds: torch.Tensor
 
 
 def row_state(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float) -> RowState:
     """What `drop_bias_of_rows` takes, for tensors on a CPU."""
     numbers = _numbers(k1.device)
+    if FAST_ROWS is not None:
+        return RowState(_fold(k1, numbers), k2, k2.new_empty((*k2.shape[:-1], 0)))
+    return RowState(_fold(k1, numbers), k2, _packed_thresholds(k1, k2, keys, ratio, numbers))
+
+
+def _packed_thresholds(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: float, numbers: _Numbers) -> torch.Tensor:
+    """The thresholds of the blocks of each row, four to a word, int32 `[B, H, N, M / 256]`."""
     above = _dither(k1, k2, keys, numbers) < byte_thresholds(ratio)[2]
     # Bytes and thresholds are compared with their top bits flipped. With u = threshold modulo 128 and b7 the lower bits
     # of a byte, (u - 1) - (128 + b7) always borrows one from the byte above, which serves as its - 1, and its top bit
     # tells whether b7 < u. One int32 holds the thresholds of four blocks, the lowest byte first, as CPUs in use do.
     thresholds = above.view(torch.uint8) + math.floor(256 * ratio) % 128
-    thresholds = torch.nn.functional.pad(thresholds, (0, -thresholds.shape[-1] % 4)).view(torch.int32).sub_(1)
-    return RowState(_fold(k1, numbers), k2, thresholds)
+    return torch.nn.functional.pad(thresholds, (0, -thresholds.shape[-1] % 4)).view(torch.int32).sub_(1)
 
 
-def drop_bias_of_rows(state: RowState, keys: int, ratio: float, scratch: torch.Tensor | None = None) -> torch.Tensor:
+def bias_scratch(rows: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for `drop_bias_of_rows`."""
+    return torch.empty(rows, keys, dtype=BITS.get(dtype, BITS[torch.float32])[0])
+
+
+def drop_bias_of_rows(
+    state: RowState,
+    keys: int,
+    ratio: float,
+    dtype: torch.dtype = torch.float32,
+    scratch: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`drop_bias_by_byte` from what `row_state` returned for the same `keys` and `ratio`, in eager mode on a CPU.
 
     Passes over memory and calls are the cost there. So `CHUNK_WORDS` words are treated at a time, in place, the four
@@ -260,12 +289,27 @@ def drop_bias_of_rows(state: RowState, keys: int, ratio: float, scratch: torch.T
         state: Of all rows, or of a part of them.
         keys: `M`.
         ratio: Drop ratio in [0, 1).
-        scratch: Where to write the result: int32, `[at least B * H * N, M]`. Default: fresh memory.
+        dtype: Of the result. Half precision is drawn in 16 bits, which saves half of the passes over memory.
+        scratch: Where to write the result: `bias_scratch(at least B * H * N, M, dtype)`. Default: fresh memory.
     """
+    drawn = dtype if dtype in BITS else torch.float32
     shape = state.k1.shape[:-1]
-    k1, k2, thresholds = (tensor.reshape(-1, tensor.shape[-1]) for tensor in state)
+    found = bias_scratch(math.prod(shape), keys, drawn) if scratch is None else scratch[: math.prod(shape)]
+    if FAST_ROWS is not None:
+        FAST_ROWS(state, ratio, found, BITS[drawn][1])
+    else:
+        _fill_rows(state, ratio, found, BITS[drawn][1])
+    return found.view(drawn).view(*shape, keys).to(dtype)
+
+
+def _fill_rows(state: RowState, ratio: float, found: torch.Tensor, infinity: int) -> None:
+    """Writes the mask of `drop_bias_of_rows` as the bits of floats; those of -inf are `infinity`."""
+    keys = found.shape[-1]
+    k1, k2, thresholds = (tensor.flatten(0, -2) for tensor in state)
     numbers, empty = _numbers(k1.device), partial(torch.empty, dtype=torch.int32, device=k1.device)
-    found = empty(len(k1), keys) if scratch is None else scratch[: len(k1)]
+    if not thresholds.shape[-1]:
+        # made while `FAST_ROWS` was set; a fold undoes itself
+        thresholds = _packed_thresholds(_fold(k1, numbers), k2, keys, ratio, numbers)
     # the first fold of `_mix` distributes over the xor of row and column
     columns = torch.arange(_word_count(keys), dtype=torch.int32, device=k1.device)
     columns = _fold(columns * numbers.golden, numbers)
@@ -294,14 +338,21 @@ def drop_bias_of_rows(state: RowState, keys: int, ratio: float, scratch: torch.T
         if groups:
             blocks = part[:, : 256 * groups].unflatten(1, (groups, 4, 64))
             for byte in range(4):
-                torch.mul(whole, 1 << 24 - 8 * byte, out=blocks[:, :, byte])
+                torch.mul(*_byte_of(whole, byte, part.dtype), out=blocks[:, :, byte])
         for block in range(4 * groups, -(-keys // 64)):
             lanes, byte = _lanes(block, keys)
-            torch.mul(dropped[:, lanes], 1 << 24 - 8 * byte, out=part[:, 64 * block : 64 * block + 64])
+            torch.mul(*_byte_of(dropped[:, lanes], byte, part.dtype), out=part[:, 64 * block : 64 * block + 64])
         # a dropped key is an integer far below the one with the bits of -inf, and becomes it; a kept one, which holds
         # the bytes below its own, is not negative and becomes 0
-        part.clamp_(INFINITY_BITS, 0)
-    return found.view(torch.float32).view(*shape, keys)
+        part.clamp_(infinity, 0)
+
+
+def _byte_of(words: torch.Tensor, byte: int, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+    """Integers of `dtype`, and a factor that moves a byte of the int32 `words` to their sign."""
+    if dtype == torch.int32:
+        return words, 1 << 24 - 8 * byte
+    # one half of each word; the lowest comes first, as CPUs in use have it
+    return words.view(torch.int16)[..., byte // 2 :: 2], 1 << 8 - 8 * (byte % 2)
 
 
 def _hash_chunk(

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from .attention_mask import Settings, additive_mask, is_drop_alone
-from .counter_hash import RatioTensor, RowState, drop_bias_of_rows, row_keys, row_state, under_transform
+from .attention_mask import Settings, additive, additive_mask, real_keys
+from .counter_hash import RatioTensor, RowState, bias_scratch, drop_bias_of_rows, row_keys, row_state, under_transform
 from .operators import seed_in_backward, unit_columns
 from .patterns import protect_bias_rows
 
@@ -58,7 +58,7 @@ def _state_of_rows(
     ratio, pattern, _, _ = settings
     if isinstance(ratio, RatioTensor) or torch.compiler.is_compiling():
         return None
-    if pattern != "score" or not is_drop_alone(attention_mask, settings):
+    if pattern != "score":
         return None
     return row_state(*row_keys(seed, *query.shape[:3]), key.shape[2], ratio)
 
@@ -77,11 +77,42 @@ def additive_mask_chunks(
     if state is None or isinstance(ratio, RatioTensor):
         yield chunks[0], additive_mask(seed, query, key, attention_mask, settings)
         return
-    rows, keys = math.prod(state.k1[chunks[0]].shape), key.shape[2]
-    scratch = torch.empty(rows, keys, dtype=torch.int32, device=query.device)
+    keys = key.shape[2]
+    scratch = bias_scratch(math.prod(state.k1[chunks[0]].shape), keys, query.dtype)
     for chunk in chunks:
-        bias = drop_bias_of_rows(RowState(*(tensor[chunk] for tensor in state)), keys, ratio, scratch)
-        yield chunk, protect_bias_rows(bias, settings.pattern, ratio).to(query.dtype)
+        bias = drop_bias_of_rows(RowState(*(tensor[chunk] for tensor in state)), keys, ratio, query.dtype, scratch)
+        if attention_mask is None:
+            yield chunk, protect_bias_rows(bias, settings.pattern, ratio)
+        else:
+            yield chunk, masked_bias(bias, part_of_mask(attention_mask, chunk))
+
+
+def part_of_mask(attention_mask: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    """The part of a mask, of any form that `real_keys` takes, that belongs to a chunk, in four dimensions."""
+    if attention_mask.ndim == 2:
+        floats = attention_mask.is_floating_point()
+        attention_mask = attention_mask[None, None] if floats else attention_mask[:, None, None]
+    # a dimension of 1 serves the whole batch
+    return attention_mask[
+        tuple(slice(None) if size == 1 else part for size, part in zip(attention_mask.shape[:3], chunk, strict=True))
+    ]
+
+
+def masked_bias(bias: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """`additive_mask` of an attention mask and a drop bias `[B, H, N, M]`, into which it is written.
+
+    Args:
+        bias: -inf where dropped, else 0; before the rule that a row keeps a key.
+        attention_mask: Bool, integers or additive float, broadcastable to the bias.
+    """
+    real = real_keys(attention_mask)
+    hidden = additive(attention_mask).to(bias.dtype) if attention_mask.is_floating_point() else None
+    zero, infinity = bias.new_zeros(()), bias.new_full((), float("-inf"))
+    # where hidden keys are -inf a row without a key to keep has no other number
+    lost = bias.add_(torch.where(real, zero, infinity)).amax(-1, keepdim=True) == -torch.inf
+    if lost.any():
+        bias.copy_(torch.where(lost, torch.where(real, zero, infinity), bias))
+    return bias if hidden is None else bias.add_(hidden)
 
 
 def _joined(pieces: list[tuple[Chunk, torch.Tensor]], whole: torch.Tensor) -> torch.Tensor:

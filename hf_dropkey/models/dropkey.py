@@ -61,10 +61,37 @@ def dropkey_is_active(module: DropKeySite) -> bool:
     """Whether this attention module drops keys now: in training, with a ratio above 0.
 
     An attribute `dropkey_mode` of "always" or "never" overrules training, for Monte-Carlo inference and for
-    comparisons.
+    comparisons. A ratio of 0 in the configuration of the built model turns DropKey off in all its attentions.
+
+    Raises:
+        ValueError: The configuration has another ratio than the one that the model was built with.
     """
     mode = getattr(module, "dropkey_mode", "training")
-    return _has_ratio(module) and (mode == "always" or (mode == "training" and module.training))
+    asked = _has_ratio(module) and (mode == "always" or (mode == "training" and module.training))
+    return asked and not _turned_off(module)
+
+
+def _turned_off(module: Any) -> bool:
+    """Whether the configuration was set to a ratio of 0 after the model was built with another.
+
+    Read at each call, because nothing tells a model that a field of its configuration has changed; compiled code guards
+    the field and is compiled again. 0 is what every attention can follow alone. Another ratio is one of a schedule over
+    all of them, so that it raises.
+    """
+    configured = getattr(module, "dropkey_configured", None)
+    if not configured:
+        return False
+    config = getattr(module, "dropkey_owner_config", None)
+    now = getattr(module.config if config is None else config, "dropkey_ratio", configured)
+    if now == configured:
+        return False
+    if now == 0:
+        return True
+    raise ValueError(
+        f"The configuration has dropkey_ratio {now!r}, and the model was built with {configured!r}: the ratios of its layers "
+        "are made once. Call apply_dropkey(model), which takes the settings from the configuration, or build the model "
+        "anew; 0 turns DropKey off at any time."
+    )
 
 
 def _has_ratio(module: DropKeySite) -> bool:

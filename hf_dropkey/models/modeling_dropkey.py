@@ -68,6 +68,7 @@ class DropKeyAttention(DropKeyRatioMixin, nn.Module):
         self.dropkey_ratio = dropkey_ratio
         self.dropkey_pattern = config.dropkey_pattern
         self.dropkey_window = config.dropkey_window
+        self.dropkey_configured = config.dropkey_ratio
         self.attention_dropout = config.attention_probs_dropout_prob
         self.scaling = scaling
         self.is_causal = False

@@ -107,6 +107,7 @@ class DropKeyDetrAttentionMixin(DropKeyRatioMixin):
         self.dropkey_ratio = dropkey_ratio
         self.dropkey_pattern = config.dropkey_pattern
         self.dropkey_window = config.dropkey_window
+        self.dropkey_configured = config.dropkey_ratio
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any

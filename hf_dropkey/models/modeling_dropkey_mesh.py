@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import dropkey_attention_forward
 from .configuration_dropkey_mesh import DropKeyMeshConfig
@@ -155,6 +155,7 @@ class DropKeyMeshSelfAttention(DropKeyRatioMixin, BertSelfAttention):
         self.dropkey_ratio = dropkey_ratio
         self.dropkey_pattern = config.dropkey_pattern
         self.dropkey_window = config.dropkey_window
+        self.dropkey_configured = config.dropkey_ratio
 
     def forward(  # type: ignore[override]  # without BERT's cache of keys
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
@@ -358,6 +359,14 @@ def draw_kept_tokens(count: int, sizes: Sequence[int], ratio: float, device: tor
     return torch.cat(kept, dim=1)[..., None].float()
 
 
+def layer_recorder() -> OutputRecorder:
+    """What records the outputs of the layers of all stages, and finds them by numbers from either end."""
+    recorder = OutputRecorder(DropKeyMeshLayer)
+    # not an argument: older releases have no such field, and record all layers or none
+    recorder.num_hidden_layers_key = "num_stage_layers"
+    return recorder
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
@@ -377,7 +386,7 @@ class DropKeyMeshPreTrainedModel(DropKeyModelMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["DropKeyMeshLayer"]
-    _can_record_outputs = {"hidden_states": DropKeyMeshLayer, "attentions": DropKeyMeshSelfAttention}
+    _can_record_outputs = {"hidden_states": layer_recorder(), "attentions": DropKeyMeshSelfAttention}
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
         """As in Transformers; a single name means the transformer, and leaves the backbone, which may not know it."""

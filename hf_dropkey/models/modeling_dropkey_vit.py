@@ -45,6 +45,7 @@ class DropKeyViTAttention(DropKeyRatioMixin, ViTAttention):
         self.dropkey_ratio = dropkey_ratio
         self.dropkey_pattern = config.dropkey_pattern
         self.dropkey_window = config.dropkey_window
+        self.dropkey_configured = config.dropkey_ratio
 
     def forward(  # type: ignore[override]  # Transformers lists its keyword arguments, which pass through here
         self,

@@ -152,15 +152,21 @@ def dropped_scores(
     return _dropped_by_shape(k1, k2, ratio, pattern, window, keys, grid)
 
 
-def drop_bias(seed: torch.Tensor, shape: tuple[int, int, int, int], ratio: Ratio, pattern: str) -> torch.Tensor:
-    """`dropped_scores` of the patterns "score" and "key" as float32 to add to scores: -inf where dropped, else 0.
+def drop_bias(
+    seed: torch.Tensor,
+    shape: tuple[int, int, int, int],
+    ratio: Ratio,
+    pattern: str,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """`dropped_scores` of the patterns "score" and "key" as floats to add to scores: -inf where dropped, else 0.
 
     Returns:
         `[B, H, N, M]`, or `[B, H, 1, M]` for "key".
     """
     images, heads, queries, keys = shape
     k1, k2 = row_keys(seed, images, heads, 1 if pattern == "key" else queries)
-    return drop_bias_by_byte(k1, k2, keys, ratio)
+    return drop_bias_by_byte(k1, k2, keys, ratio, dtype)
 
 
 def kept_tokens(keys: int, ratio: float) -> int:

@@ -65,18 +65,49 @@ def sample_ids(ids: torch.Tensor | Sequence[int], *, epoch: int = 0, seed: int =
         leave_block()
 
 
+@contextmanager
+def fixed_seed(seed: torch.Tensor | int) -> Iterator[None]:
+    """Within this block the masks of a layer are those of `seed`, the same in every call, by places in the batch.
+
+    A graph that is traced within it takes the seed as an input, where the seed is one. See `sample_ids` for threads.
+
+    Args:
+        seed: An integer, whose low and high 32 bits are the words; or the words, int32 `[2]`.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int32 or tuple(seed.shape) != (2,):
+            raise TypeError(f"A seed must be int32 [2] or an integer, got {seed.dtype} {list(seed.shape)}.")
+        words = seed
+    else:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"A seed must be an integer or int32 [2], got {seed!r}.")
+        words = seed_words(seed)
+    _enter(words, of="")
+    try:
+        yield
+    finally:
+        leave_block()
+
+
 # compiled code calls them as they are; this decorator, unlike `torch.compiler.disable`, loads the compiler late
-@torch._disable_dynamo
+@torch._disable_dynamo  # type: ignore[attr-defined]  # private, and in every release of the range
 def enter_block(ids: torch.Tensor | Sequence[int], *, epoch: int = 0, seed: int = 0, of: str = "") -> None:
     """The beginning of `sample_ids`; `of` names who opens it."""
-    pairs = _pairs_of(_checked(ids), epoch, seed)
+    _enter(_pairs_of(_checked(ids), epoch, seed), of=of)
+
+
+def _enter(pairs: torch.Tensor, *, of: str) -> None:
+    """Opens a block: `pairs` are int32 `[B, 2]` of samples, or `[2]` of a fixed seed."""
     # plain types, because another copy of this file may read them
     block = {"pairs": {pairs.device: pairs}, "block": uuid.uuid4().hex, "of": of, "outer": _current()}
     torch._C._stash_obj_in_tls(KEY, block)
     _count(1)
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # type: ignore[attr-defined]  # private, and in every release of the range
 def leave_block(of: str = "") -> None:
     """The end of the innermost block, if it is that of `of`."""
     block = _current()
@@ -121,6 +152,11 @@ def _pairs_of(ids: torch.Tensor, epoch: int, seed: int) -> torch.Tensor:
     return torch.stack((k1, k2), -1)
 
 
+def seed_words(seed: int) -> torch.Tensor:
+    """The low and the high 32 bits of a seed, int32 `[2]`."""
+    return _int32(torch.tensor([seed & WORD, (seed >> 32) & WORD], device="cpu"))
+
+
 def _int32(words: torch.Tensor) -> torch.Tensor:
     """The low 32 bits of int64 numbers, read as signed."""
     low = words & WORD
@@ -157,7 +193,9 @@ def layer_number(layer: int | None) -> torch.Tensor | None:
 
 
 def seed_for(module: Any, images: int, device: torch.device) -> torch.Tensor:
-    """What `row_keys` takes for a call of an attention: a drawn seed, int32 `[2]`, or within `sample_ids` `[B, 2]`.
+    """What `row_keys` takes for a call of an attention: a seed, int32 `[2]`, or within `sample_ids` `[B, 2]`.
+
+    It is drawn, or within `fixed_seed` that of the layer.
 
     Args:
         module: The attention module; its `dropkey_layer` counts within `sample_ids` (`number_layers`). An attention over
@@ -169,17 +207,25 @@ def seed_for(module: Any, images: int, device: torch.device) -> torch.Tensor:
         ValueError: Within `sample_ids`, the layer has no number, or there are not as many ids as images.
         RuntimeError: The backward pass of a checkpointed layer is in another block, or in none.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not _traced_in_block():
         if not _OPEN.any:
             return draw_seed(device)
         windowed = bool(getattr(module, "dropkey_windowed", False))
         seeds: torch.Tensor = _seeds_in_block(_layer_of(module), torch.empty(0, device=device), images, windowed)
         return seeds
     samples = _current()
-    _check_recomputed(module, samples)
+    if not torch.compiler.is_compiling():
+        _check_recomputed(module, samples)
     if samples is None:
         return draw_seed(device)
     return _seeds(samples, _layer_of(module), images, device, bool(getattr(module, "dropkey_windowed", False)))
+
+
+def _traced_in_block() -> bool:
+    """Whether `torch.export` runs this code as it is, for a graph whose seed is that of the block."""
+    # torch 2.6 has no such function
+    exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+    return exporting() and _OPEN.any and not torch.compiler.is_dynamo_compiling()
 
 
 def _layer_of(module: Any) -> torch.Tensor:
@@ -208,10 +254,12 @@ def _check_recomputed(module: Any, samples: dict[str, Any] | None) -> None:
 def _seeds(
     samples: dict[str, Any], layer: torch.Tensor, images: int, device: torch.device, windowed: bool
 ) -> torch.Tensor:
-    """The seed of each image of a call, int32 `[B, 2]`."""
+    """The seed of each image of a call, int32 `[B, 2]`; or, of a fixed seed, that of the layer, int32 `[2]`."""
     pairs: torch.Tensor | None = samples["pairs"].get(device)
     if pairs is None:
         pairs = samples["pairs"][device] = next(iter(samples["pairs"].values())).to(device)
+    if pairs.ndim == 1:
+        return torch.stack(step(pairs[0], pairs[1], layer.to(device)))
     windows, left = divmod(images, max(1, len(pairs)))
     if left or (windows != 1 and not windowed):
         raise ValueError(
@@ -219,7 +267,7 @@ def _seeds(
             "the model gets, in its order; a batch that is given twice needs its ids twice (torch.cat((ids, ids))). "
             "Models that make another batch of the images inside cannot have masks by sample."
         )
-    k1, k2 = step(*pairs.unbind(-1), layer.to(device))
+    k1, k2 = step(pairs[:, 0], pairs[:, 1], layer.to(device))
     if windowed:
         window = torch.arange(windows, dtype=torch.int32, device=device)
         k1, k2 = (words.flatten() for words in step(k1[:, None], k2[:, None], window))
@@ -233,6 +281,8 @@ def _seeds_of_block(layer: torch.Tensor, like: torch.Tensor, images: int, window
             "Another thread is in a `sample_ids` block while this one runs compiled code outside of one. Open a block here "
             "too, or run them one after the other."
         )
+    if next(iter(samples["pairs"].values())).ndim == 1:
+        raise RuntimeError("Compiled code takes no fixed seed. Run the model that was not compiled within the block.")
     return _seeds(samples, layer, images, like.device, windowed)
 
 

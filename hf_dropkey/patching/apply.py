@@ -54,6 +54,8 @@ MODULE_STATE = (
     "dropkey_ratio",
     "dropkey_pattern",
     "dropkey_window",
+    "dropkey_configured",
+    "dropkey_owner_config",
     "dropkey_base_ratio",
     "dropkey_pixels",
     "dropkey_layer",
@@ -254,10 +256,11 @@ def apply_dropkey(
     report = DropKeyReport(
         type(root).__name__,
         settings.pattern,
-        tuple(_install(chosen, settings, undo.pixels)),
+        tuple(_install(chosen, settings, undo.pixels, root.config)),
         tuple(unreached),
         replaced,
     )
+    _leave_out(root, chosen, settings)
     _watch_pixels(root, undo)
     number_layers(root)
     _watch_samples(root, undo)
@@ -355,9 +358,9 @@ def _move(root: PreTrainedModel, chosen: list[AttentionSite], backend: str) -> N
 
 
 def _install(
-    chosen: list[AttentionSite], settings: DropKeySettings, pixels: SeenPixels
+    chosen: list[AttentionSite], settings: DropKeySettings, pixels: SeenPixels, config: PreTrainedConfig
 ) -> Iterator[RegularisedAttention]:
-    """Sets the chosen modules up, stack by stack in order of execution."""
+    """Sets the chosen modules up, stack by stack in order of execution; `config` is what remembers the settings."""
     stacks: dict[str, list[AttentionSite]] = {}
     for site in chosen:
         stacks.setdefault(site.stack, []).append(site)
@@ -370,6 +373,7 @@ def _install(
             module.dropkey_ratio = ratio
             module.dropkey_pattern = settings.pattern
             module.dropkey_window = settings.window
+            module.dropkey_configured, module.dropkey_owner_config = settings.ratio, config
             if not site.native and not isinstance(module.config, DropKeyConfigView):
                 module.config = DropKeyConfigView(module.config, module)
             if not site.native:
@@ -377,6 +381,16 @@ def _install(
                 module.dropkey_pixels = pixels
                 module.dropkey_windowed = has_windows(module)
             yield RegularisedAttention(site.name, depth, site.kind, site.side, ratio, _backend(site))
+
+
+def _leave_out(root: PreTrainedModel, chosen: list[AttentionSite], settings: DropKeySettings) -> None:
+    """Gives the attentions of this package that are not chosen the ratio 0; they have one from their configuration."""
+    taken = {id(site.module) for site in chosen}
+    for site in find_attention(root)[0]:
+        module: Any = site.module
+        if site.native and id(module) not in taken:
+            module.dropkey_ratio = 0.0
+            module.dropkey_configured, module.dropkey_owner_config = settings.ratio, root.config
 
 
 def _watch_pixels(root: PreTrainedModel, undo: _Undo) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 
+from ..fast_masks import enable_fast_masks
 from ..patching import DropKeyReport, apply_dropkey
 from ..patching.apply import DropKeySettings
 from ..recipes import NOTES, is_recipe, recipe_file
@@ -167,6 +168,19 @@ class RunArguments:
             "any number of processes, batch size, gradient accumulation and resume."
         },
     )
+    fast_masks: bool = field(
+        default=False,
+        metadata={"help": "On a CPU, draws masks by compiled C++, the same bits; without a compiler, as ever."},
+    )
+
+    def start_fast_masks(self) -> None:
+        """Compiles, or loads what was compiled; a machine that cannot is told so, since only the speed differs."""
+        if not self.fast_masks:
+            return
+        try:
+            enable_fast_masks()
+        except RuntimeError as error:
+            logger.warning("--fast_masks: %s", error)
 
 
 def parse_arguments(groups: Any, command: Sequence[str]) -> tuple[Any, ...]:

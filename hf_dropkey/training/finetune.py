@@ -3,6 +3,7 @@
 Layer-wise decay is that of BEiT (Bao et al., ICLR 2022) and ELECTRA: each layer learns by a factor slower than the next.
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -72,7 +73,7 @@ class FineTuningArguments:
 def layers_of(model: nn.Module) -> list[str]:
     """Names of the blocks of a model in order of execution: the innermost numbered modules that hold its attentions."""
     sites, _ = find_attention(transformers_model(model))
-    layers = {}
+    layers: dict[str, None] = {}
     for site in sites:
         parts = site.name.split(".")
         numbers = [place for place, part in enumerate(parts) if part.isdigit()]
@@ -163,8 +164,8 @@ def split_groups(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapp
                 "--head_learning_rate, or choose --optim adamw_torch"
             )
         own = {id(part): factors.get(id(part), 1.0) for part in group["params"]}
-        # the fastest first: it is the one that is logged
-        for factor in sorted(set(own.values()), reverse=True):
+        # that of the model itself first: it is the one that is logged
+        for factor in sorted(set(own.values()), key=lambda factor: abs(math.log(factor))):
             parts = [part for part in group["params"] if own[id(part)] == factor]
             groups.append({**group, "params": parts, "lr": group["lr"] * factor})
     optimizer.param_groups[:] = groups

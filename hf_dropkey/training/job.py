@@ -239,6 +239,9 @@ class TrainingJob(ABC, Generic[Data]):
             check_same_settings(self.fixed(), checkpoint)
             if self.training.should_log:
                 tell_changes(checkpoint, run_settings(self.training), self.fingerprint(data))
+        # before the first of the processes trains, so that the others find it built
+        with self.training.main_process_first(desc="compiling masks"):
+            self.run.start_fast_masks()
         logger.info("%d parameters", model.num_parameters())
         self.describe(data)
         return model, data

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..inspection.analysis import LayerDrop, measured_drops
 from ..patching.apply import dropkey_modules
+from ..patching.sites import transformers_model
 from .trainer import GuardedTrainer
 
 
@@ -17,7 +18,8 @@ MOST_PIXELS = 400 * 400
 
 def observed_drops(trainer: GuardedTrainer) -> tuple[list[LayerDrop], str]:
     """Configured ratios and measured fractions of the trained model, and what was measured on, or why nothing was."""
-    model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+    # without an adapter's wrapper
+    model: nn.Module = transformers_model(trainer.accelerator.unwrap_model(trainer.model))
     if not any(module.dropkey_ratio for _, module in dropkey_modules(model)):
         return [], ""
     layers = [

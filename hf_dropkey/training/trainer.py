@@ -119,7 +119,8 @@ class GuardedTrainer(HubTrainer):
         made = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if made and self.learning_rates:
-            split_groups(optimizer, self.model if model is None else model, self.learning_rates)
+            trained: Any = self.model if model is None else model
+            split_groups(optimizer, trained, self.learning_rates)
         return optimizer
 
     @property

@@ -80,7 +80,7 @@ def differences(
 
 def without_names(reason: str) -> str:
     """A skip reason with stock's and our class names made equal."""
-    return re.sub(r"[\w.]*(ViT|DropKeyVolo|DropKeyCeit)", "ViT", reason)
+    return re.sub(r"[\w.]*(ViT|DropKeyVolo|DropKeyCeit|DropKeyMesh|DropKeyHoi|Detr)", "ViT", reason)
 
 
 def summary(tests: dict[str, Outcome]) -> str:

@@ -9,6 +9,7 @@ import unittest
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import ConvNextConfig, DetrConfig, DetrForObjectDetection, DetrModel, PreTrainedConfig
 from transformers.testing_utils import torch_device
@@ -166,8 +167,8 @@ class TinyMesh:
     is_training = True
     batch_size = 3
     num_attention_heads = 2
-    # three stages of two layers
-    num_hidden_layers = 6
+    # of each of three stages
+    num_hidden_layers = 2
 
     def __init__(self, system: str) -> None:
         self.system = system
@@ -211,8 +212,23 @@ class TestDropKeyMesh(ModelTesterMixin, unittest.TestCase):
     @unittest.skip(reason="ViT takes pixels, not input embeddings")
     def test_inputs_embeds(self) -> None: ...
 
-    @unittest.skip(reason="a body mesh model embeds feature maps")
-    def test_model_get_set_embeddings(self) -> None: ...
+    def test_model_get_set_embeddings(self) -> None:
+        # what is embedded are the feature maps of a backbone
+        for model_class in self.all_model_classes:
+            model = model_class(self.model_tester.get_config())
+            with pytest.raises(NotImplementedError):
+                model.get_input_embeddings()
+            assert model.get_output_embeddings() is None
+
+    def test_output_shapes(self) -> None:
+        tester = self.model_tester
+        config, inputs = tester.prepare_config_and_inputs_for_common()
+        model_class, whole_class = self.all_model_classes
+        coordinates = model_class(config).to(torch_device).eval()(**inputs).last_hidden_state
+        assert coordinates.shape == (tester.batch_size, tester.seq_length, 3)
+        outputs = whole_class(config).to(torch_device).eval()(**self._prepare_for_class(inputs, whole_class, True))
+        assert outputs.vertices.shape == (tester.batch_size, config.num_vertices[-1], 3)
+        assert outputs.loss.shape == () and outputs.loss.isfinite()
 
     def recorded(self, field: str, model_class: Any) -> list[tuple[int, ...]]:
         """Shapes of what an eager model in eval mode records."""
@@ -226,7 +242,7 @@ class TestDropKeyMesh(ModelTesterMixin, unittest.TestCase):
         tester = self.model_tester
         one = (tester.batch_size, tester.num_attention_heads, tester.seq_length, tester.seq_length)
         for model_class in self.all_model_classes:
-            assert self.recorded("attentions", model_class) == [one] * tester.num_hidden_layers
+            assert self.recorded("attentions", model_class) == [one] * tester.get_config().num_stage_layers
 
     def test_hidden_states_output(self) -> None:
         tester = self.model_tester

@@ -11,10 +11,17 @@ from hf_dropkey.classification.job import ClassificationJob
 
 SIDE = 32
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
-VIT = {**SMALL, "image_size": SIDE, "patch_size": 8}
-SWIN = {"image_size": SIDE, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2]}
+VIT: dict[str, Any] = {**SMALL, "image_size": SIDE, "patch_size": 8}
+SWIN: dict[str, Any] = {
+    "image_size": SIDE,
+    "patch_size": 4,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 2],
+}
 SIGLIP = hf.SiglipVisionConfig(**VIT)
-CLIP = {"vision_config": VIT, "text_config": {**SMALL, "vocab_size": 99, "eos_token_id": 98}}
+CLIP: dict[str, Any] = {"vision_config": VIT, "text_config": {**SMALL, "vocab_size": 99, "eos_token_id": 98}}
 # what people have: a class and a configuration. bare models get a new classifier
 MODELS: dict[str, tuple[Any, Any]] = {
     "vit": (hf.ViTForImageClassification, hf.ViTConfig(**VIT)),
