@@ -52,7 +52,7 @@ _LAUNCHES = {
         "short_full": _by_width(Launch(64, 8, 1), Launch(64, 8, 1), Launch(64, 8, 1)),
         "long": _by_width(Launch(64, 4, 2), Launch(128, 8, 2), Launch(64, 8, 2)),
         "query": _by_width(Launch(64, 4, 2), Launch(64, 8, 2), Launch(64, 4, 2)),
-        "key_value": _by_width(Launch(64, 4, 2), Launch(64, 8, 2), Launch(64, 8, 1)),
+        "key_value": _by_width(Launch(64, 4, 2), Launch(64, 8, 2), Launch(32, 4, 1)),
     },
 }
 # where padded keys or columns need more registers: generation, kernel, padded head width
@@ -64,6 +64,7 @@ _LAUNCHES_PADDED = {
     (9, "key_value", 128): Launch(32, 8, 2),
     (10, "short", 128): Launch(64, 8, 1),
     (10, "long", 32): Launch(64, 8, 2),
+    (10, "key_value", 128): Launch(64, 8, 1),
 }
 # where releases of Triton before 3.9 need more registers: generation, kernel, padded head width (16 as 32)
 _LAUNCHES_BEFORE_3_9: dict[tuple[int, str, int], Launch | None] = {
