@@ -24,7 +24,7 @@ RATES: Mapping[Start, Mapping[str, str]] = {
         "head_learning_rate": "1e-3",
         "weight_decay": "0.05",
     },
-    "lora": {"num_train_epochs": "20", "learning_rate": "5e-4", "head_learning_rate": "1e-3", "weight_decay": "0.0"},
+    "lora": {"num_train_epochs": "20", "learning_rate": "2e-3", "head_learning_rate": "5e-3", "weight_decay": "0.0"},
 }
 # each group is set if the command says nothing of its arguments, nor of those that it would contradict
 LOGGING = ({"logging_strategy": "epoch"}, ("logging_steps", "logging_strategy"))
