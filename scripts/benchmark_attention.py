@@ -49,7 +49,7 @@ from hf_dropkey.lab.gpu_timing import (
     warm_clock,
 )
 from hf_dropkey.lab.timing import Spread, append_rows, interleaved_times, origin, peak_memory, ratios, spread
-from hf_dropkey.models.attention import TRITON_NAME, dropkey_attention_forward
+from hf_dropkey.models.attention import TRITON_NAME, default_device, dropkey_attention_forward
 from hf_dropkey.models.attention_mask import Settings
 from hf_dropkey.models.counter_hash import draw_seed
 from hf_dropkey.models.dropkey import dropped_scores
@@ -549,7 +549,7 @@ def main() -> None:
     inductor_config.fallback_random = True
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device or torch.accelerator.current_accelerator() or "cpu")
+    device = torch.device(arguments.device or default_device())
     measure = measure_attention if arguments.workload == "attention" else measure_steps
     for row in measure(arguments, device):
         if arguments.out is not None:

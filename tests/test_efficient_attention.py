@@ -176,6 +176,53 @@ def test_the_operators_for_a_gpu_take_what_they_get(dtype: torch.dtype, like_a_g
     assert max(sizes) == 2 * 3 * 197 * 64 * dtype.itemsize and sum(sizes) <= 4 * max(sizes) + 2 * 3 * 224 * 4 + 3 * 8
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("form", ["none", "padding", "causal", "blind"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_gpu_gives_what_it_gives_with_a_kept_mask(
+    dtype: torch.dtype, form: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    qkv = [tensor.detach().cuda().requires_grad_() for tensor in tensors(2, 2, 197, 64, dtype=dtype)]
+    mask = mask_of(form, 2, 2, 197, 197)
+    mask = None if mask is None else mask.cuda()
+    module = site(0.3)
+
+    def call(*inputs: torch.Tensor) -> torch.Tensor:
+        return dropkey_attention_forward(module, *inputs, mask, implementation="sdpa", scaling=0.125)[0]
+
+    results = []
+    for redraws in (True, False):
+        if not redraws:
+            monkeypatch.setattr(efficient_attention, "_device_serves", lambda *_: False)
+        function = torch.compile(call, fullgraph=True) if compiled and redraws else call
+        with inductor_config.patch(fallback_random=True):
+            torch.manual_seed(1)
+            sizes = saved_sizes(partial(function, *qkv))
+        assert (max(sizes) < 2 * 2 * 197 * 197 * dtype.itemsize) == redraws
+        results.append([tensor.grad for tensor in qkv])
+        for tensor in qkv:
+            tensor.grad = None
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for one, other in zip(*results, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+def test_compilers_take_what_the_device_serves_for_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    efficient_attention._has_bfloat16.cache_clear()
+
+    def chooses(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if efficient_attention._device_serves(torch.device("cuda"), torch.bfloat16) else x - 1
+
+    # a question to the driver would break the graph
+    found = torch.compile(chooses, backend="eager", fullgraph=True)(torch.zeros(1))
+    efficient_attention._has_bfloat16.cache_clear()
+    assert found.item() == 1
+
+
 def test_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = torch.zeros(1, 1, 4, 16)
     assert not can_redraw_efficiently(plain, plain, plain, None, 0.0), "there is no GPU"

@@ -60,7 +60,9 @@ def test_the_short_help_is_current() -> None:
 
 
 @pytest.mark.parametrize(("verb", "task"), sorted(RUNNERS))
-def test_the_short_help_names_every_argument_of_the_project(verb: str, task: str, monkeypatch) -> None:
+def test_the_short_help_names_every_argument_of_the_project(
+    verb: str, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     printed = short_help(verb, task)
     assert max(map(len, printed.splitlines())) <= 120 and len(printed.splitlines()) < 140

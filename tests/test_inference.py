@@ -170,7 +170,7 @@ def test_a_seed_without_a_generator(backend: str) -> None:
 def test_a_seed_is_checked() -> None:
     model = native()
     for seed in (True, 0.5, torch.tensor([1, 2]), torch.zeros(3, dtype=torch.int32)):
-        with pytest.raises(TypeError, match="A seed must be"), dropkey_seed(model, seed):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="A seed must be"), dropkey_seed(model, seed):
             pass
     with pytest.raises(ValueError, match="has no DropKey"), dropkey_seed(torch.nn.Linear(1, 1), 1):
         pass

@@ -22,6 +22,7 @@ from hf_dropkey import (
 )
 from hf_dropkey.cli import main
 from hf_dropkey.inspection.saved import attention_report, empty_model, inspect_folder
+from hf_dropkey.models.attention import default_device
 
 
 SHAPE = {**small_runs.SHAPE, "num_hidden_layers": 3}
@@ -158,3 +159,12 @@ def test_without_weights_only_what_no_model_has_is_refused(tmp_path):
     file.write_text(json.dumps({**config, "num_labels": LARGE}))
     with pytest.raises(ValueError, match="num_labels 1000000000, but at most 1000000 are allowed"):
         inspect_folder(tmp_path)
+
+
+def test_a_build_for_gpus_without_a_driver_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert default_device() == torch.device("cpu")
+    model = DropKeyViTForImageClassification._from_config(DropKeyViTConfig(**SHAPE), dtype=torch.bfloat16)
+    assert model.config._attn_implementation == "eager"

@@ -124,7 +124,7 @@ def test_an_installed_wheel_trains_predicts_and_reports(wheel: Path, tmp_path: P
     home = tmp_path / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True, timeout=120)
     python = home / "bin" / "python"
-    options = ["--python", python, "install", "--no-deps", "--no-index", "--no-compile", wheel]
+    options = ["--python", str(python), "install", "--no-deps", "--no-index", "--no-compile", str(wheel)]
     subprocess.run([sys.executable, "-m", "pip", *options], check=True, capture_output=True, timeout=300)
     (packages,) = home.glob("lib/python*/site-packages")
     # the dependencies of this environment behind the wheel; an editable installation among them is not followed

@@ -48,6 +48,7 @@ def run(script: str, folder: Path, name: str, *, count: int = 1, **changes: Any)
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
     whole = run(TRAINER, tmp_path, "whole", max_steps=4)
     two = run(TRAINER, tmp_path, "two", count=2, per_device_train_batch_size=8, max_steps=4)

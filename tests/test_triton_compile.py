@@ -2,7 +2,8 @@
 
 A fresh process compiles each set of kernels, because Triton cannot compile where its interpreter is in use, and because
 each release lies in a folder of its own: `~/.cache/hf_dropkey/triton/<release>`, put there by `pip install --target`. What
-was compiled is noted beside it, by the contents of all that it depends on, and not compiled again.
+was compiled is noted beside it, by the contents of all that it depends on, and not compiled again: this file, the kernels,
+and of the launches those that are compiled.
 """
 
 import hashlib
@@ -145,10 +146,13 @@ def resources(
     }
 
 
-def main(architecture: int, width: int) -> None:
-    """Compiles every kernel for one architecture and head width, and prints one line of JSON for each."""
-    without_the_packages_own_imports()
-    cases: list[tuple[str, int, bool, bool, int | None]] = []
+# kernel, keys, whether padded, whether all queries share a mask, head width where it is not the padded one
+Case = tuple[str, int, bool, bool, int | None]
+
+
+def cases_of(width: int) -> list[Case]:
+    """What is compiled for a padded head width."""
+    cases: list[Case] = []
     # pattern "score", pattern "key", and at the largest width the head width of ViT-H, filled up
     for shared, columns in ((False, None), (True, None), *([(False, 80)] if width == 128 else [])):
         cases.append(("short", 197, False, shared, columns))
@@ -157,7 +161,37 @@ def main(architecture: int, width: int) -> None:
             cases += [(name, 1025, True, shared, columns) for name in ("long", "query", "key_value")]
             cases.append(("short_full", 255, True, shared, columns))
     cases += [("short_full", keys, padded, False, None) for keys, padded in ((256, False), (255, False), (9, True))]
-    for name, keys, padded, shared, columns in cases:
+    return cases
+
+
+def launches_of(release: str, architecture: int, width: int) -> list[Any]:
+    """How the cases of a head width are launched."""
+    import torch
+
+    from hf_dropkey.models.triton_launches import launch_configuration
+
+    numbers = tuple(map(int, release.split(".")[:2]))
+    return [
+        (
+            case,
+            launch_configuration(
+                case[0],
+                width,
+                torch.bfloat16,
+                1025,
+                divmod(architecture, 10),
+                padded=case[2] or case[4] is not None,
+                release=(numbers[0], numbers[1]),
+            ),
+        )
+        for case in cases_of(width)
+    ]
+
+
+def main(architecture: int, width: int) -> None:
+    """Compiles every kernel for one architecture and head width, and prints one line of JSON for each."""
+    without_the_packages_own_imports()
+    for name, keys, padded, shared, columns in cases_of(width):
         print(json.dumps(compile_kernel(name, architecture, width, keys, padded, shared, columns)), flush=True)
     # masks have no head width
     for padded in (False, True) if width == 64 else ():
@@ -179,8 +213,9 @@ def folder_of(release: str) -> Path:
 
 def compiled(release: str, architecture: int, width: int, scratch: Path) -> list[dict[str, Any]]:
     """What `main` prints under a Triton release, from the note of an earlier run if nothing has changed since."""
-    digest = hashlib.sha256(repr((release, architecture, width, sys.version_info[:2])).encode())
-    for file in (Path(__file__), MODELS / "triton_kernels.py", MODELS / "triton_launches.py"):
+    inputs = (release, architecture, width, sys.version_info[:2], launches_of(release, architecture, width))
+    digest = hashlib.sha256(repr(inputs).encode())
+    for file in (Path(__file__), MODELS / "triton_kernels.py"):
         digest.update(file.read_bytes())
     note = CACHE / "compiled" / f"{digest.hexdigest()[:32]}.json"
     if not note.is_file():

@@ -40,6 +40,7 @@ from ..inspection.analysis import (
 )
 from ..inspection.figures import drop_fractions, entropy_and_distance, maps_over_images, uncertain_images
 from ..inspection.recording import AttentionRecord, UnreadableAttentionError, record_attention
+from ..models.attention import default_device
 from ..patching import apply_dropkey
 from ..patching.apply import dropkey_modules
 from ..saved import check_model_source
@@ -149,8 +150,7 @@ def load_model(arguments: LookArguments) -> Any:
         apply_dropkey(model, arguments.dropkey_ratio, verbose=True)
     elif getattr(config, "dropkey_ratio", None) is not None and not any(dropkey_modules(model)):
         apply_dropkey(model, verbose=True)
-    accelerator = None if arguments.use_cpu else torch.accelerator.current_accelerator()
-    return model.to(accelerator or "cpu").eval()
+    return model.to("cpu" if arguments.use_cpu else default_device()).eval()
 
 
 def load_pictures(arguments: LookArguments, data: DataArguments, model: Any, notebook: Notebook) -> Pictures:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
+from ..classification.adapters import load_classifier
 from ..classification.arguments import DataArguments
 from ..classification.data import ImageData, load_image_data
 from ..classification.job import ClassificationJob
@@ -331,7 +332,7 @@ def train_cell(job: ClassificationJob, folder: Path) -> tuple[PreTrainedModel, d
                 "--output_dir"
             )
         if facts_file.name == DONE:
-            return AutoModelForImageClassification.from_pretrained(folder), facts
+            return load_classifier(folder), facts
     trained_at, checkpoint = commit(), None
     if last_whole(folder)[0] is not None:
         if not facts:

@@ -29,7 +29,19 @@ def sizes_of(grid: TaskGrid, rows: Sequence[Row]) -> list[str]:
 def table(grid: TaskGrid, rows: Sequence[Row], train_images: str) -> str:
     """The three regularisers: metrics with intervals, and differences to none seed by seed."""
     own = choose(rows, experiment=grid.name)
-    return comparison(own, cells_of(grid, own, train_images), "none", list(grid.metrics))
+    cells, metrics = cells_of(grid, own, train_images), list(grid.metrics)
+    measured = {name: wanted for name, wanted in cells.items() if seeds_of(own, metrics[0], **wanted)}
+    # without runs of none, or with none that share a seed, there are values only
+    base = seeds_of(own, metrics[0], **cells["none"]).keys()
+    paired = all(base & seeds_of(own, metrics[0], **wanted).keys() for wanted in measured.values())
+    if base and paired:
+        return comparison(own, measured, "none", metrics)
+    lines = [
+        [name, str(len(seeds_of(own, metrics[0], **wanted)))]
+        + [str(interval(list(seeds_of(own, metric, **wanted).values()))) for metric in metrics]
+        for name, wanted in measured.items()
+    ]
+    return markdown(["", "seeds", *(METRICS[metric].label for metric in metrics)], lines)
 
 
 def verdict(grid: TaskGrid, rows: Sequence[Row], train_images: str) -> str:
@@ -122,9 +134,9 @@ def results_text(grid: TaskGrid, rows: Sequence[Row], cell: Cell) -> str:
     size = str(cell.train_images)
     parts = [
         f"{images} held-out images of {grid.task}. These weights are of seed {cell.seed}, which nobody chose by its results; "
-        f"{number} seeds were trained.",
+        f"{number} {'seed was' if number == 1 else 'seeds were'} trained.",
         markdown(["metric", f"these weights, seed {cell.seed}", f"mean and 95 % interval, {number} seeds"], lines),
-        "Other regularisers, at ratios fixed beforehand; differences are taken seed by seed:",
+        "Regularisers, at ratios fixed beforehand; differences, where there are runs without one, are taken seed by seed:",
         table(grid, rows, size),
         verdict(grid, rows, size),
         "The rows are in `model_cards/results.csv`.",

@@ -226,6 +226,15 @@ AttentionInterface.register(TRITON_NAME, sdpa_attention_forward)
 AttentionMaskInterface.register(TRITON_NAME, sdpa_mask)
 
 
+def default_device() -> torch.device:
+    """The accelerator of this machine, or the CPU where there is none that works.
+
+    A build of torch for GPUs names its accelerator on machines without a driver, too.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def default_backend(device_type: str, dtype: torch.dtype) -> str:
     """The fastest backend that is known to be correct for a device, which models take where none is requested.
 

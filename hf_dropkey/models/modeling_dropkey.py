@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from .attention import default_backend, dropkey_attention_forward
+from .attention import default_backend, default_device, dropkey_attention_forward
 from .configuration_dropkey import RemotePickleMixin
 from .configuration_dropkey_sizes import check_image_side, height_and_width
 from .dropkey import DropKeyRatioMixin, dropkey_is_active
@@ -286,7 +286,7 @@ class DropKeyModelMixin(RemotePickleMixin):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """As in Transformers; where no backend is requested, the fastest one for the device and dtype (`default_backend`)."""
         if requested_attention is None:
-            device = torch.accelerator.current_accelerator() or torch.device("cpu")
+            device = default_device()
             requested_attention = default_backend(device.type, torch.get_default_dtype())
             logger.info_once(
                 f"attn_implementation={requested_attention!r}, the default for DropKey on {device.type} in "

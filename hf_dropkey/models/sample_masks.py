@@ -93,7 +93,7 @@ def fixed_seed(seed: torch.Tensor | int) -> Iterator[None]:
 
 
 # compiled code calls them as they are; this decorator, unlike `torch.compiler.disable`, loads the compiler late
-@torch._disable_dynamo
+@torch._disable_dynamo  # type: ignore[attr-defined]  # private, and in every release of the range
 def enter_block(ids: torch.Tensor | Sequence[int], *, epoch: int = 0, seed: int = 0, of: str = "") -> None:
     """The beginning of `sample_ids`; `of` names who opens it."""
     _enter(_pairs_of(_checked(ids), epoch, seed), of=of)
@@ -107,7 +107,7 @@ def _enter(pairs: torch.Tensor, *, of: str) -> None:
     _count(1)
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # type: ignore[attr-defined]  # private, and in every release of the range
 def leave_block(of: str = "") -> None:
     """The end of the innermost block, if it is that of `of`."""
     block = _current()
@@ -259,7 +259,7 @@ def _seeds(
     if pairs is None:
         pairs = samples["pairs"][device] = next(iter(samples["pairs"].values())).to(device)
     if pairs.ndim == 1:
-        return torch.stack(step(*pairs.unbind(-1), layer.to(device)))
+        return torch.stack(step(pairs[0], pairs[1], layer.to(device)))
     windows, left = divmod(images, max(1, len(pairs)))
     if left or (windows != 1 and not windowed):
         raise ValueError(
@@ -267,7 +267,7 @@ def _seeds(
             "the model gets, in its order; a batch that is given twice needs its ids twice (torch.cat((ids, ids))). "
             "Models that make another batch of the images inside cannot have masks by sample."
         )
-    k1, k2 = step(*pairs.unbind(-1), layer.to(device))
+    k1, k2 = step(pairs[:, 0], pairs[:, 1], layer.to(device))
     if windowed:
         window = torch.arange(windows, dtype=torch.int32, device=device)
         k1, k2 = (words.flatten() for words in step(k1[:, None], k2[:, None], window))

@@ -417,6 +417,8 @@ def _query_kernel(
     limits = _limits(p_limits)
 
     first_row = (image.to(tl.int64) * heads + head) * N
+    if not SHARED:
+        _store_row_state(p_state + first_row * (2 + tl.cdiv(M, 2048)), k1, k2, o_rows, m_rows, N, M, limits)
     b_lse, m_undone = _load_statistics(p_lse + first_row, p_undone + first_row, o_rows, m_rows)
     p_q += _head_offset(image, head, strides_q)
     p_o += _head_offset(image, head, strides_o)
@@ -453,8 +455,6 @@ def _query_kernel(
         )  # fmt: skip
     p_dq += _head_offset(image, head, strides_dq)
     _store_rows(p_dq, o_rows, strides_dq[2], b_dq * scaling, m_rows, WIDTH)
-    if not SHARED:
-        _store_row_state(p_state + first_row * (2 + tl.cdiv(M, 2048)), k1, k2, o_rows, m_rows, N, M, limits)
 
 
 @_jit

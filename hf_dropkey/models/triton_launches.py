@@ -37,7 +37,7 @@ _LAUNCHES = {
         "short": _by_width(Launch(64, 4, 1), Launch(64, 4, 1), Launch(32, 8, 1)),
         "short_full": _by_width(Launch(64, 4, 1), Launch(32, 4, 1), Launch(32, 8, 1)),
         "long": _by_width(Launch(64, 4, 3), Launch(64, 8, 3), Launch(32, 8, 2)),
-        "query": _by_width(Launch(64, 4, 3), Launch(64, 4, 3), Launch(32, 8, 2)),
+        "query": _by_width(Launch(64, 4, 3), Launch(32, 4, 3), Launch(32, 8, 2)),
         "key_value": _by_width(Launch(64, 4, 3), Launch(32, 4, 2), Launch(64, 8, 2)),
     },
     9: {
@@ -52,12 +52,11 @@ _LAUNCHES = {
         "short_full": _by_width(Launch(64, 8, 1), Launch(64, 8, 1), Launch(64, 8, 1)),
         "long": _by_width(Launch(64, 4, 2), Launch(128, 8, 2), Launch(64, 8, 2)),
         "query": _by_width(Launch(64, 4, 2), Launch(64, 8, 2), Launch(64, 4, 2)),
-        "key_value": _by_width(Launch(64, 4, 2), Launch(64, 8, 2), Launch(64, 8, 1)),
+        "key_value": _by_width(Launch(64, 4, 2), Launch(64, 8, 2), Launch(32, 4, 1)),
     },
 }
 # where padded keys or columns need more registers: generation, kernel, padded head width
 _LAUNCHES_PADDED = {
-    (8, "query", 64): Launch(32, 4, 3),
     (8, "query", 128): Launch(16, 8, 2),
     (8, "key_value", 128): Launch(16, 8, 2),
     (9, "long", 128): Launch(64, 8, 2),
@@ -65,13 +64,13 @@ _LAUNCHES_PADDED = {
     (9, "key_value", 128): Launch(32, 8, 2),
     (10, "short", 128): Launch(64, 8, 1),
     (10, "long", 32): Launch(64, 8, 2),
+    (10, "key_value", 128): Launch(64, 8, 1),
 }
 # where releases of Triton before 3.9 need more registers: generation, kernel, padded head width (16 as 32)
 _LAUNCHES_BEFORE_3_9: dict[tuple[int, str, int], Launch | None] = {
     (8, "short", 64): Launch(32, 4, 1),
     (8, "short_full", 32): None,
     (8, "short_full", 128): None,
-    (8, "query", 64): Launch(32, 4, 3),
     (10, "short_full", 32): Launch(64, 4, 1),
     (10, "short_full", 64): Launch(32, 8, 1),
     (10, "key_value", 64): Launch(64, 4, 2),

@@ -35,8 +35,8 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: str, t
     for number, (name, points) in enumerate(series.items()):
         steps, values = zip(*points, strict=True)
         marker = MARKERS[number % len(MARKERS)] if len(points) <= MARKED_POINTS else ""
-        style = {"color": LINE_COLORS[number % len(LINE_COLORS)], "ls": LINE_STYLES[number % len(LINE_STYLES)]}
-        axis.plot(steps, values, marker=marker, ms=4, label=name, **style)
+        color, style = LINE_COLORS[number % len(LINE_COLORS)], LINE_STYLES[number % len(LINE_STYLES)]
+        axis.plot(steps, values, marker=marker, ms=4, label=name, color=color, ls=style)
     axis.set(xlabel="optimiser step", ylabel=ylabel)
     axis.margins(y=0.08)
     axis.grid(visible=True, alpha=0.3)

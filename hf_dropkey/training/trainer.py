@@ -119,8 +119,8 @@ class GuardedTrainer(HubTrainer):
         made = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if made and self.learning_rates:
-            whole: Any = self.model if model is None else model
-            split_groups(optimizer, whole, self.learning_rates)
+            trained: Any = self.model if model is None else model
+            split_groups(optimizer, trained, self.learning_rates)
         return optimizer
 
     @property
