@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,9 @@ def test_every_command_runs_in_sequence(tmp_path: Path) -> None:
         environment = {**os.environ, **hub.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
         for command in documented():
             if started(command, LEFT_OUT) is not None:
+                continue
+            if "--format onnx" in command and find_spec("onnxruntime") is None:
+                print(f"not run, needs the extra [onnx]: {command}")
                 continue
             if command.startswith("export "):
                 name, value = command.removeprefix("export ").split("=")
