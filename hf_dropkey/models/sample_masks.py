@@ -259,7 +259,8 @@ def _seeds(
     if pairs is None:
         pairs = samples["pairs"][device] = next(iter(samples["pairs"].values())).to(device)
     if pairs.ndim == 1:
-        return torch.stack(step(*pairs.unbind(-1), layer.to(device)))
+        one, two = pairs.unbind(-1)
+        return torch.stack(step(one, two, layer.to(device)))
     windows, left = divmod(images, max(1, len(pairs)))
     if left or (windows != 1 and not windowed):
         raise ValueError(
