@@ -13,7 +13,7 @@ from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
 from hf_dropkey.lab import task_grids
 from hf_dropkey.lab.grids import Cell
 from hf_dropkey.lab.rows import COLUMNS, choose, read_rows
-from hf_dropkey.lab.task_evidence import load_grids, section, task_report
+from hf_dropkey.lab.task_evidence import load_grids, results_text, section, task_report, values_of
 from hf_dropkey.lab.task_grids import TaskGrid, job_class, missing_cells, run_cell
 
 
@@ -140,6 +140,13 @@ def test_the_grids_of_the_project_are_arguments_of_their_scripts(grid: TaskGrid)
         assert (job.config.dropkey_ratio, dropout) == expected[cell.regulariser]
 
 
+def test_without_runs_of_none_there_are_values_and_no_differences(root: Path) -> None:
+    grid = load(root)
+    rows = [row for row in rows_of_all(grid, root) if row["regulariser"] == "dropkey"]
+    text = section(grid, rows)
+    assert "| DropKey 0.2 | 3 | 0.410 ± 0.025 |" in text and "difference" not in text.split("The paper")[0]
+
+
 def test_the_script_runs_missing_cells_and_writes_a_card(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,3 +177,13 @@ def test_the_script_runs_missing_cells_and_writes_a_card(
     text = (root / "my-card.md").read_text()
     assert "0.400" in text and "They are drawings." in text and "drawn scenes" in text
     assert "DropKey 0.2: better than none in mAP (+0.100 ± 0.000)" in text
+
+
+def test_the_card_of_the_scenes_says_what_the_rows_say() -> None:
+    grid = TaskGrid.load(ROOT / "scripts" / "task_grids" / "hoi_scenes.json")
+    cell = next(one for one in grid.cells if one.regulariser == "dropkey")
+    text = (ROOT / "model_cards" / "dropkey-hoi-scenes.md").read_text(encoding="utf-8")
+    rows = read_rows(ROOT / "model_cards" / "results.csv")
+    assert results_text(grid, rows, cell) in text
+    assert grid.command(cell, Path("runs/dropkey-hoi-scenes")) in text
+    assert f"value: {values_of(grid, rows, cell)['mAP']}" in text

@@ -64,8 +64,9 @@ def costs(grid: TaskGrid, rows: Sequence[Row]) -> str:
     seconds = [float(row["value"]) for row in choose(own, metric="cpu_seconds")]
     sizes = sorted({float(row["value"]) for row in choose(own, metric="parameters")})
     epochs = sorted({row["epochs"] for row in own}, key=float)
+    took = " to ".join(dict.fromkeys((f"{min(seconds):.0f}", f"{max(seconds):.0f}")))
     return (
-        f"{len(seconds)} runs of {min(seconds):.0f} to {max(seconds):.0f} CPU seconds on one thread "
+        f"{len(seconds)} {'run' if len(seconds) == 1 else 'runs'} of {took} CPU seconds on one thread "
         f"({' or '.join(f'{size:,.0f}' for size in sizes)} parameters, {' or '.join(epochs)} epochs), scored on "
         f"{' or '.join(sorted({row['images'] for row in own}))} held-out images."
     )
@@ -135,13 +136,13 @@ def results_text(grid: TaskGrid, rows: Sequence[Row], cell: Cell) -> str:
     parts = [
         f"{images} held-out images of {grid.task}. These weights are of seed {cell.seed}, which nobody chose by its results; "
         f"{number} {'seed was' if number == 1 else 'seeds were'} trained.",
-        markdown(["metric", f"these weights, seed {cell.seed}", f"mean and 95 % interval, {number} seeds"], lines),
+        markdown(["metric", f"these weights, seed {cell.seed}", f"mean and 95 % interval, seeds: {number}"], lines),
         "Regularisers, at ratios fixed beforehand; differences, where there are runs without one, are taken seed by seed:",
         table(grid, rows, size),
         verdict(grid, rows, size),
         "The rows are in `model_cards/results.csv`.",
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def values_of(grid: TaskGrid, rows: Sequence[Row], cell: Cell) -> dict[str, float]:

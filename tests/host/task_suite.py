@@ -56,8 +56,9 @@ class TinyDetr:
 
     def get_config(self) -> PreTrainedConfig:
         """A fresh configuration."""
+        output: dict[str, Any] = {"out_features": ["stage2"]}
         backbone = ConvNextConfig(
-            num_stages=2, hidden_sizes=[8, 8], depths=[1, 1], layer_scale_init_value=1.0, out_features=["stage2"]
+            num_stages=2, hidden_sizes=[8, 8], depths=[1, 1], layer_scale_init_value=1.0, **output
         )
         config: PreTrainedConfig = self.config_class(
             backbone_config=backbone,
@@ -223,7 +224,8 @@ class TestDropKeyMesh(ModelTesterMixin, unittest.TestCase):
     def test_output_shapes(self) -> None:
         tester = self.model_tester
         config, inputs = tester.prepare_config_and_inputs_for_common()
-        model_class, whole_class = self.all_model_classes
+        classes: Any = self.all_model_classes
+        model_class, whole_class = classes
         coordinates = model_class(config).to(torch_device).eval()(**inputs).last_hidden_state
         assert coordinates.shape == (tester.batch_size, tester.seq_length, 3)
         outputs = whole_class(config).to(torch_device).eval()(**self._prepare_for_class(inputs, whole_class, True))
