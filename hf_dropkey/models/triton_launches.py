@@ -74,7 +74,7 @@ _LAUNCHES_BEFORE_3_9: dict[tuple[int, str, int], Launch | None] = {
     (9, "query", 128): Launch(64, 8, 2),
     (10, "short_full", 32): Launch(64, 4, 1),
     (10, "short_full", 64): Launch(32, 8, 1),
-    (10, "query", 128): Launch(64, 8, 1),
+    (10, "query", 128): Launch(64, 8, 2),
     (10, "key_value", 64): Launch(64, 4, 2),
     (10, "key_value", 128): Launch(32, 4, 1),
 }
