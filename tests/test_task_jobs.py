@@ -33,9 +33,8 @@ MEASURED = {"train_hoi": "mAP", "train_body_mesh": "mpvpe"}
 
 
 def launched(script: str, folder: Path, *words: str, processes: int) -> None:
-    """Runs a script under accelerate's launcher, on CPUs."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    """Runs a script under torchrun, on CPUs: `accelerate launch --cpu` starts several processes by MPI only."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [str(ROOT / "scripts" / f"{script}.py"), *RUN.split(), *SMALL[script].split(), *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=600)
@@ -59,6 +58,8 @@ def test_two_processes_train_what_one_does(tmp_path: Path, script: str) -> None:
         torch.testing.assert_close(
             two[name], value, rtol=1e-4, atol=3e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
+    state = json.loads((tmp_path / "two" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert '"world_size": 2' in json.dumps(state)
     scores = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in batches]
     assert scores[1][f"eval_{MEASURED[script]}"] == pytest.approx(scores[0][f"eval_{MEASURED[script]}"], rel=1e-2)
 
