@@ -391,7 +391,12 @@ def test_masks_equal_the_definition(pattern: str, ratio: float) -> None:
 def test_the_oracle_borrows_nothing_from_what_it_judges() -> None:
     source = Path(reference.__file__).read_text()
     imported = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
-    assert imported == ["import math", "from collections.abc import Sequence", "import torch"]
+    assert imported == [
+        "import math",
+        "from collections.abc import Sequence",
+        "from typing import Any",
+        "import torch",
+    ]
     assert not list(Path(dropkey.__file__).parent.glob("reference*")), "the oracle travels with no checkpoint"
     assert score_is_dropped((1, 2), 3, 4, 5, 2, 0.25) and not score_is_dropped((1, 2), 3, 4, 5, 3, 0.25)
 

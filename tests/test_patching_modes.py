@@ -125,7 +125,9 @@ def test_many_threads_predict_with_one_model() -> None:
     assert clean(model) and [module.training for module in model.modules()] == modes
     assert model.config._attn_implementation == "sdpa"
     assert all(torch.equal(found[seed], expected[seed]) for seed in expected)
-    assert all(torch.equal(one, plain[0]) for one in plain)
+    # attention is on another backend while the recording thread has the model
+    for one in plain:
+        torch.testing.assert_close(one, plain[0])
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

@@ -38,6 +38,7 @@ CODE = {
     "modeling_dropkey_vit.py",
     "operators.py",
     "patterns.py",
+    "sample_masks.py",
     "triton_attention.py",
     "triton_kernels.py",
     "triton_launches.py",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.utils import logging as hf_logging
 
 from hf_dropkey.saved import check_attention, quiet_loading
 
@@ -19,6 +20,9 @@ def test_expected_tables_are_left_out_and_others_shown(tmp_path: Path) -> None:
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     logging.getLogger("transformers").addHandler(handler)
+    # other tests may have changed what Transformers shows
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_warning()
 
     def load(**changes: Any) -> str:
         written.seek(0)
@@ -36,6 +40,7 @@ def test_expected_tables_are_left_out_and_others_shown(tmp_path: Path) -> None:
         assert "LOAD REPORT" in load(image_size=32)
     finally:
         logging.getLogger("transformers").removeHandler(handler)
+        hf_logging.set_verbosity(level)
 
 
 def test_an_unknown_attention_lists_those_there_are() -> None:

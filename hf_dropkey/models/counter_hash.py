@@ -270,7 +270,8 @@ def _packed_thresholds(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: flo
 
 def bias_scratch(rows: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
     """Memory for `drop_bias_of_rows`."""
-    return torch.empty(rows, keys, dtype=BITS.get(dtype, BITS[torch.float32])[0])
+    # the default device may be another one
+    return torch.empty(rows, keys, dtype=BITS.get(dtype, BITS[torch.float32])[0], device="cpu")
 
 
 def drop_bias_of_rows(

@@ -78,8 +78,8 @@ _LAUNCHES_BEFORE_3_9: dict[tuple[int, str, int], Launch | None] = {
     (10, "key_value", 64): Launch(64, 4, 2),
     (10, "key_value", 128): Launch(32, 4, 1),
 }
-# where one release needs another launch than those before and after it
-_LAUNCHES_OF_ONE = {((3, 8), 10, "query", 128): Launch(64, 8, 1)}
+# where padded keys or columns need another launch on one release than on those before and after it
+_LAUNCHES_PADDED_OF_ONE = {((3, 8), 10, "query", 128): Launch(16, 4, 1)}
 _LAUNCHES_FLOAT32 = {
     "short": _by_width(None, None, None),
     "short_full": _by_width(None, None, None),
@@ -131,7 +131,8 @@ def launch_configuration(
         launch = _LAUNCHES_PADDED.get((major, kernel, width), launch)
     if release < (3, 9) and dtype != torch.float32:
         launch = _LAUNCHES_BEFORE_3_9.get((major, kernel, max(width, 32)), launch)
-        launch = _LAUNCHES_OF_ONE.get((release, major, kernel, max(width, 32)), launch)
+    if padded and dtype != torch.float32:
+        launch = _LAUNCHES_PADDED_OF_ONE.get((release, major, kernel, width), launch)
     if launch is None:
         return launch_configuration("long", width, dtype, queries, capability, padded=padded, release=release)
     return kernel, launch._replace(tile=min(launch.tile, tile_side(queries)))
