@@ -125,7 +125,7 @@ def test_a_mistake_is_one_line(words: list[str], told: str, capsys: pytest.Captu
         ),
         (["train", "recipe:digit"], "there is no recipe 'digit'; there are detection_overfit, digits_ceit"),
         (["predict", "--images", "a.png"], "the following arguments are required: --model_name_or_path"),
-        (["evaluate", "--task", "hoi", "--output_dir", "x"], "give the model to score with --model_name_or_path"),
+        (["evaluate", "--task", "hoi", "--output_dir", "x"], "give the model to measure with --model_name_or_path"),
         (["evaluate", "--task", "mesh", "--output_dir", "x"], "give the model to measure with --model_name_or_path"),
         (
             ["train", "--output_dir", "x", "--do_train", "--attn_implementation", "sdp"],

@@ -389,6 +389,7 @@ def test_compiled_code_reads_the_ids_of_each_call(backend: str, pattern: str) ->
     assert len(graphs) == 2
 
 
+@pytest.mark.slow
 def test_a_compiled_model_takes_ids_from_a_block_and_as_an_argument() -> None:
     torch._dynamo.reset()
     for model in (native(), patched()):
@@ -401,6 +402,7 @@ def test_a_compiled_model_takes_ids_from_a_block_and_as_an_argument() -> None:
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_without_ids_is_one_graph() -> None:
     torch._dynamo.reset()
     for model in (native(), patched()):

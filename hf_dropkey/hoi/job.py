@@ -20,7 +20,7 @@ from ..models.configuration_dropkey_hoi import HOI_TASK
 from ..models.pairs_dropkey_hoi import pair_arrays
 from ..training.arguments import BoxAugmentationArguments, RunArguments
 from ..training.detr import DetrTrainer
-from ..training.job import TrainingJob, public_name
+from ..training.job import TrainingJob, only_evaluate, public_name
 from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import (
@@ -192,11 +192,7 @@ class HoiEvaluation(HoiJob):
             ValueError: There is no model, or training was requested.
         """
         job = super().parse(command)
-        if job.training.do_train:
-            raise ValueError("--do_train is of hf-dropkey train --task hoi; leave it out to score a model")
-        if not job.model.model_name_or_path:
-            raise ValueError("give the model to score with --model_name_or_path")
-        job.training.do_eval = True
+        only_evaluate(job.training, job.model.model_name_or_path, "hoi")
         return job
 
 

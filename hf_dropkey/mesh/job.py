@@ -15,7 +15,7 @@ from ..hub.trainer import output_folder
 from ..images.augmentation import AugmentationEpoch
 from ..images.sources import EVALUATION_SPLITS
 from ..training.arguments import DropKeyArguments, RampArguments, RunArguments
-from ..training.job import TrainingJob, public_name
+from ..training.job import TrainingJob, only_evaluate, public_name
 from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import (
@@ -163,11 +163,7 @@ class MeshEvaluation(MeshJob):
             ValueError: There is no model, or training was requested.
         """
         job = super().parse(command)
-        if job.training.do_train:
-            raise ValueError("--do_train is of hf-dropkey train --task mesh; leave it out to measure a model")
-        if not job.model.model_name_or_path:
-            raise ValueError("give the model to measure with --model_name_or_path")
-        job.training.do_eval = True
+        only_evaluate(job.training, job.model.model_name_or_path, "mesh")
         return job
 
 

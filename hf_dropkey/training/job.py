@@ -373,3 +373,16 @@ def write_card(trainer: GuardedTrainer, facts: dict[str, Any]) -> None:
 def public_name(source: str | None) -> str | None:
     """The model that a run started from, as a card shows it: a local path is cut to its last part."""
     return Path(source).resolve().name if source is not None and Path(source).is_dir() else source
+
+
+def only_evaluate(training: TrainingArguments, model: str | None, task: str) -> None:
+    """Turns the arguments of a training job into those of one that measures a saved model.
+
+    Raises:
+        ValueError: There is no model, or training was requested.
+    """
+    if training.do_train:
+        raise ValueError(f"--do_train is of hf-dropkey train --task {task}; leave it out to measure a model")
+    if not model:
+        raise ValueError("give the model to measure with --model_name_or_path")
+    training.do_eval = True
