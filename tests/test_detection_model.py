@@ -6,14 +6,19 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hoi_models import tiny_model as tiny_hoi
+from stock_architectures import build
 from transformers import (
     AutoModelForObjectDetection,
+    DeformableDetrImageProcessorPil,
     DetrConfig,
     DetrForObjectDetection,
     DetrImageProcessorPil,
     ResNetConfig,
+    RTDetrImageProcessorPil,
     TrainingArguments,
     ViTConfig,
 )
@@ -22,7 +27,8 @@ from hf_dropkey import apply_dropkey
 from hf_dropkey.detection.arguments import MODEL_TYPES, DetectionDropKeyArguments, DetectionModelArguments
 from hf_dropkey.detection.data import DetectionData, DetectionSplit
 from hf_dropkey.detection.job import DetectionTrainer
-from hf_dropkey.detection.model import MASKED_TYPES, fit_classes, make_config, make_model, make_processor
+from hf_dropkey.detection.model import MASKED_TYPES, fit_classes, make_config, make_model, make_processor, needs_mask
+from hf_dropkey.detection.transform import DetectionCollator
 from hf_dropkey.training.detr import backbone_parameters
 
 
@@ -105,7 +111,7 @@ def test_other_models_and_incomplete_folders_are_named(tmp_path):
         make_config(DetectionModelArguments(model_name_or_path=str(tmp_path)))
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"model_type 'vit'; this script starts from \['detr'"):
+    with pytest.raises(ValueError, match=r"model_type 'vit', which detects no objects .* conditional_detr, d_fine"):
         make_config(DetectionModelArguments(model_name_or_path=str(tmp_path)))
 
 
@@ -160,6 +166,44 @@ def test_a_pretrained_model_keeps_its_classes_or_gets_new_ones_on_request(saved)
     assert fit_classes(other, config, arguments).class_numbers == {3: 0, 9: 1}
     model: Any = make_model(config, arguments)
     assert model.class_labels_classifier.out_features == 3 and config.label2id == {"cat": 0, "cow": 1}
+
+
+@pytest.mark.usefixtures("auto_image_processor")
+@pytest.mark.parametrize(
+    ("name", "processor", "masked"),
+    [
+        ("deformable_detr", DeformableDetrImageProcessorPil(size={"shortest_edge": 48, "longest_edge": 64}), True),
+        ("d_fine", RTDetrImageProcessorPil(size={"height": 64, "width": 64}), False),
+    ],
+)
+def test_any_detection_model_of_transformers_is_a_start(
+    name: str, processor: Any, masked: bool, tmp_path: Path
+) -> None:
+    build(name).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    arguments = DetectionModelArguments(model_name_or_path=str(tmp_path), ignore_mismatched_sizes=True)
+    config = make_config(arguments)
+    nothing = DetectionSplit("none", [], {}, [], lambda image: {})
+    fit_classes(replace(DATA, train=nothing), config, arguments)
+    model: Any = make_model(config, arguments)
+    assert model.config.id2label == {0: "cat", 1: "dog"}
+    assert apply_dropkey(model, 0.3, verbose=False).sites
+    prepare: Any = make_processor(config, arguments)
+    assert needs_mask(model, prepare) == masked
+    picture = np.zeros((40, 60, 3), dtype=np.uint8)
+    pixels = prepare(images=picture, do_pad=False, return_tensors="pt")["pixel_values"][0]
+    label = {"boxes": torch.full((1, 4), 0.5), "class_labels": torch.ones(1, dtype=torch.int64)}
+    label["frame"] = torch.tensor([40.0, 60.0])
+    batch = DetectionCollator(with_mask=masked)([{"pixel_values": pixels, "labels": label}] * 2)
+    loss = model.train()(**batch).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_interactions_are_another_task(tmp_path: Path) -> None:
+    tiny_hoi().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="train it with --task hoi"):
+        make_config(DetectionModelArguments(model_name_or_path=str(tmp_path)))
 
 
 @pytest.mark.usefixtures("auto_image_processor")

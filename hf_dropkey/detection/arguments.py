@@ -34,7 +34,7 @@ class DetectionModelArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": f"Detection model to start from ({', '.join(MODEL_TYPES)}): a folder or a hub id."},
+        metadata={"help": "Any detection model of Transformers to start from: a folder or a hub id."},
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
     ignore_mismatched_sizes: bool = field(

@@ -19,7 +19,6 @@ from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import (
     FIGURE,
-    MASKED_TYPES,
     DetectionDataArguments,
     DetectionDropKeyArguments,
     DetectionModelArguments,
@@ -28,7 +27,7 @@ from .arguments import (
 from .data import DetectionData, DetectionSplit, load_detection_data
 from .figures import detections
 from .metrics import CocoMetrics, check_coco_packages, post_process
-from .model import fit_classes, make_config, make_model, make_processor
+from .model import fit_classes, make_config, make_model, make_processor, needs_mask
 from .transform import DetectionCollator, DetectionDataset
 
 
@@ -95,7 +94,7 @@ class DetectionJob(TrainingJob[DetectionData]):
             train_dataset=self.train_set,
             eval_dataset=self.evaluation_set,
             processing_class=self.processor,
-            data_collator=DetectionCollator(with_mask=self.config.model_type in MASKED_TYPES),
+            data_collator=DetectionCollator(with_mask=needs_mask(model, self.processor)),
             compute_metrics=data.evaluation and CocoMetrics(data.evaluation, data.category_ids),
             callbacks=[AugmentationEpoch(epochs)] if self.train_set is not None else [],
             on_nonfinite_loss=self.run.on_nonfinite_loss,

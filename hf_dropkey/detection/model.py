@@ -1,7 +1,9 @@
 """Detection models to train: which, from where, with what image processor, DropKey on them, and their `Trainer`."""
 
 import importlib.util
+import inspect
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,15 @@ from transformers import (
     YolosConfig,
     YolosImageProcessorPil,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING
 
 from ..images.classes import check_id2label, renew_class_scores
 from ..images.classes import fit_classes as images_fit_classes
+from ..models.configuration_dropkey_hoi import DropKeyHoiConfig
 from ..models.modeling_dropkey_hoi import RESNET_TYPES, freeze_first_stage
 from ..saved import check_model_source
 from ..training.detr import BACKBONE_WIDTHS, small_backbone
-from .arguments import DEFAULT_SHAPE, MASKED_TYPES, MODEL_TYPES, DetectionModelArguments
+from .arguments import DEFAULT_SHAPE, MASKED_TYPES, DetectionModelArguments
 from .data import DetectionData
 
 
@@ -56,18 +60,17 @@ def make_config(arguments: DetectionModelArguments) -> PreTrainedConfig:
     source = arguments.model_name_or_path
     check_model_source(source)
     found, _ = PreTrainedConfig.get_config_dict(source, revision=arguments.revision)
-    kinds: dict[str, Any] = {
-        "detr": DetrConfig,
-        "conditional_detr": ConditionalDetrConfig,
-        "yolos": YolosConfig,
-        "rt_detr": RTDetrConfig,
-    }
-    if found.get("model_type") not in kinds:
+    known = [kind for kind in MODEL_FOR_OBJECT_DETECTION_MAPPING if kind.__module__.startswith("transformers.")]
+    kinds: dict[str, Any] = {str(kind.model_type): kind for kind in known}
+    model_type = str(found.get("model_type"))
+    if model_type not in kinds:
+        hint = "; train it with --task hoi" if model_type == DropKeyHoiConfig.model_type else ""
         raise ValueError(
-            f"{source} has model_type {found.get('model_type')!r}; this script starts from {list(MODEL_TYPES)}"
+            f"{source} has model_type {model_type!r}, which detects no objects in Transformers; start from one of "
+            f"{', '.join(sorted(kinds))}{hint}"
         )
     check_id2label(found, source)
-    config: Any = kinds[found["model_type"]].from_pretrained(source, revision=arguments.revision)
+    config: Any = kinds[model_type].from_pretrained(source, revision=arguments.revision)
     backbone = getattr(config, "backbone_config", None)
     if getattr(backbone, "model_type", None) == "timm_backbone" and importlib.util.find_spec("timm") is None:
         raise ImportError(
@@ -156,19 +159,33 @@ def make_processor(config: PreTrainedConfig, arguments: DetectionModelArguments)
     source = arguments.model_name_or_path
     if source is None:
         return PROCESSORS[config.model_type](
-            size=processor_size(config.model_type, size or DEFAULT_SHAPE["image_size"])
+            size=processor_size(config.model_type in MASKED_TYPES, size or DEFAULT_SHAPE["image_size"])
         )
     if Path(source).is_dir() and not (Path(source) / "preprocessor_config.json").is_file():
         raise FileNotFoundError(f"{source} lacks preprocessor_config.json, the image processor; add it")
-    changes = {} if size is None else {"size": processor_size(config.model_type, size)}
-    return AutoImageProcessor.from_pretrained(source, revision=arguments.revision, backend="pil", **changes)
+    load: Any = partial(AutoImageProcessor.from_pretrained, source, revision=arguments.revision, backend="pil")
+    processor: BaseImageProcessor = load()
+    if size is None:
+        return processor
+    # YOLOS is trained on images of many sizes, but takes squares
+    edges = keeps_shape(processor) and config.model_type != "yolos"
+    resized: BaseImageProcessor = load(size=processor_size(edges, size))
+    return resized
 
 
-def processor_size(model_type: str, size: int) -> dict[str, int]:
-    """What `image_size` means to a family's image processor."""
-    if model_type in MASKED_TYPES:
-        return {"shortest_edge": size, "longest_edge": size}
-    return {"height": size, "width": size}
+def keeps_shape(processor: Any) -> bool:
+    """Whether an image processor keeps the ratio of height and width, so that images of a batch differ in size."""
+    return "shortest_edge" in {name for name, value in dict(processor.size).items() if value is not None}
+
+
+def needs_mask(model: PreTrainedModel, processor: Any) -> bool:
+    """Whether a model is to know which pixels of a batch are padding: where there are some, and it takes a mask."""
+    return keeps_shape(processor) and "pixel_mask" in inspect.signature(model.forward).parameters
+
+
+def processor_size(edges: bool, size: int) -> dict[str, int]:
+    """The size of an image processor that scales images to the longest side `size`, or to squares."""
+    return {"shortest_edge": size, "longest_edge": size} if edges else {"height": size, "width": size}
 
 
 def has_head(architectures: list[str] | None) -> bool:
