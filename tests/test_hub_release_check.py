@@ -240,6 +240,13 @@ def test_a_run_folder_is_called_one_and_is_not_to_be_deleted(folder):
     )
     (problem,) = check_release(folder).problems
     assert "checkpoint-4/optimizer.pt and 3 more belong to a training run" in problem and "delete" not in problem
+    # what the page about the run and its lock leave
+    names = ("report_data.json", "predictions.csv", "report.html", "mistakes/01.png", ".run/0.lock", ".run/complete")
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text('{"drops": [{"name": "vit.layers.0.attention"}], "file": "mistakes/01.png"}')
+    (problem,) = check_release(folder).problems
+    assert "and 9 more belong to a training run" in problem
     (folder / "x.pkl").write_bytes(b"x")
     assert "x.pkl is of a kind" in " ".join(check_release(folder).problems)
 

@@ -52,7 +52,7 @@ SCRIPTED = re.compile(r"<script|javascript:|\son[a-z]+\s*=|<foreignobject|<!enti
 # files that a Trainer leaves in its folder beside the model; only resuming reads them, and `push` does not send them
 RUN_FILES = re.compile(
     r"(.*/)?(training_args\.bin|(optimizer|scheduler|scaler|rng_state)[\w.-]*\.(pt|pth|bin))"
-    r"|report\.html|report_data\.json|predictions\.csv|mistakes/.*"
+    r"|report\.html|report_data\.json|predictions\.csv|mistakes/.*|\.run/.*"
     r"|(.*/)?(runs|wandb|mlruns|trackio)/.*|(.*/)?events\.out\.tfevents\.[^/]*|(.*/)?[^/]*\.log"
 )
 DIGEST = re.compile(r"(sha256:)?[0-9a-f]{64}")
@@ -162,7 +162,9 @@ def check_release(
     contents, unread = _parsed(kept)
     problems += unread
     for name, found in contents.items():
-        problems += json_problems(name, found, classes, code=bool(python))
+        # no loader reads what a run keeps for itself
+        if name not in run:
+            problems += json_problems(name, found, classes, code=bool(python))
     if run:
         problems.append(_run_problem(run))
     problems += _model_problems(folder, kept, contents, classes, complete=not problems)
