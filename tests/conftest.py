@@ -2,6 +2,7 @@
 repository, where there are.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -36,6 +37,17 @@ def fixed_seeds() -> None:
     from transformers import set_seed
 
     set_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """Restores what a test, or a script that it runs, shows and hides of the log, so that the next ones see theirs."""
+    from transformers.utils import logging as transformers_logging
+
+    hidden, shown = logging.root.manager.disable, transformers_logging.get_verbosity()
+    yield
+    logging.disable(hidden)
+    transformers_logging.set_verbosity(shown)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTModel, default_backend
 from hf_dropkey.models import attention, cpu_attention, modeling_dropkey
-from hf_dropkey.models.attention import dropkey_attention_forward
+from hf_dropkey.models.attention import default_device, dropkey_attention_forward
 from hf_dropkey.models.attention_mask import real_keys
 from hf_dropkey.models.counter_hash import draw_seed
 from hf_dropkey.models.dropkey import dropkey_is_active
@@ -426,7 +426,7 @@ def test_a_model_takes_the_default_backend_and_says_so(matrix_units: bool, monke
     config = DropKeyViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
     )
-    expected = default_backend((torch.accelerator.current_accelerator() or torch.device("cpu")).type, torch.bfloat16)
+    expected = default_backend(default_device().type, torch.bfloat16)
     model = DropKeyViTModel._from_config(config, dtype=torch.bfloat16)
     assert model.config._attn_implementation == expected
     assert len(lines) == 1 and repr(expected) in lines[0] and "bfloat16" in lines[0]

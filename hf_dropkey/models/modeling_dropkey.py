@@ -274,7 +274,8 @@ class DropKeyModelMixin(RemotePickleMixin):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As any module; `sample_ids`, integers `[B]`, makes masks depend on the samples (`sample_masks.sample_ids`)."""
-        parent: Any = super()
+        # torch.compile on Python 3.13 does not understand super() without arguments here
+        parent: Any = super(DropKeyModelMixin, self)
         ids = kwargs.pop("sample_ids", None)
         if ids is None:
             return parent.__call__(*args, **kwargs)
