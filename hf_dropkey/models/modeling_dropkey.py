@@ -275,7 +275,7 @@ class DropKeyModelMixin(RemotePickleMixin):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As any module; `sample_ids`, integers `[B]`, makes masks depend on the samples (`sample_masks.sample_ids`)."""
         # torch.compile on Python 3.13 does not understand super() without arguments here
-        parent: Any = super(DropKeyModelMixin, self)
+        parent: Any = super(DropKeyModelMixin, self)  # noqa: UP008  # as said
         ids = kwargs.pop("sample_ids", None)
         if ids is None:
             return parent.__call__(*args, **kwargs)
