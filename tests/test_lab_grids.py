@@ -277,12 +277,14 @@ def test_a_second_choice_after_a_look_at_the_test_is_refused(make_grid: Any) -> 
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "scripts" / "grids").glob("*.json")), ids=lambda file: file.stem)
-def test_the_grids_of_the_project_are_whole(file: Path, tmp_path: Path) -> None:
+def test_the_grids_of_the_project_are_whole(file: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     grid = Grid.load(file)
     assert len({cell.seed for cell in grid.cells}) >= 5 and grid.about
     start = json.loads((ROOT / grid.recipe).read_text(encoding="utf-8")).get("model_name_or_path")
-    if start is not None and not (ROOT / start).is_dir():
-        pytest.skip(f"needs the pretrained model in {start}; {grid.about}")
+    if start is not None:
+        request.getfixturevalue("auto_image_processor")
+        if not (ROOT / start).is_dir():
+            pytest.skip(f"needs the pretrained model in {start}; {grid.about}")
     for kind in {cell.kind(): cell for cell in grid.cells}.values():
         job = job_of(grid, kind.trained, tmp_path, root=ROOT, data={})
         assert job.config.image_size % grid.occlusion_patch == 0 and job.data.hold_out_validation
