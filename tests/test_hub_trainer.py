@@ -177,7 +177,8 @@ def test_the_training_script_pushes_and_says_first_what_is_wrong(tmp_path):
         done = hub.run(code, tmp_path, *command.split(), HF_DATASETS_CACHE=str(tmp_path / "cache"))
         titles = hub.messages("tester/digits")
         commits = hub.repositories["tester/digits"].branches["main"][1:]
-    assert "SystemExit 2" in done.stdout and "'sometimes'" in done.stderr
+    # a mistake of the command line is an error of the job
+    assert "ValueError argument --hub_strategy" in done.stdout and "'sometimes'" in done.stdout
     assert "HFValidationError Cannot have -- or .." in done.stdout
     assert titles[1:] == [
         "Training in progress, step 1",
