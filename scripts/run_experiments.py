@@ -38,6 +38,10 @@ from hf_dropkey.lab.timing import append_rows, check_columns, commit, origin
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# for a worker that was told to
+SECONDS_TO_END = 10.0
+
+
 @dataclass
 class GridArguments:
     """The grid, the output, the workers."""
@@ -181,8 +185,13 @@ def run(grid: Grid, arguments: GridArguments) -> int:
         except BaseException:
             # the results of the workers would not be recorded
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
+            children = multiprocessing.active_children()
+            for process in children:
                 process.terminate()
+            for process in children:
+                process.join(SECONDS_TO_END)
+                # one that has just started, or waits for another, may not heed the first signal
+                process.kill()
             raise
     for note in warnings(choose(read_rows(arguments.results), experiment=grid.name)):
         print(f"note: {note}")

@@ -103,7 +103,7 @@ def test_a_stopped_grid_leaves_no_process_and_no_half_cell(tmp_path: Path, sent:
     finally:
         process.send_signal(sent)
         # one that does not heed the signal would wait for the training
-        process.communicate(timeout=60)
+        process.communicate(timeout=120)
     for _ in range(300):
         if not any(map(alive, workers)):
             break
