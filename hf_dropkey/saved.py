@@ -52,6 +52,12 @@ def config_file(folder: Path) -> Path:
     return folder / (BASE_CONFIG if is_adapter(folder) else "config.json")
 
 
+def processor_size(settings: Mapping[str, Any]) -> Any:
+    """The size in the settings of a saved image processor: of its crop, else what it resizes to; None without either."""
+    cropped = settings.get("crop_size") if settings.get("do_center_crop") else None
+    return cropped or (settings.get("size") if settings.get("do_resize", True) else None)
+
+
 def check_model_folder(folder: Path) -> None:
     """Raises FileNotFoundError for files that a saved model or adapter lacks, ValueError for damaged or impossible contents."""
     report_missing(folder, missing_model_files(folder))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_inputs import tensors
+from attention_inputs import saved_sizes, tensors
 from torch import nn
 from torch._inductor import config as inductor_config
 
@@ -142,20 +142,6 @@ def test_the_longest_row_at_risk_is_never_too_short(ratio: float) -> None:
     assert longest & (longest - 1) == 0 and (longest == 128) == (ratio <= 0.58)
 
 
-def saved_bytes(call: Callable[[], torch.Tensor]) -> int:
-    """Bytes of the largest tensor that is saved for the backward pass of a call."""
-    sizes = [0]
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(tensor.numel() * tensor.itemsize)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = call()
-    output.sum().backward()
-    return max(sizes)
-
-
 @pytest.mark.parametrize("compiler", ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("pattern", ["score", "key", "block"])
@@ -173,7 +159,7 @@ def test_compiled_sdpa_saves_nothing_of_the_size_of_the_mask(compiler: str, mask
     for call in (module, compiled):
         torch.manual_seed(1)
         # of key, value, output and their like: [1, 1, 197, 4] in float32, and a few integers for each row
-        assert saved_bytes(partial(call, *qkv, mask)) <= 197 * 4 * 4 < 197 * 197
+        assert max(saved_sizes(partial(call, *qkv, mask))) <= 197 * 4 * 4 < 197 * 197
         results.append([tensor.grad for tensor in qkv])
         for tensor in qkv:
             tensor.grad = None

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_inputs import site, tensors
+from attention_inputs import saved_sizes, site, tensors
 from torch._inductor import config as inductor_config
 
 
@@ -92,20 +92,6 @@ def test_rows_of_the_mask_are_aligned(keys: int, pattern: str) -> None:
     assert mask.shape == (2, 3, 4, keys) and mask.stride(3) == 1
     # PyTorch copies a mask with another stride
     assert all(stride % 8 == 0 for stride in mask.stride()[:3])
-
-
-def saved_sizes(call: Callable[[], torch.Tensor]) -> list[int]:
-    """Bytes of each tensor that is saved for the backward pass of a call, which then runs."""
-    sizes = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(tensor.numel() * tensor.itemsize)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = call()
-    output.sum().backward()
-    return sizes
 
 
 @pytest.mark.parametrize("form", ["none", "padding"])

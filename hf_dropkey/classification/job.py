@@ -190,7 +190,7 @@ class ClassificationJob(TrainingJob[ImageData]):
         """Which layers are trained and how fast, and how images are mixed, erased and augmented."""
         augmentation = self.augmentation_arguments
         names = ("augment", "random_erasing", "mixup", "cutmix", "mixing_probability")
-        return {**self.fine_tuning.recorded(), **{name: getattr(augmentation, name) or 0 for name in names}}
+        return {**asdict(self.fine_tuning), **{name: getattr(augmentation, name) or 0 for name in names}}
 
     def observe(self, trainer: GuardedTrainer, data: ImageData) -> Observed:
         """As `TrainingJob.observe`, with every prediction of the last evaluation and pictures of the worst mistakes."""

@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +21,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..extras import needed
-from ..inference import dropkey_seed
+from ..inference import dropkey_seed, eval_mode
 from ..models.sample_masks import seed_words
 from ..patching.apply import dropkey_active
-from ..saved import PROCESSOR_FILES, one_error, read_json
-from .plain import check_target, load_model, plain_class, plain_config, replaced
+from ..saved import one_error, processor_size, read_json
+from .plain import check_target, copy_processor, load_model, plain_class, plain_config, replaced
 
 
 GRAPH_FORMATS = ("onnx", "pt2")
@@ -144,14 +143,12 @@ def export_graph(
     if getattr(model, "main_input_name", None) != "pixel_values":
         raise ValueError(f"{type(model).__name__} takes no images; graphs are made of vision models")
     size = _size_of(model, source, image_size)
-    with _evaluated(model), torch.no_grad(), replaced(Path(out)) as stage:
+    with eval_mode(model), torch.no_grad(), replaced(Path(out)) as stage:
         written = _write(model, stage, file_format, size, int8=int8)
         if monte_carlo:
             written = _write_monte_carlo(model, stage, file_format, written)
         _write_config(model, stage / "config.json")
-        for name in PROCESSOR_FILES if source is not None else ():
-            if (source / name).is_file():  # type: ignore[operator]  # a folder, as said above
-                shutil.copyfile(source / name, stage / name)  # type: ignore[operator]  # as above
+        copy_processor(source, stage)
     return written
 
 
@@ -160,11 +157,9 @@ def _size_of(model: Any, source: Path | None, requested: int | tuple[int, int] |
     config, processor = model.config, {}
     if source is not None and (source / "preprocessor_config.json").is_file():
         processor = read_json(source / "preprocessor_config.json")
-    cropped = processor.get("crop_size") if processor.get("do_center_crop") else None
     candidates = (
         requested,
-        cropped,
-        processor.get("size"),
+        processor_size(processor),
         getattr(config, "image_size", None),
         getattr(getattr(config, "vision_config", None), "image_size", None),
     )
@@ -327,18 +322,6 @@ def _implementation(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-@contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode; as before at the end."""
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 @contextlib.contextmanager

@@ -50,10 +50,17 @@ def export_plain(
     )
     with replaced(target) as stage:
         plain.save_pretrained(stage)
-        for name in PROCESSOR_FILES if source is not None else ():
-            if (source / name).is_file():  # type: ignore[operator]  # a folder, as said above
-                shutil.copyfile(source / name, stage / name)  # type: ignore[operator]  # as above
+        copy_processor(source, stage)
     return plain.eval()
+
+
+def copy_processor(source: Path | None, target: Path) -> None:
+    """Copies the files of image processor and tokenizer that lie beside a saved model; none of a model in memory."""
+    if source is None:
+        return
+    for name in PROCESSOR_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def check_target(source: Path | None, target: Path, *, overwrite: bool) -> None:

@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..models.configuration_dropkey_hoi import HOI_TASK
 from ..patching.adapters import ADAPTER_CONFIG
-from ..saved import base_of, config_file, is_adapter
+from ..saved import base_of, config_file, is_adapter, processor_size
 from .metric_names import full_name
 
 
@@ -303,8 +303,7 @@ def _image_size(folder: Path, config: dict[str, Any]) -> str:
     """A sentence on the size of the images: as the processor makes them, else as in the configuration."""
     processor = _read_json(folder / "preprocessor_config.json")
     processor = processor or _read_json(folder / "processor_config.json").get("image_processor") or {}
-    crop = processor.get("crop_size") if processor.get("do_center_crop") else None
-    size = crop or (processor.get("size") if processor.get("do_resize", True) else None) or config.get("image_size")
+    size = processor_size(processor) or config.get("image_size")
     if isinstance(size, dict) and "shortest_edge" in size:
         longest = f", the longer at most {size['longest_edge']}" if size.get("longest_edge") else ""
         return f" Images whose shorter side has {size['shortest_edge']} pixels{longest}."

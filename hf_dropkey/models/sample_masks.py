@@ -143,11 +143,8 @@ def _pairs_of(ids: torch.Tensor, epoch: int, seed: int) -> torch.Tensor:
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"`{name}` must be an integer, got {value!r}.")
 
-    def word(value: int) -> torch.Tensor:
-        return _int32(torch.tensor([value & WORD], device=ids.device))
-
-    k1, k2 = word(seed), word(seed >> 32)
-    for index in (word(epoch), _int32(ids), _int32(ids >> 32)):
+    k1, k2 = seed_words(seed).to(ids.device)[:, None]
+    for index in (seed_words(epoch)[:1].to(ids.device), _int32(ids), _int32(ids >> 32)):
         k1, k2 = step(k1, k2, index)
     return torch.stack((k1, k2), -1)
 

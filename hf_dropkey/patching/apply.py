@@ -194,8 +194,9 @@ def apply_dropkey(
     """Makes the attention of a Transformers model drop keys in training, in place.
 
     What is not given is taken from the model's configuration, where an earlier call, perhaps before the model was saved,
-    left its settings; then from an adapter of PEFT that remembers some; then from the defaults. So `apply_dropkey(model)` after `from_pretrained` re-applies them. A
-    second call replaces the first. `model.save_pretrained` goes on to write a plain Transformers checkpoint.
+    left its settings; then from an adapter of PEFT that remembers some; then from the defaults. So `apply_dropkey(model)`
+    after `from_pretrained` re-applies them. A second call replaces the first. `model.save_pretrained` goes on to write a
+    plain Transformers checkpoint.
 
     The schedule runs over the attentions that drop keys, in order of execution, separately in each stack of layers
     (encoder, decoder, vision tower, text tower). DETR's first decoder self-attention, which attends to a constant,
@@ -479,8 +480,8 @@ def warn_if_forgotten(model: nn.Module) -> bool:
     if ratio is None:
         return False
     logger.warning(
-        "The configuration of %s, or its adapter, has dropkey_ratio %s, but no attention drops keys: call apply_dropkey(model) to train with "
-        "it, or set model.config.dropkey_ratio = 0.",
+        "The configuration of %s, or its adapter, has dropkey_ratio %s, but no attention drops keys: call "
+        "apply_dropkey(model) to train with it, or set model.config.dropkey_ratio = 0.",
         type(transformers_model(model)).__name__,
         ratio,
     )

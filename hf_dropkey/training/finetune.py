@@ -6,7 +6,7 @@ Layer-wise decay is that of BEiT (Bao et al., ICLR 2022) and ELECTRA: each layer
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -64,10 +64,6 @@ class FineTuningArguments:
                 f"--freeze_layers {self.freeze_layers} with --lora_r, which trains no layer but the adapters; leave it out, "
                 "and choose where adapters are with --lora_target_modules"
             )
-
-    def recorded(self) -> dict[str, float | int | None]:
-        """What a checkpoint keeps, because another value would make it another run."""
-        return asdict(self)
 
 
 def layers_of(model: nn.Module) -> list[str]:

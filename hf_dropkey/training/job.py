@@ -318,7 +318,7 @@ class TrainingJob(ABC, Generic[Data]):
     def write_page(self, trainer: GuardedTrainer, data: Data) -> None:
         """Writes `report.html`; a run whose page cannot be written is complete all the same, and the log says why."""
         # a run that only evaluates has no folder of a model
-        if not (self.output / "config.json").is_file() and not (self.output / "adapter_config.json").is_file():
+        if not config_file(self.output).is_file():
             return
         try:
             from ..pages.run import write_report

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..extras import needed
 from ..images.checks import name_some
 from ..patching.sites import find_attention
+from .finetune import is_in
 
 
 logger = logging.getLogger(__name__)
@@ -145,9 +146,7 @@ def lora_targets(model: PreTrainedModel, requested: Sequence[str] | None, *, lea
         ValueError: A requested name matches no linear layer.
     """
     layers = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(name == one or name.startswith(f"{one}.") for one in leave)
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not is_in(name, leave)
     ]
     kinds = sorted({name.rpartition(".")[2] for name in layers})
     if requested == [ALL_LINEAR]:

@@ -1,5 +1,6 @@
 """Attention modules and their inputs as the backends see them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,3 +22,17 @@ def tensors(*sizes: int, dtype: torch.dtype = torch.float64, keys: int | None = 
     return [
         torch.randn(images, n, heads, width, dtype=dtype).transpose(1, 2).detach().requires_grad_() for n in lengths
     ]
+
+
+def saved_sizes(call: Callable[[], torch.Tensor]) -> list[int]:
+    """Bytes of each tensor that is saved for the backward pass of a call, which then runs."""
+    sizes = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel() * tensor.itemsize)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = call()
+    output.sum().backward()
+    return sizes
