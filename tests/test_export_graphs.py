@@ -203,6 +203,17 @@ def test_a_seed_drops_the_same_keys_in_every_family(family: str, tmp_path: Path)
     np.testing.assert_allclose(DropKeyONNX(tmp_path / "out")(images.numpy(), seed=9), expected.numpy(), atol=1e-5)
 
 
+def test_a_saved_stock_model_drops_as_it_remembers(tmp_path: Path) -> None:
+    model = patched().eval()
+    model.save_pretrained(tmp_path / "saved")
+    written = export_graph(tmp_path / "saved", tmp_path / "out", file_format="pt2", monte_carlo=True)
+    assert written.files == ("model.pt2", "model_monte_carlo.pt2")
+    images, seed = torch.randn(5, 3, 32, 32), torch.tensor([7, 0], dtype=torch.int32)
+    loaded = torch.export.load(tmp_path / "out" / "model_monte_carlo.pt2").module()
+    with torch.no_grad(), dropkey_active(model), dropkey_seed(model, 7):
+        torch.testing.assert_close(loaded(pixel_values=images, seed=seed)[0], model(images).logits)
+
+
 def test_what_drops_nothing_has_no_such_graph(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="drops no keys"):
         export_graph(build("vit"), tmp_path / "out", monte_carlo=True)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ..extras import needed
 from ..inference import dropkey_seed, eval_mode
 from ..models.sample_masks import seed_words
-from ..patching.apply import dropkey_active
+from ..patching.apply import apply_dropkey, dropkey_active, forgotten_ratio
 from ..saved import one_error, processor_size, read_json
 from .plain import check_target, copy_processor, load_model, plain_class, plain_config, replaced
 
@@ -142,6 +142,9 @@ def export_graph(
     model: Any = model_or_folder if isinstance(model_or_folder, nn.Module) else load_model(Path(model_or_folder))
     if getattr(model, "main_input_name", None) != "pixel_values":
         raise ValueError(f"{type(model).__name__} takes no images; graphs are made of vision models")
+    if monte_carlo and source is not None and forgotten_ratio(model) is not None:
+        # a stock model that was trained with DropKey remembers its settings, and is loaded without it
+        apply_dropkey(model)
     size = _size_of(model, source, image_size)
     with eval_mode(model), torch.no_grad(), replaced(Path(out)) as stage:
         written = _write(model, stage, file_format, size, int8=int8)
