@@ -45,6 +45,7 @@ CHEAP = {
     "hf-dropkey train --task detection": f"{BRIEF} {SMALL_BOXES} --draw_images 1",
     "hf-dropkey train recipe:hoi": "--max_steps 2 --use_cpu --train_scenes 16 --validation_scenes 8 --draw_images 1",
     "hf-dropkey train recipe:digits": f"{BRIEF} --max_train_samples 64",
+    "hf-dropkey train recipe:finetune_small": f"{BRIEF} --model_name_or_path hub/dinov2-small",
     "hf-dropkey train": f"{BRIEF} --per_device_train_batch_size 2",
     "hf-dropkey evaluate --task hoi": "--use_cpu --validation_scenes 8 --report_to none",
     "hf-dropkey evaluate": "--use_cpu",
