@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from .fast_masks import disable_fast_masks, enable_fast_masks, fast_masks_enabled
     from .hub.push import push_folder
     from .hub.trainer import HubTrainer
+    from .patching.adapters import save_adapter_settings
     from .training.callbacks import (
         DropKeyGuardCallback,
         DropKeyLogCallback,
@@ -107,6 +108,7 @@ LAZY = {
     "fast_masks_enabled": "fast_masks",
     "load_classifier": "classification.adapters",
     "push_folder": "hub.push",
+    "save_adapter_settings": "patching.adapters",
 }
 
 __all__ = [
@@ -168,6 +170,7 @@ __all__ = [
     "push_folder",
     "remove_dropkey",
     "sample_ids",
+    "save_adapter_settings",
 ]
 
 

@@ -202,6 +202,7 @@ def test_the_public_names() -> None:
     }
     patching = {"DropKeyReport", "apply_dropkey", "remove_dropkey", "dropkey", "dropkey_active", "dropkey_disabled"}
     inference = {"MonteCarloPrediction", "monte_carlo_predict", "export_plain", "layer_ratios", "default_backend"}
+    inference |= {"save_adapter_settings"}
     inference |= {"DropKeyONNX", "dropkey_seed", "export_graph", "load_classifier"}
     training = {
         "DropKeyGuardCallback",

@@ -317,10 +317,17 @@ def test_the_side_is_that_of_the_stack_or_of_the_configuration(stack: str, is_de
     assert side_of(stack, is_decoder) == side
 
 
-@pytest.mark.parametrize(("is_decoder", "side"), [(True, "decoder"), (False, "encoder")])
-def test_a_configuration_says_which_side_a_stack_is(is_decoder: bool, side: str) -> None:
+@pytest.mark.parametrize(
+    ("is_decoder", "is_causal", "side"),
+    [(True, False, "decoder"), (False, True, "decoder"), (False, False, "encoder")],
+)
+def test_a_configuration_or_a_causal_module_says_which_side_a_stack_is(
+    is_decoder: bool, is_causal: bool, side: str
+) -> None:
     model = llama()
     model.config.is_decoder = is_decoder
+    for layer in model.layers:
+        layer.self_attn.is_causal = is_causal
     assert {site.side for site in find_attention(model)[0]} == {side}
 
 

@@ -53,15 +53,23 @@ def _remembered(mapping: Any) -> dict[str, Any]:
     return {str(name): value for name, value in settings.items() if str(name).startswith(PREFIX)}
 
 
-def save_adapter_settings(model: nn.Module, folder: Path) -> None:
+def save_adapter_settings(model: nn.Module, folder: str | Path) -> None:
     """Completes an adapter that `PeftModel.save_pretrained` wrote: DropKey settings, and the base model's configuration.
 
     The settings go into `adapter_config.json`. `base_config.json` holds the configuration with the classes, from which
     `load_classifier` builds the model that the adapter fits.
 
+    Args:
+        model: The `PeftModel` whose adapter the folder holds.
+        folder: Where it was saved.
+
     Raises:
+        TypeError: The model is not one of PEFT.
         FileNotFoundError: The folder holds no adapter.
     """
+    if not is_adapted(model):
+        raise TypeError(f"expected a model of PEFT, got {type(model).__name__}, which remembers its settings itself")
+    folder = Path(folder)
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no {ADAPTER_CONFIG}; save the adapter there first")

@@ -122,7 +122,7 @@ def _visit(
     if native or reason is None:
         # in models of this package one schedule covers all parts
         stack = owner_name if native else stack_of(name)
-        side = side_of(stack, bool(getattr(getattr(module, "config", None), "is_decoder", False)))
+        side = side_of(stack, is_causal(module))
         sites.append(AttentionSite(name, module, owner, stack, kind_of(name, module), side, native))
     elif dispatch_code(module) is not None or is_closed_attention(module):
         unreached.append(UnreachedAttention(name, reason))
@@ -193,8 +193,14 @@ def stack_of(name: str) -> str:
     return ".".join(parts[: numbers[0]] if numbers else parts[:-1])
 
 
+def is_causal(module: nn.Module) -> bool:
+    """Whether a module says that its queries see no later keys; a language model's configuration may not say it."""
+    said = getattr(getattr(module, "config", None), "is_decoder", False)
+    return bool(said) or getattr(module, "is_causal", False) is True
+
+
 def side_of(stack: str, is_decoder: bool) -> Side:
-    """Whether a stack is an encoder or a decoder, by the last part of its name that says so, else its configuration."""
+    """Whether a stack is an encoder or a decoder, by the last part of its name that says so, else by `is_decoder`."""
     for part in reversed(stack.split(".")):
         if "decoder" in part:
             return "decoder"

@@ -5,12 +5,15 @@ a resumed run goes on as if it had not stopped.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..patching.adapters import ADAPTER_CONFIG, is_adapted, save_adapter_settings
 from ..patching.apply import apply_dropkey, dropkey_modules, forgotten_ratio, warn_if_forgotten
 
 
@@ -148,7 +151,8 @@ class DropKeySeedCallback(TrainerCallback):
 class DropKeyGuardCallback(TrainerCallback):
     """Notices a model whose configuration has DropKey settings while none of its attentions drops keys.
 
-    A patched stock model is in this state after `from_pretrained`: it would train without DropKey.
+    A patched stock model is in this state after `from_pretrained`: it would train without DropKey. The adapters in the
+    checkpoints of PEFT's models get their settings, which PEFT does not save (`save_adapter_settings`).
 
     Args:
         reapply: Apply the settings of the configuration, instead of a warning.
@@ -165,6 +169,12 @@ class DropKeyGuardCallback(TrainerCallback):
             warn_if_forgotten(kwargs["model"])
         elif forgotten_ratio(kwargs["model"]) is not None:
             apply_dropkey(kwargs["model"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Completes the adapter of the checkpoint, if it is one."""
+        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.is_world_process_zero and is_adapted(kwargs["model"]) and (folder / ADAPTER_CONFIG).is_file():
+            save_adapter_settings(kwargs["model"], folder)
 
 
 class DropKeyLogCallback(TrainerCallback):
