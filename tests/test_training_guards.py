@@ -21,7 +21,7 @@ import small_runs
 import torch
 from accelerate import Accelerator
 from safetensors.numpy import load_file
-from small_runs import TINY
+from small_runs import FSDP, TINY
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
@@ -48,15 +48,6 @@ RECIPE = {
     "per_device_eval_batch_size": 8,
     "logging_steps": 1,
     "disable_tqdm": True,
-}
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "DropKeyViTLayer",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    "ACCELERATE_USE_CPU": "true",
 }
 
 

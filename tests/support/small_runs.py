@@ -34,3 +34,13 @@ RECIPE: dict[str, Any] = {
     "use_cpu": True,
     "report_to": "none",
 }
+# the environment in which accelerate shards a DropKeyViT; on a CPU together with `forked.shard_on_cpu`
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "DropKeyViTLayer",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "ACCELERATE_USE_CPU": "true",
+}
