@@ -29,6 +29,7 @@ LEFT_OUT = {
     "pip install": "installs; tests/test_installation.py",
     "bash scripts/": "CI runs it",
     "accelerate launch": "tests/test_launch_configurations.py",
+    "torchrun --nnodes": "tests/test_several_nodes.py",
     "python scripts/run_experiments.py": "hours; tests/test_run_experiments.py",
     "python scripts/report_results.py": "writes into the repository; tests/test_readme_numbers.py",
     "python scripts/convert_checkpoint.py": "needs official weights; tests/test_convert_checkpoint.py",
