@@ -1,5 +1,6 @@
 """LoRA beside DropKey from the command line: adapters are trained, resumed to the bit, saved, loaded, merged, described."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from stock_models import SIDE, job, saved, words_of
 from transformers import AutoModelForImageClassification
 
 from hf_dropkey import apply_dropkey, export_plain, load_classifier
-from hf_dropkey.classification import evaluation, prediction
+from hf_dropkey.classification import evaluation, look, prediction
 from hf_dropkey.classification.job import ClassificationJob
 from hf_dropkey.hub.cards import write_card
 from hf_dropkey.hub.push_plan import plan_push
@@ -213,3 +214,32 @@ def test_an_adapter_is_evaluated_and_predicts_from_the_command_line(
     assert found["label"] in map(str, range(10)) and "PeftModel" in capsys.readouterr().out
     page = (adapter / "report.html").read_text()
     assert "Measured on" in page
+
+
+def test_the_attention_of_an_adapter_is_drawn(adapter: Path, tmp_path: Path) -> None:
+    words = ["--model_name_or_path", str(adapter), "--output_dir", str(tmp_path / "seen"), "--use_cpu"]
+    look.main([*words, "--max_eval_samples", "12", "--samples", "3", "--passes", "4", "--images_shown", "1"])
+    summary = json.loads((tmp_path / "seen" / "summary.json").read_text())
+    assert summary["model"] == "run" and summary["class"] == "Dinov2ForImageClassification"
+    assert summary["missing"] == {}
+    figures = {"statistics.png", "attention_maps.png", "attention_heads.png", "drops.png", "uncertainty.png"}
+    assert set(summary["files"]) == figures | {"numbers.csv", "images.csv"}
+    with (tmp_path / "seen" / "numbers.csv").open(newline="") as opened:
+        numbers = list(csv.DictReader(opened))
+    configured = [float(row["value"]) for row in numbers if row["metric"] == "drop ratio configured"]
+    assert configured == [0.5] * 3
+    measured = [float(row["value"]) for row in numbers if row["metric"] == "fraction dropped"]
+    assert measured == pytest.approx(configured, abs=0.05)
+    with (tmp_path / "seen" / "images.csv").open(newline="") as opened:
+        predicted = [row["predicted"] for row in csv.DictReader(opened)]
+    assert len(predicted) == 12 and set(predicted) <= set(map(str, range(10)))
+
+
+def test_the_weights_of_the_adapter_act_in_what_is_drawn(adapter: Path, tmp_path: Path) -> None:
+    arguments = look.LookArguments(model_name_or_path=str(adapter), output_dir=str(tmp_path), use_cpu=True)
+    drawn, loaded, images = look.load_model(arguments), load_classifier(adapter), torch.randn(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        found, expected = drawn(pixel_values=images).logits, loaded(pixel_values=images).logits
+        torch.testing.assert_close(found, expected)
+        with loaded.disable_adapter():
+            assert not torch.equal(loaded(pixel_values=images).logits, expected)

@@ -24,6 +24,7 @@ MODEL_FILES = sorted(MODELS.glob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 # what a user reads; its examples run
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOK = ROOT / "docs" / "finetune.ipynb"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # what the loader of remote code takes for a relative import: any such line, in a docstring too
@@ -292,7 +293,7 @@ def broken_links(page: Path, text: str) -> list[str]:
     return broken
 
 
-@pytest.mark.parametrize("page", [*PAGES[1:], *ROOT.glob("*.md")], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES[1:], NOTEBOOK, *ROOT.glob("*.md")], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     assert not broken_links(page, page.read_text(encoding="utf-8"))
 
@@ -308,7 +309,7 @@ def test_a_broken_link_is_found() -> None:
 
 
 def test_the_readme_and_the_pages_link_to_each_other() -> None:
-    for page in PAGES[1:]:
+    for page in (*PAGES[1:], NOTEBOOK):
         assert f"](docs/{page.name})" in readme(), f"README.md does not link to docs/{page.name}"
         assert "](../README.md)" in page.read_text(encoding="utf-8"), f"docs/{page.name} does not link to README.md"
 

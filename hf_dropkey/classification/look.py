@@ -1,7 +1,7 @@
 """Draws the attention of a saved model, and writes the numbers behind the figures: `hf-dropkey look`.
 
-For any model of this package and any Transformers model; DropKey settings in the configuration of a stock model are
-restored. Without images and without a data argument it uses the built-in digits.
+For any model of this package and any Transformers model, and for adapters on one; DropKey settings in the configuration of
+a stock model are restored. Without images and without a data argument it uses the built-in digits.
 
     statistics    entropy and mean distance of attention by layer and head, with DropKey and without
     maps          attention maps and rollout over images, and the heads of the last layer
@@ -46,6 +46,7 @@ from ..patching.apply import dropkey_modules
 from ..saved import check_model_source
 from ..training.arguments import parse_arguments
 from ..version import __version__
+from .adapters import adapter_folder, load_classifier
 from .arguments import DataArguments
 from .data import load_image_data
 from .pictures import Pictures, ShownImages
@@ -64,7 +65,7 @@ class LookArguments:
 
     _argument_group_name = "Figures"
 
-    model_name_or_path: str = field(metadata={"help": "Folder of a saved model, or an id on the Hub."})
+    model_name_or_path: str = field(metadata={"help": "Folder of a saved model or adapter, or an id on the Hub."})
     output_dir: str = field(metadata={"help": "Folder for figures and numbers."})
     images: list[str] | None = field(default=None, metadata={"help": "Image files, instead of a data source."})
     figures: list[str] | None = field(
@@ -140,15 +141,19 @@ class Notebook:
 
 def load_model(arguments: LookArguments) -> Any:
     """The model in float32 and eval mode, with DropKey as in the arguments, else as in its configuration."""
-    check_model_source(arguments.model_name_or_path)
-    source = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
-    config = AutoConfig.from_pretrained(arguments.model_name_or_path, **source)
-    classifies = any("ForImageClassification" in name for name in config.architectures or ())
-    auto: Any = AutoModelForImageClassification if classifies else AutoModel
-    model = auto.from_pretrained(arguments.model_name_or_path, dtype=torch.float32, **source)
+    check_model_source(arguments.model_name_or_path, adapters=True)
+    source: dict[str, Any] = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+    if adapter_folder(arguments.model_name_or_path, arguments.revision) is None:
+        config = AutoConfig.from_pretrained(arguments.model_name_or_path, **source)
+        classifies = any("ForImageClassification" in name for name in config.architectures or ())
+        auto: Any = AutoModelForImageClassification if classifies else AutoModel
+        model = auto.from_pretrained(arguments.model_name_or_path, dtype=torch.float32, **source)
+    else:
+        # the base model, in which the adapter's layers act
+        model = load_classifier(arguments.model_name_or_path, **source).float().get_base_model()
     if arguments.dropkey_ratio is not None:
         apply_dropkey(model, arguments.dropkey_ratio, verbose=True)
-    elif getattr(config, "dropkey_ratio", None) is not None and not any(dropkey_modules(model)):
+    elif getattr(model.config, "dropkey_ratio", None) is not None and not any(dropkey_modules(model)):
         apply_dropkey(model, verbose=True)
     return model.to("cpu" if arguments.use_cpu else default_device()).eval()
 
