@@ -149,7 +149,9 @@ def figure(rows: Sequence[TrialRow], *, metric: str, larger_is_better: bool) -> 
         axis.axhline(values[plain.trial], color="#4D4D4D", ls=":", lw=1)
     best = ranked(drawn, larger_is_better=larger_is_better)[0]
     if best.state == "complete":
-        axis.plot(best.ratio, values[best.trial], ls="", marker="o", ms=15, markerfacecolor="none", markeredgecolor="#000000")
+        axis.plot(
+            best.ratio, values[best.trial], ls="", marker="o", ms=15, markerfacecolor="none", markeredgecolor="#000000"
+        )
     axis.set(xlabel="drop ratio (the largest of any layer)", ylabel=metric)
     axis.grid(visible=True, alpha=0.3)
     keys = [
