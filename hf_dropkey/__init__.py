@@ -17,6 +17,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import moved
+from .evaluate_modules import metric_path
 from .export import DropKeyONNX, export_graph, export_plain
 from .inference import MonteCarloPrediction, dropkey_seed, monte_carlo_predict
 from .models import (
@@ -165,6 +166,7 @@ __all__ = [
     "fast_masks_enabled",
     "layer_ratios",
     "load_classifier",
+    "metric_path",
     "monte_carlo_predict",
     "number_layers",
     "push_folder",

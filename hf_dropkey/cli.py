@@ -33,6 +33,7 @@ PROGRAMS = {
     ("predict", "hoi"): ("hoi.predict", "predict"),
     ("predict", "mesh"): ("mesh.prediction", "predict"),
     ("look", "classification"): ("classification.look", "main"),
+    ("search", "classification"): ("classification.search", "main"),
 }
 # arguments of `Trainer` that most runs need, for the short help; the texts are ours, because Transformers' change
 TRAINER_ARGUMENTS = {

@@ -15,12 +15,16 @@ PROGRAMS = {
     "evaluate": ("classification", "hoi", "mesh"),
     "predict": ("classification", "hoi", "mesh"),
     "look": ("classification",),
+    "search": ("classification",),
 }
+# those that take a recipe before their arguments
+WITH_RECIPE = ("train", "search")
 ABOUT = {
     "train": "train a model, from a recipe or arguments",
     "evaluate": "measure a saved model on data",
     "predict": "use a saved model on images",
     "look": "draw the attention of a saved model, and what DropKey does to it",
+    "search": "find the drop ratio, schedule and pattern for your data, by many trainings",
 }
 
 
@@ -51,9 +55,11 @@ def program_words(verb: str, words: Sequence[str]) -> ProgramWords:
     parser.add_argument("--help_all", "--help-all", action="store_const", const="all", dest="help")
     found, rest = parser.parse_known_args(list(words))
     recipes = light("recipes/__init__.py")
-    named = recipes.task_of(rest[0]) if verb == "train" and rest and recipes.is_recipe(rest[0]) else None
+    named = recipes.task_of(rest[0]) if verb in WITH_RECIPE and rest and recipes.is_recipe(rest[0]) else None
     if found.task is not None and named not in (None, found.task):
         parser.error(f"{rest[0]} is a recipe of --task {named}, not of --task {found.task}")
+    if named is not None and named not in PROGRAMS[verb]:
+        parser.error(f"{rest[0]} is a recipe of --task {named}; {verb} has {', '.join(PROGRAMS[verb])}")
     return ProgramWords(verb, found.task or named or "classification", tuple(rest), found.help)
 
 

@@ -9,7 +9,7 @@ import shutil
 import textwrap
 from pathlib import Path
 
-from .parser import ABOUT, PROGRAMS
+from .parser import ABOUT, PROGRAMS, WITH_RECIPE
 
 
 FILE = Path(__file__).with_name("arguments.json")
@@ -21,7 +21,7 @@ def short_help(verb: str, task: str) -> str:
     found = json.loads(FILE.read_text(encoding="utf-8"))[verb][task]
     width = min(110, max(70, shutil.get_terminal_size().columns))
     choice = f" [--task {'|'.join(PROGRAMS[verb])}]" if len(PROGRAMS[verb]) > 1 else ""
-    recipe = " [RECIPE]" if verb == "train" else ""
+    recipe = " [RECIPE]" if verb in WITH_RECIPE else ""
     lines = [f"usage: hf-dropkey {verb}{choice}{recipe} [--argument value ...]", ""]
     lines += _filled(f"{ABOUT[verb][0].upper()}{ABOUT[verb][1:]} (task: {task}).", width)
     if recipe:

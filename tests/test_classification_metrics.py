@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from transformers import EvalPrediction
 
-from hf_dropkey.classification.metrics import classification_metrics, expected_calibration_error, top_k_accuracy
+from hf_dropkey.classification.metrics import classification_metrics, evaluation_metrics, log_softmax
 
 
 @pytest.fixture
@@ -24,35 +24,6 @@ def test_agrees_with_scikit_learn(prediction):
     assert metrics["top5_accuracy"] == top_k_accuracy_score(labels, logits, k=5)
     assert metrics["nll"] == pytest.approx(log_loss(labels, probabilities), rel=1e-6)
     assert 0.5 < metrics["accuracy"] < metrics["top5_accuracy"] < 1
-
-
-def test_calibration_error_agrees_with_loops(prediction):
-    logits, labels = prediction.predictions.astype(np.float64), prediction.label_ids
-    expected = 0.0
-    for number in range(15):
-        confidences, hits = [], []
-        for row, label in zip(logits, labels, strict=True):
-            probabilities = np.exp(row) / np.exp(row).sum()
-            if number / 15 < probabilities.max() <= (number + 1) / 15:
-                confidences.append(probabilities.max())
-                hits.append(probabilities.argmax() == label)
-        if hits:
-            expected += abs(np.mean(hits) - np.mean(confidences)) * len(hits) / len(labels)
-    assert expected_calibration_error(logits, labels) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize(("right_of_ten", "error"), [(9, 0.0), (5, 0.4), (10, 0.1)])
-def test_calibration_error_of_a_constant_confidence_of_nine_tenths(right_of_ten, error):
-    logits = np.log(np.tile([0.9, 0.1], (10, 1)))
-    labels = np.array([0] * right_of_ten + [1] * (10 - right_of_ten))
-    assert expected_calibration_error(logits, labels) == pytest.approx(error, abs=1e-9)
-
-
-def test_a_model_that_cannot_decide_is_not_right():
-    logits, labels = np.zeros((4, 6)), np.zeros(4, dtype=int)
-    assert top_k_accuracy(logits, labels, k=1) == 0
-    assert top_k_accuracy(logits, labels, k=5) == 0
-    assert top_k_accuracy(logits, labels, k=6) == 1
 
 
 def test_huge_logits_do_not_overflow():
@@ -82,7 +53,9 @@ def test_no_images_is_an_error():
         classification_metrics(EvalPrediction(np.zeros((0, 3)), np.zeros(0, dtype=int)))
 
 
-@pytest.mark.parametrize("k", [0, 11])
-def test_k_must_be_possible(prediction, k):
-    with pytest.raises(ValueError, match=rf"k={k} is outside 1\.\.10"):
-        top_k_accuracy(prediction.predictions, prediction.label_ids, k=k)
+def test_the_evaluation_has_the_brier_score_too(prediction):
+    found = evaluation_metrics(prediction)
+    probabilities = np.exp(log_softmax(prediction.predictions))
+    one_hot = np.eye(10)[prediction.label_ids]
+    assert found.pop("brier") == pytest.approx(((probabilities - one_hot) ** 2).sum(axis=1).mean())
+    assert found == classification_metrics(prediction)

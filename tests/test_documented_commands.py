@@ -50,6 +50,7 @@ CHEAP = {
     "hf-dropkey train": f"{BRIEF} --per_device_train_batch_size 2",
     "hf-dropkey evaluate --task hoi": "--use_cpu --validation_scenes 8 --report_to none",
     "hf-dropkey evaluate": "--use_cpu",
+    "hf-dropkey search": "--trials 1 --max_steps 2 --use_cpu --report_to none --max_eval_samples 8 --max_train_samples 64",
     "hf-dropkey look": "--use_cpu --samples 2 --passes 2 --images_shown 1 --figures maps drops",
 }
 # names that stand for the reader's own

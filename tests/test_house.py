@@ -125,7 +125,7 @@ def test_scripts_are_imported_by_nothing() -> None:
 # from the ground up: a file imports from floors below its own, and from its own room or file
 FLOORS = (
     ("version", "moved", "extras", "recipes"),
-    ("models", "images", "intervals", "plots", "reference"),
+    ("models", "images", "intervals", "plots", "reference", "evaluate_modules"),
     ("patching", "fast_masks"),
     ("inference", "saved"),
     ("export", "inspection"),
@@ -203,8 +203,8 @@ def test_the_public_names() -> None:
     }
     patching = {"DropKeyReport", "apply_dropkey", "remove_dropkey", "dropkey", "dropkey_active", "dropkey_disabled"}
     inference = {"MonteCarloPrediction", "monte_carlo_predict", "export_plain", "layer_ratios", "default_backend"}
+    inference |= {"DropKeyONNX", "dropkey_seed", "export_graph", "load_classifier", "metric_path"}
     inference |= {"save_adapter_settings"}
-    inference |= {"DropKeyONNX", "dropkey_seed", "export_graph", "load_classifier"}
     training = {
         "DropKeyGuardCallback",
         "DropKeyLogCallback",

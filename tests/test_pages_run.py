@@ -14,8 +14,8 @@ from PIL import Image
 from small_runs import RECIPE
 
 from hf_dropkey.classification.job import ClassificationJob
-from hf_dropkey.classification.metrics import expected_calibration_error
 from hf_dropkey.cli import main
+from hf_dropkey.evaluate_modules.calibration.scores import expected_calibration_error
 from hf_dropkey.hub.push_plan import plan_push
 from hf_dropkey.hub.release_check import check_release
 from hf_dropkey.pages.observed import Observed, Predictions, save_mistakes
@@ -165,8 +165,8 @@ def test_a_run_without_mistakes_has_no_pictures(tmp_path: Path) -> None:
     predictions.save(tmp_path)
     again = Predictions.load(tmp_path, ["cat", "dog"])
     assert again is not None and again.rows == ["a", "b"] and np.array_equal(again.labels, right)
-    logits = np.log([[0.9, 0.1], [0.2, 0.8]])
-    assert expected_calibration_error(logits, right) == pytest.approx(0.15)
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8]])
+    assert expected_calibration_error(probabilities, right) == pytest.approx(0.15)
 
 
 def test_a_run_may_go_without(tmp_path: Path) -> None:

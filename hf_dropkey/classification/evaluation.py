@@ -17,7 +17,7 @@ from ..training.arguments import parse_arguments
 from .adapters import load_classifier
 from .arguments import DataArguments
 from .data import ImageData, load_image_data
-from .metrics import classification_metrics
+from .metrics import evaluation_metrics
 from .transform import ImageTransform, collate_images
 
 
@@ -60,7 +60,7 @@ def main(command: Sequence[str]) -> None:
         "split": data.evaluation_split,
         "images": len(data.evaluation),
         "parameters": model.num_parameters(),
-        **{name: measured[name] for name in ("accuracy", "top5_accuracy", "nll", "ece") if name in measured},
+        **{name: measured[name] for name in ("accuracy", "top5_accuracy", "nll", "ece", "brier") if name in measured},
         "images_per_second": measured["samples_per_second"],
     }
     for name, value in result.items():
@@ -104,7 +104,7 @@ def measure(
                 report_to="none",
             ),
             data_collator=collate_images,
-            compute_metrics=classification_metrics,
+            compute_metrics=evaluation_metrics,
         )
         measured = trainer.evaluate(data.evaluation)
     return {name.removeprefix("eval_"): value for name, value in measured.items()}

@@ -30,6 +30,7 @@ METRICS = {
     "top5_accuracy": MetricName("top-5 accuracy", "top-5 accuracy", "top-5 accuracy", True),
     "nll": MetricName("negative log-likelihood (nats)", "NLL, nats", "NLL", False),
     "ece": MetricName("expected calibration error, 15 bins", "ECE", "ECE", False),
+    "brier": MetricName("Brier score, 0 to 2", "Brier score", "Brier score", False),
     "loss": MetricName("loss", "loss", "loss", False),
     "accuracy_gap": MetricName(
         "accuracy, training images minus these", "accuracy, training minus these images", "accuracy gap", None

@@ -210,6 +210,22 @@ def parse_arguments(groups: Any, command: Sequence[str]) -> tuple[Any, ...]:
     return tuple(made)
 
 
+def given_arguments(groups: Any, command: Sequence[str]) -> dict[str, Any]:
+    """The arguments that a command with its recipe sets otherwise than by default, by name, as JSON values.
+
+    Raises:
+        FileNotFoundError, ValueError: As `parse_arguments`.
+    """
+    parser = OneLineParser(groups)
+    rest = list(command)
+    # as parsed: argparse reads defaults that are strings as it reads words
+    defaults = vars(parser.parse_args([]))
+    if rest and is_recipe(rest[0]):
+        parser.set_defaults(**read_recipe(recipe_file(rest.pop(0)), groups))
+    found = vars(parser.parse_args(rest))
+    return {name: getattr(value, "value", value) for name, value in found.items() if value != defaults[name]}
+
+
 class OneLineParser(HfArgumentParser):
     """A parser that raises what is wrong with a command line, instead of printing every argument there is."""
 
