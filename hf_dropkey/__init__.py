@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
@@ -20,6 +21,7 @@ from . import moved
 from .export import DropKeyONNX, export_graph, export_plain
 from .inference import MonteCarloPrediction, dropkey_seed, monte_carlo_predict
 from .models import (
+    DropKeyCeitBackbone,
     DropKeyCeitConfig,
     DropKeyCeitForImageClassification,
     DropKeyCeitModel,
@@ -34,15 +36,18 @@ from .models import (
     DropKeyMeshForBodyMesh,
     DropKeyMeshModel,
     DropKeyMeshPreTrainedModel,
+    DropKeyT2TViTBackbone,
     DropKeyT2TViTConfig,
     DropKeyT2TViTForImageClassification,
     DropKeyT2TViTModel,
     DropKeyT2TViTPreTrainedModel,
+    DropKeyViTBackbone,
     DropKeyViTConfig,
     DropKeyViTForImageClassification,
     DropKeyViTForMaskedImageModeling,
     DropKeyViTModel,
     DropKeyViTPreTrainedModel,
+    DropKeyVoloBackbone,
     DropKeyVoloConfig,
     DropKeyVoloForImageClassification,
     DropKeyVoloModel,
@@ -69,14 +74,15 @@ if TYPE_CHECKING:
         DropKeySeedCallback,
     )
 
-for _config, _model, _classifier in (
-    (DropKeyViTConfig, DropKeyViTModel, DropKeyViTForImageClassification),
-    (DropKeyT2TViTConfig, DropKeyT2TViTModel, DropKeyT2TViTForImageClassification),
-    (DropKeyVoloConfig, DropKeyVoloModel, DropKeyVoloForImageClassification),
-    (DropKeyCeitConfig, DropKeyCeitModel, DropKeyCeitForImageClassification),
+for _config, _model, _backbone, _classifier in (
+    (DropKeyViTConfig, DropKeyViTModel, DropKeyViTBackbone, DropKeyViTForImageClassification),
+    (DropKeyT2TViTConfig, DropKeyT2TViTModel, DropKeyT2TViTBackbone, DropKeyT2TViTForImageClassification),
+    (DropKeyVoloConfig, DropKeyVoloModel, DropKeyVoloBackbone, DropKeyVoloForImageClassification),
+    (DropKeyCeitConfig, DropKeyCeitModel, DropKeyCeitBackbone, DropKeyCeitForImageClassification),
 ):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
+    AutoBackbone.register(_config, _backbone, exist_ok=True)
     AutoModelForImageClassification.register(_config, _classifier, exist_ok=True)
 AutoConfig.register(DropKeyFeaturesConfig.model_type, DropKeyFeaturesConfig, exist_ok=True)
 AutoModelForImageClassification.register(DropKeyFeaturesConfig, DropKeyFeaturesForImageClassification, exist_ok=True)
@@ -111,6 +117,7 @@ LAZY = {
 
 __all__ = [
     "DropKey",
+    "DropKeyCeitBackbone",
     "DropKeyCeitConfig",
     "DropKeyCeitForImageClassification",
     "DropKeyCeitModel",
@@ -131,15 +138,18 @@ __all__ = [
     "DropKeyReport",
     "DropKeyScheduleCallback",
     "DropKeySeedCallback",
+    "DropKeyT2TViTBackbone",
     "DropKeyT2TViTConfig",
     "DropKeyT2TViTForImageClassification",
     "DropKeyT2TViTModel",
     "DropKeyT2TViTPreTrainedModel",
+    "DropKeyViTBackbone",
     "DropKeyViTConfig",
     "DropKeyViTForImageClassification",
     "DropKeyViTForMaskedImageModeling",
     "DropKeyViTModel",
     "DropKeyViTPreTrainedModel",
+    "DropKeyVoloBackbone",
     "DropKeyVoloConfig",
     "DropKeyVoloForImageClassification",
     "DropKeyVoloModel",
