@@ -56,6 +56,7 @@ from .models import (
 )
 from .models.attention import default_backend, dropkey_attention
 from .models.configuration_dropkey_hoi import HOI_TASK
+from .models.configuration_dropkey_host import carry_backbone_code
 from .models.dropkey import DropKey, drop_keys, layer_ratios
 from .models.sample_masks import number_layers, sample_ids
 from .patching import DropKeyReport, apply_dropkey, dropkey, dropkey_active, dropkey_disabled, remove_dropkey
@@ -159,6 +160,7 @@ __all__ = [
     "MonteCarloPrediction",
     "__version__",
     "apply_dropkey",
+    "carry_backbone_code",
     "default_backend",
     "disable_fast_masks",
     "drop_keys",
