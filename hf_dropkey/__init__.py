@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
@@ -21,6 +22,7 @@ from .evaluate_modules import metric_path
 from .export import DropKeyONNX, export_graph, export_plain
 from .inference import MonteCarloPrediction, dropkey_seed, monte_carlo_predict
 from .models import (
+    DropKeyCeitBackbone,
     DropKeyCeitConfig,
     DropKeyCeitForImageClassification,
     DropKeyCeitModel,
@@ -35,15 +37,18 @@ from .models import (
     DropKeyMeshForBodyMesh,
     DropKeyMeshModel,
     DropKeyMeshPreTrainedModel,
+    DropKeyT2TViTBackbone,
     DropKeyT2TViTConfig,
     DropKeyT2TViTForImageClassification,
     DropKeyT2TViTModel,
     DropKeyT2TViTPreTrainedModel,
+    DropKeyViTBackbone,
     DropKeyViTConfig,
     DropKeyViTForImageClassification,
     DropKeyViTForMaskedImageModeling,
     DropKeyViTModel,
     DropKeyViTPreTrainedModel,
+    DropKeyVoloBackbone,
     DropKeyVoloConfig,
     DropKeyVoloForImageClassification,
     DropKeyVoloModel,
@@ -52,6 +57,7 @@ from .models import (
 )
 from .models.attention import default_backend, dropkey_attention
 from .models.configuration_dropkey_hoi import HOI_TASK
+from .models.configuration_dropkey_host import carry_backbone_code
 from .models.dropkey import DropKey, drop_keys, layer_ratios
 from .models.sample_masks import number_layers, sample_ids
 from .patching import DropKeyReport, apply_dropkey, dropkey, dropkey_active, dropkey_disabled, remove_dropkey
@@ -71,14 +77,15 @@ if TYPE_CHECKING:
         DropKeySeedCallback,
     )
 
-for _config, _model, _classifier in (
-    (DropKeyViTConfig, DropKeyViTModel, DropKeyViTForImageClassification),
-    (DropKeyT2TViTConfig, DropKeyT2TViTModel, DropKeyT2TViTForImageClassification),
-    (DropKeyVoloConfig, DropKeyVoloModel, DropKeyVoloForImageClassification),
-    (DropKeyCeitConfig, DropKeyCeitModel, DropKeyCeitForImageClassification),
+for _config, _model, _backbone, _classifier in (
+    (DropKeyViTConfig, DropKeyViTModel, DropKeyViTBackbone, DropKeyViTForImageClassification),
+    (DropKeyT2TViTConfig, DropKeyT2TViTModel, DropKeyT2TViTBackbone, DropKeyT2TViTForImageClassification),
+    (DropKeyVoloConfig, DropKeyVoloModel, DropKeyVoloBackbone, DropKeyVoloForImageClassification),
+    (DropKeyCeitConfig, DropKeyCeitModel, DropKeyCeitBackbone, DropKeyCeitForImageClassification),
 ):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
+    AutoBackbone.register(_config, _backbone, exist_ok=True)
     AutoModelForImageClassification.register(_config, _classifier, exist_ok=True)
 AutoConfig.register(DropKeyFeaturesConfig.model_type, DropKeyFeaturesConfig, exist_ok=True)
 AutoModelForImageClassification.register(DropKeyFeaturesConfig, DropKeyFeaturesForImageClassification, exist_ok=True)
@@ -114,6 +121,7 @@ LAZY = {
 
 __all__ = [
     "DropKey",
+    "DropKeyCeitBackbone",
     "DropKeyCeitConfig",
     "DropKeyCeitForImageClassification",
     "DropKeyCeitModel",
@@ -134,15 +142,18 @@ __all__ = [
     "DropKeyReport",
     "DropKeyScheduleCallback",
     "DropKeySeedCallback",
+    "DropKeyT2TViTBackbone",
     "DropKeyT2TViTConfig",
     "DropKeyT2TViTForImageClassification",
     "DropKeyT2TViTModel",
     "DropKeyT2TViTPreTrainedModel",
+    "DropKeyViTBackbone",
     "DropKeyViTConfig",
     "DropKeyViTForImageClassification",
     "DropKeyViTForMaskedImageModeling",
     "DropKeyViTModel",
     "DropKeyViTPreTrainedModel",
+    "DropKeyVoloBackbone",
     "DropKeyVoloConfig",
     "DropKeyVoloForImageClassification",
     "DropKeyVoloModel",
@@ -152,6 +163,7 @@ __all__ = [
     "MonteCarloPrediction",
     "__version__",
     "apply_dropkey",
+    "carry_backbone_code",
     "default_backend",
     "disable_fast_masks",
     "drop_keys",

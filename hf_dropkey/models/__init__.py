@@ -8,6 +8,7 @@ from .configuration_dropkey_t2t_vit import DropKeyT2TViTConfig
 from .configuration_dropkey_vit import DropKeyViTConfig
 from .configuration_dropkey_volo import DropKeyVoloConfig
 from .modeling_dropkey_ceit import (
+    DropKeyCeitBackbone,
     DropKeyCeitForImageClassification,
     DropKeyCeitModel,
     DropKeyCeitPreTrainedModel,
@@ -24,17 +25,20 @@ from .modeling_dropkey_mesh import (
     DropKeyMeshPreTrainedModel,
 )
 from .modeling_dropkey_t2t_vit import (
+    DropKeyT2TViTBackbone,
     DropKeyT2TViTForImageClassification,
     DropKeyT2TViTModel,
     DropKeyT2TViTPreTrainedModel,
 )
 from .modeling_dropkey_vit import (
+    DropKeyViTBackbone,
     DropKeyViTForImageClassification,
     DropKeyViTForMaskedImageModeling,
     DropKeyViTModel,
     DropKeyViTPreTrainedModel,
 )
 from .modeling_dropkey_volo import (
+    DropKeyVoloBackbone,
     DropKeyVoloForImageClassification,
     DropKeyVoloModel,
     DropKeyVoloPreTrainedModel,
@@ -43,6 +47,7 @@ from .pipeline_dropkey_hoi import HoiPipeline
 
 
 __all__ = [
+    "DropKeyCeitBackbone",
     "DropKeyCeitConfig",
     "DropKeyCeitForImageClassification",
     "DropKeyCeitModel",
@@ -57,15 +62,18 @@ __all__ = [
     "DropKeyMeshForBodyMesh",
     "DropKeyMeshModel",
     "DropKeyMeshPreTrainedModel",
+    "DropKeyT2TViTBackbone",
     "DropKeyT2TViTConfig",
     "DropKeyT2TViTForImageClassification",
     "DropKeyT2TViTModel",
     "DropKeyT2TViTPreTrainedModel",
+    "DropKeyViTBackbone",
     "DropKeyViTConfig",
     "DropKeyViTForImageClassification",
     "DropKeyViTForMaskedImageModeling",
     "DropKeyViTModel",
     "DropKeyViTPreTrainedModel",
+    "DropKeyVoloBackbone",
     "DropKeyVoloConfig",
     "DropKeyVoloForImageClassification",
     "DropKeyVoloModel",

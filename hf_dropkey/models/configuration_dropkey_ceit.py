@@ -12,11 +12,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .configuration_dropkey import DropKeyConfigMixin
+from .configuration_dropkey_backbone import DropKeyBackboneConfigMixin
 from .configuration_dropkey_sizes import PublishedSizesMixin, check_heads
 
 
 @strict
-class DropKeyCeitConfig(DropKeyConfigMixin, PublishedSizesMixin, PreTrainedConfig):
+class DropKeyCeitConfig(DropKeyBackboneConfigMixin, DropKeyConfigMixin, PublishedSizesMixin, PreTrainedConfig):
     """Configuration of a CeiT (Yuan et al., "Incorporating Convolution Designs into Visual Transformers", ICCV 2021).
 
     The defaults are those of CeiT-T. With the same weights, a model in eval mode, or with `dropkey_ratio=0`, computes
@@ -96,6 +97,7 @@ class DropKeyCeitConfig(DropKeyConfigMixin, PublishedSizesMixin, PreTrainedConfi
 
     family_auto_map: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_dropkey_ceit.DropKeyCeitConfig",
+        "AutoBackbone": "modeling_dropkey_ceit.DropKeyCeitBackbone",
         "AutoModel": "modeling_dropkey_ceit.DropKeyCeitModel",
         "AutoModelForImageClassification": "modeling_dropkey_ceit.DropKeyCeitForImageClassification",
     }

@@ -68,6 +68,11 @@ class PublishedSizesMixin:
         return cls(**{**cls.published_sizes[name], **kwargs})
 
     @property
+    def patch_sides(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return PATCH_SIZE, PATCH_SIZE
+
+    @property
     def patch_grid(self) -> tuple[int, int]:
         """Patch rows and columns of an image of the configured size."""
         return self.grid_of(self.image_size, self.image_size)

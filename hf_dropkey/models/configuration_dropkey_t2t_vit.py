@@ -12,6 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .configuration_dropkey import DropKeyConfigMixin
+from .configuration_dropkey_backbone import DropKeyBackboneConfigMixin
 from .configuration_dropkey_sizes import PublishedSizesMixin, check_heads
 from .dropkey import check_choice
 
@@ -30,7 +31,7 @@ def _size(hidden_size: int, depth: int, heads: int, mlp_ratio: float, token_stag
 
 
 @strict
-class DropKeyT2TViTConfig(DropKeyConfigMixin, PublishedSizesMixin, PreTrainedConfig):
+class DropKeyT2TViTConfig(DropKeyBackboneConfigMixin, DropKeyConfigMixin, PublishedSizesMixin, PreTrainedConfig):
     """Configuration of a T2T-ViT (Yuan et al., "Tokens-to-Token ViT", ICCV 2021) trained with DropKey.
 
     The defaults are those of T2T-ViT-14. With the same weights, a model in eval mode, or with `dropkey_ratio=0` (and
@@ -124,6 +125,7 @@ class DropKeyT2TViTConfig(DropKeyConfigMixin, PublishedSizesMixin, PreTrainedCon
 
     family_auto_map: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_dropkey_t2t_vit.DropKeyT2TViTConfig",
+        "AutoBackbone": "modeling_dropkey_t2t_vit.DropKeyT2TViTBackbone",
         "AutoModel": "modeling_dropkey_t2t_vit.DropKeyT2TViTModel",
         "AutoModelForImageClassification": "modeling_dropkey_t2t_vit.DropKeyT2TViTForImageClassification",
     }

@@ -12,13 +12,14 @@ from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
 from .configuration_dropkey import DropKeyConfigMixin
+from .configuration_dropkey_backbone import DropKeyBackboneConfigMixin
 from .configuration_dropkey_sizes import check_heads, height_and_width
 from .configuration_dropkey_values import check_patches, check_values
 from .patterns import check_window
 
 
 @strict
-class DropKeyViTConfig(DropKeyConfigMixin, ViTConfig):
+class DropKeyViTConfig(DropKeyBackboneConfigMixin, DropKeyConfigMixin, ViTConfig):
     """Configuration of a Vision Transformer trained with DropKey.
 
     All fields of `ViTConfig`, plus the DropKey fields of `DropKeyConfigMixin`. With the same weights, a model in eval
@@ -37,6 +38,7 @@ class DropKeyViTConfig(DropKeyConfigMixin, ViTConfig):
 
     family_auto_map: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_dropkey_vit.DropKeyViTConfig",
+        "AutoBackbone": "modeling_dropkey_vit.DropKeyViTBackbone",
         "AutoModel": "modeling_dropkey_vit.DropKeyViTModel",
         "AutoModelForImageClassification": "modeling_dropkey_vit.DropKeyViTForImageClassification",
         "AutoModelForMaskedImageModeling": "modeling_dropkey_vit.DropKeyViTForMaskedImageModeling",
@@ -45,13 +47,18 @@ class DropKeyViTConfig(DropKeyConfigMixin, ViTConfig):
     plain_model_types: ClassVar[tuple[str, ...]] = ("vit",)
 
     @property
+    def patch_sides(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return height_and_width(self.patch_size)
+
+    @property
     def patch_grid(self) -> tuple[int, int]:
         """Patch rows and columns of an image of the configured size."""
         return self.grid_of(*height_and_width(self.image_size))
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Patch rows and columns of an image of `height` x `width` pixels."""
-        rows, columns = height_and_width(self.patch_size)
+        rows, columns = self.patch_sides
         return height // rows, width // columns
 
     def check_image_sides(self, height: int, width: int) -> None:

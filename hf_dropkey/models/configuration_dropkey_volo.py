@@ -12,6 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .configuration_dropkey import DropKeyConfigMixin
+from .configuration_dropkey_backbone import DropKeyBackboneConfigMixin
 from .configuration_dropkey_sizes import PublishedSizesMixin, check_heads
 
 
@@ -31,7 +32,7 @@ def _size(depths: list[int], hidden_size: int, heads: int, outlook_heads: int, *
 
 
 @strict
-class DropKeyVoloConfig(DropKeyConfigMixin, PublishedSizesMixin, PreTrainedConfig):
+class DropKeyVoloConfig(DropKeyBackboneConfigMixin, DropKeyConfigMixin, PublishedSizesMixin, PreTrainedConfig):
     """Configuration of a VOLO (Yuan et al., "VOLO: Vision Outlooker for Visual Recognition", 2021) with DropKey.
 
     The defaults are those of VOLO-D1. With the same weights, a model in eval mode, or with `dropkey_ratio=0`, computes
@@ -133,6 +134,7 @@ class DropKeyVoloConfig(DropKeyConfigMixin, PublishedSizesMixin, PreTrainedConfi
 
     family_auto_map: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_dropkey_volo.DropKeyVoloConfig",
+        "AutoBackbone": "modeling_dropkey_volo.DropKeyVoloBackbone",
         "AutoModel": "modeling_dropkey_volo.DropKeyVoloModel",
         "AutoModelForImageClassification": "modeling_dropkey_volo.DropKeyVoloForImageClassification",
     }
@@ -141,6 +143,11 @@ class DropKeyVoloConfig(DropKeyConfigMixin, PublishedSizesMixin, PreTrainedConfi
     def num_hidden_layers(self) -> int:
         """Number of layers of all kinds."""
         return sum(self.depths) + self.num_class_layers
+
+    @property
+    def stage_depths(self) -> list[int]:
+        """Number of layers of each stage after the stem; the outlook layers are the first stage."""
+        return list(self.depths)
 
     def validate_architecture(self) -> None:
         """Raises ValueError where fields contradict each other."""

@@ -25,6 +25,7 @@ from .modeling_dropkey import (
     checked_pixel_values,
     resize_position_tokens,
 )
+from .modeling_dropkey_backbone import DropKeyBackboneMixin
 
 
 class DropKeyCeitBatchNorm(nn.BatchNorm2d):
@@ -161,7 +162,7 @@ class DropKeyCeitPreTrainedModel(DropKeyArchitecture):
         if isinstance(module, DropKeyCeitEmbeddings):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
-        elif isinstance(module, DropKeyCeitModel):
+        elif isinstance(module, DropKeyCeitModel) and module.class_layer is not None:
             init.zeros_(module.layer_position_embeddings)
 
 
@@ -169,18 +170,18 @@ class DropKeyCeitModel(DropKeyCeitPreTrainedModel):
     """The bare CeiT encoder.
 
     `layer_ratios(...)` of the configuration's schedule runs over the enabled sites in order of execution: the layers,
-    then the layer-wise class attention, if `dropkey_class_attention`.
+    then the layer-wise class attention, if there is one and `dropkey_class_attention`.
 
     The patches of the last layer go nowhere, so the convolutions and batch norms of its feed-forward part get zero
     gradients, as in the official model.
     """
 
-    def __init__(self, config: DropKeyCeitConfig):
+    def __init__(self, config: DropKeyCeitConfig, add_class_layer: bool = True):
         config.validate_dropkey()
         super().__init__(config)
         depth = config.num_hidden_layers
         ratios = layer_ratios(
-            depth + config.dropkey_class_attention,
+            depth + (add_class_layer and config.dropkey_class_attention),
             config.dropkey_ratio,
             config.dropkey_final_ratio,
             config.dropkey_schedule,
@@ -190,9 +191,11 @@ class DropKeyCeitModel(DropKeyCeitPreTrainedModel):
             DropKeyCeitLayer(config, ratio, config.drop_path_rate * index / max(depth - 1, 1))
             for index, ratio in enumerate(ratios[:depth])
         )
-        self.layer_position_embeddings = nn.Parameter(torch.zeros(1, depth, config.hidden_size))
-        self.class_layer = DropKeyCeitClassLayer(config, ratios[-1] if config.dropkey_class_attention else 0.0)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.class_layer = None
+        if add_class_layer:
+            self.layer_position_embeddings = nn.Parameter(torch.zeros(1, depth, config.hidden_size))
+            self.class_layer = DropKeyCeitClassLayer(config, ratios[-1] if config.dropkey_class_attention else 0.0)
+            self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     @merge_with_config_defaults
@@ -212,8 +215,8 @@ class DropKeyCeitModel(DropKeyCeitPreTrainedModel):
 
         Returns:
             The tokens of the last transformer layer `[B, 1 + N, hidden_size]` with the class token first, and the
-            normalised output of the layer-wise class attention `[B, hidden_size]` as pooled output. Hidden states and
-            attentions are those of the transformer layers.
+            normalised output of the layer-wise class attention `[B, hidden_size]`, if there is one, as pooled output.
+            Hidden states and attentions are those of the transformer layers.
 
         Raises:
             ValueError: `pixel_values` is missing or of a size that the model cannot take.
@@ -226,11 +229,26 @@ class DropKeyCeitModel(DropKeyCeitPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, grid, **kwargs)
             class_tokens.append(hidden_states[:, 0])
+        if self.class_layer is None:
+            return BaseModelOutputWithPooling(last_hidden_state=hidden_states)
         stacked = torch.stack(class_tokens, dim=1)
         pooled = self.class_layer(stacked + self.layer_position_embeddings.to(stacked.device), **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.layernorm(pooled).squeeze(1)
         )
+
+
+class DropKeyCeitBackbone(DropKeyBackboneMixin, DropKeyCeitModel):
+    """CeiT as a backbone: feature maps of any layers, all at stride 16.
+
+    The layer-wise class attention and its norm, which see class tokens alone, are left out.
+    """
+
+    def __init__(self, config: DropKeyCeitConfig):
+        super().__init__(config, add_class_layer=False)
+
+    def stage_norm(self) -> None:
+        """No norm: the model's last one is for class tokens."""
 
 
 class DropKeyCeitForImageClassification(DropKeyClassifierMixin, DropKeyCeitPreTrainedModel):
@@ -243,4 +261,9 @@ class DropKeyCeitForImageClassification(DropKeyClassifierMixin, DropKeyCeitPreTr
         self.post_init()
 
 
-__all__ = ["DropKeyCeitForImageClassification", "DropKeyCeitModel", "DropKeyCeitPreTrainedModel"]
+__all__ = [
+    "DropKeyCeitBackbone",
+    "DropKeyCeitForImageClassification",
+    "DropKeyCeitModel",
+    "DropKeyCeitPreTrainedModel",
+]

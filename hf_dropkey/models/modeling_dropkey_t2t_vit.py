@@ -28,6 +28,7 @@ from .modeling_dropkey import (
     checked_pixel_values,
     resize_position_tokens,
 )
+from .modeling_dropkey_backbone import DropKeyBackboneMixin
 from .sample_masks import seed_for
 
 
@@ -256,6 +257,10 @@ class DropKeyT2TViTModel(DropKeyT2TViTPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
 
 
+class DropKeyT2TViTBackbone(DropKeyBackboneMixin, DropKeyT2TViTModel):
+    """T2T-ViT as a backbone: feature maps of any layers, all at stride 16; the stem is the output of the token stages."""
+
+
 class DropKeyT2TViTForImageClassification(DropKeyClassifierMixin, DropKeyT2TViTPreTrainedModel):
     """T2T-ViT with a linear classifier on the class token."""
 
@@ -266,4 +271,9 @@ class DropKeyT2TViTForImageClassification(DropKeyClassifierMixin, DropKeyT2TViTP
         self.post_init()
 
 
-__all__ = ["DropKeyT2TViTForImageClassification", "DropKeyT2TViTModel", "DropKeyT2TViTPreTrainedModel"]
+__all__ = [
+    "DropKeyT2TViTBackbone",
+    "DropKeyT2TViTForImageClassification",
+    "DropKeyT2TViTModel",
+    "DropKeyT2TViTPreTrainedModel",
+]

@@ -19,6 +19,7 @@ from .attention import dropkey_attention_forward
 from .configuration_dropkey_vit import DropKeyViTConfig
 from .dropkey import DropKeyRatioMixin, dropkey_is_active, layer_ratios
 from .modeling_dropkey import DropKeyModelMixin, checked_pixel_values, image_classification_loss
+from .modeling_dropkey_backbone import DropKeyBackboneMixin
 
 
 # names of layers in checkpoints written before Transformers 5.9, and by `save_pretrained` still
@@ -156,6 +157,13 @@ class DropKeyViTModel(DropKeyViTPreTrainedModel, ViTModel):
         )
 
 
+class DropKeyViTBackbone(DropKeyBackboneMixin, DropKeyViTModel):
+    """DropKeyViT as a backbone: feature maps of any layers, all at the stride of the patches."""
+
+    def __init__(self, config: DropKeyViTConfig):
+        super().__init__(config, add_pooling_layer=False)
+
+
 class DropKeyViTForImageClassification(DropKeyViTPreTrainedModel, ViTForImageClassification):
     """DropKeyViT with a linear classifier on the class token, as `transformers.ViTForImageClassification`."""
 
@@ -190,6 +198,7 @@ for _name in ("DropKeyViTModel", DropKeyViTConfig.model_type):
 
 
 __all__ = [
+    "DropKeyViTBackbone",
     "DropKeyViTForImageClassification",
     "DropKeyViTForMaskedImageModeling",
     "DropKeyViTModel",

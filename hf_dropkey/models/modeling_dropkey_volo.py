@@ -27,6 +27,7 @@ from .modeling_dropkey import (
     image_classification_loss,
     resize_position_grid,
 )
+from .modeling_dropkey_backbone import DropKeyBackboneMixin
 
 
 # patches of the outlook layers along one patch of the transformer layers
@@ -138,9 +139,9 @@ class DropKeyVoloClassLayer(DropKeyPreNormLayer):
 
 
 class DropKeyVoloEmbeddings(nn.Module):
-    """The convolutions in front, and the class token and positions that later layers take."""
+    """The convolutions in front, and the class token, if there is one, and positions that later layers take."""
 
-    def __init__(self, config: DropKeyVoloConfig):
+    def __init__(self, config: DropKeyVoloConfig, add_class_token: bool):
         super().__init__()
         width = config.stem_size
         layers: list[nn.Module] = []
@@ -149,7 +150,7 @@ class DropKeyVoloEmbeddings(nn.Module):
             layers += [nn.BatchNorm2d(width), nn.ReLU()]
         self.stem = nn.Sequential(*layers)
         self.projection = nn.Conv2d(width, config.outlook_hidden_size, kernel_size=4, stride=4)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if add_class_token else None
         self.position_embeddings = nn.Parameter(torch.zeros(1, *config.patch_grid, config.hidden_size))
 
     def positions(self, grid: tuple[int, int]) -> torch.Tensor:
@@ -182,7 +183,8 @@ class DropKeyVoloPreTrainedModel(DropKeyArchitecture):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, DropKeyVoloEmbeddings):
-            init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
+            if module.cls_token is not None:
+                init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
 
 
@@ -218,15 +220,16 @@ class DropKeyVoloModel(DropKeyVoloPreTrainedModel):
     """The bare VOLO encoder.
 
     `layer_ratios(...)` of the configuration's schedule runs over the enabled sites in order of execution: outlook
-    layers, transformer layers, class layers.
+    layers, transformer layers, class layers, if there are any.
     """
 
-    def __init__(self, config: DropKeyVoloConfig):
+    def __init__(self, config: DropKeyVoloConfig, add_class_layers: bool = True):
         config.validate_dropkey()
         super().__init__(config)
         outlooks, depth = config.depths[0], sum(config.depths)
-        ratios = self._site_ratios(config)
-        self.embeddings = DropKeyVoloEmbeddings(config)
+        class_layers = config.num_class_layers if add_class_layers else 0
+        ratios = self._site_ratios(config, class_layers)
+        self.embeddings = DropKeyVoloEmbeddings(config, add_class_layers)
         self.outlook_layers = nn.ModuleList(DropKeyVoloOutlookLayer(config, next(ratios)) for _ in range(outlooks))
         self.downsample = nn.Conv2d(config.outlook_hidden_size, config.hidden_size, POOLING, stride=POOLING)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -235,17 +238,15 @@ class DropKeyVoloModel(DropKeyVoloPreTrainedModel):
             nn.ModuleList(DropKeyVoloLayer(config, next(ratios), next(paths)) for _ in range(layers))
             for layers in config.depths[1:]
         )
-        self.class_layers = nn.ModuleList(
-            DropKeyVoloClassLayer(config, next(ratios)) for _ in range(config.num_class_layers)
-        )
+        self.class_layers = nn.ModuleList(DropKeyVoloClassLayer(config, next(ratios)) for _ in range(class_layers))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     @staticmethod
-    def _site_ratios(config: DropKeyVoloConfig) -> Iterator[float]:
+    def _site_ratios(config: DropKeyVoloConfig, class_layers: int) -> Iterator[float]:
         """The ratio of every layer in order of execution; 0 where DropKey is off."""
         enabled = [config.dropkey_outlook] * config.depths[0] + [True] * sum(config.depths[1:])
-        enabled += [config.dropkey_class_attention] * config.num_class_layers
+        enabled += [config.dropkey_class_attention] * class_layers
         ratios = iter(
             layer_ratios(sum(enabled), config.dropkey_ratio, config.dropkey_final_ratio, config.dropkey_schedule)
         )
@@ -272,7 +273,7 @@ class DropKeyVoloModel(DropKeyVoloPreTrainedModel):
             The normalised tokens `[B, 1 + N, hidden_size]` with the class token first, and the class token
             `[B, hidden_size]` as pooled output. Hidden states are those of all layers: on 8 x 8 pixel patches in the
             outlook layers, with the class token first in the class layers. Attentions of outlook layers are those of
-            single windows, as Swin's.
+            single windows, as Swin's. Without class layers the tokens are the patches, and there is no pooled output.
 
         Raises:
             ValueError: `pixel_values` is missing or of a size that the model cannot take.
@@ -288,6 +289,8 @@ class DropKeyVoloModel(DropKeyVoloPreTrainedModel):
         for stage in self.stages:
             for layer in cast(nn.ModuleList, stage):
                 hidden_states = layer(hidden_states, grid, **kwargs)
+        if self.embeddings.cls_token is None:
+            return BaseModelOutputWithPooling(last_hidden_state=self.layernorm(hidden_states))
         class_token = self.embeddings.cls_token.to(hidden_states.device).expand(hidden_states.shape[0], -1, -1)
         hidden_states = torch.cat((class_token, hidden_states), dim=1)
         for layer in self.class_layers:
@@ -304,6 +307,24 @@ class DropKeyVoloModel(DropKeyVoloPreTrainedModel):
         pooled = self.downsample(hidden_states.transpose(1, 2).unflatten(2, grid)).permute(0, 2, 3, 1)
         positions = self.embeddings.positions((pooled.shape[1], pooled.shape[2]))
         return self.dropout(pooled + positions.to(pooled.device)).flatten(1, 2)
+
+
+class DropKeyVoloBackbone(DropKeyBackboneMixin, DropKeyVoloModel):
+    """VOLO as a backbone: the stem and the outlook layers (stage 1) at stride 8, the other stages at stride 16.
+
+    The class layers, which update the class token alone, are left out.
+    """
+
+    def __init__(self, config: DropKeyVoloConfig):
+        super().__init__(config, add_class_layers=False)
+
+    def stage_widths(self) -> list[int]:
+        """Channels of each stage, the stem first."""
+        return [self.config.outlook_hidden_size] * 2 + [self.config.hidden_size] * (len(self.config.depths) - 1)
+
+    def stage_scales(self) -> list[int]:
+        """Rows of each stage for one row of patches of 16 pixels, the stem first."""
+        return [POOLING] * 2 + [1] * (len(self.config.depths) - 1)
 
 
 def token_labelling_loss(
@@ -443,4 +464,9 @@ class DropKeyVoloForImageClassification(DropKeyClassifierMixin, DropKeyVoloPreTr
         return flat
 
 
-__all__ = ["DropKeyVoloForImageClassification", "DropKeyVoloModel", "DropKeyVoloPreTrainedModel"]
+__all__ = [
+    "DropKeyVoloBackbone",
+    "DropKeyVoloForImageClassification",
+    "DropKeyVoloModel",
+    "DropKeyVoloPreTrainedModel",
+]

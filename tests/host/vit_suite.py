@@ -101,7 +101,7 @@ class CommonTests(ModelTesterMixin):
     def setUp(self) -> None:
         self.model_tester = TinyViT(self.config_class, self.config_kwargs)
         self.config_tester = ConfigTester(
-            self, config_class=self.config_class, has_text_modality=False, hidden_size=37, **self.config_kwargs
+            self, config_class=self.config_class, has_text_modality=False, hidden_size=36, **self.config_kwargs
         )
 
     def test_config(self) -> None:
