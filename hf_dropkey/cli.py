@@ -276,6 +276,14 @@ def info(arguments: Namespace) -> int:
     return 0
 
 
+def demo(arguments: Namespace) -> int:
+    """Serves the page of a model until it is interrupted."""
+    from .demo.server import demo as serve
+
+    serve(arguments.targets, port=arguments.port, host=arguments.host, images=arguments.images)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "report": report,
     "check": check,
@@ -283,4 +291,5 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "push": push,
     "card": card,
     "info": info,
+    "demo": demo,
 }

@@ -81,7 +81,7 @@ def _parser() -> Parser:
     for verb, about in ABOUT.items():
         tasks = f" (--task {', '.join(PROGRAMS[verb])})" if len(PROGRAMS[verb]) > 1 else ""
         commands.add_parser(verb, help=about + tasks, add_help=False)
-    for add in (_recipes, _report, _info, _check, _card, _push, _export):
+    for add in (_recipes, _report, _info, _check, _card, _push, _export, _demo):
         add(commands)
     return parser
 
@@ -170,3 +170,11 @@ def _export(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--image_size", type=int, help="side in pixels of the images of a graph; default: the processor's"
     )
+
+
+def _demo(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = _command(commands, "demo", "try a saved model in the browser, on a page that this machine serves")
+    parser.add_argument("targets", nargs="+", metavar="target", help="saved model; a second classifier is compared")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on, 0 for any free one; default: 7860")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
+    parser.add_argument("--images", type=Path, help="folder of example images; default: what the model was trained on")
