@@ -24,23 +24,27 @@ STYLE = """
 .dk .answer { font-size: 1.5rem; font-weight: 650; margin: .1rem 0 .5rem; overflow-wrap: anywhere; }
 .dk .small { font-size: .9rem; opacity: .85; margin: .25rem 0; }
 .dk .heading { font-size: 1.05rem; font-weight: 650; margin: .9rem 0 .3rem; }
-.dk .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .7rem; max-width: 760px; }
+.dk .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); gap: .7rem; max-width: 600px; }
 .dk figure { margin: 0; }
 .dk figcaption { font-size: .85rem; opacity: .85; }
 .dk img { width: 100%; height: auto; display: block; border-radius: 6px; }
-.dk .strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)); gap: .5rem; max-width: 1120px; }
+.dk .strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(68px, 104px)); gap: .5rem; }
 .dk .strip figcaption { font-size: .78rem; line-height: 1.25; margin-top: .15rem; }
 .dk .strip .bar { height: 5px; border-radius: 3px; background: rgba(128,128,128,.25); margin-top: .25rem; }
 .dk .strip .bar div { height: 5px; border-radius: 3px; background: #D55E00; }
 .dk .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: .8rem; }
 .dk .cards .differs { outline: 3px solid #D55E00; outline-offset: 3px; border-radius: 6px; }
-.dk svg { width: 100%; max-width: 640px; height: auto; display: block; }
+.dk svg { width: 100%; max-width: 520px; height: auto; display: block; }
 .dk pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; padding: .7rem; border-radius: 6px;
           background: rgba(128,128,128,.15); font-family: ui-monospace, monospace; font-size: .88rem; }
-.dk .legend { height: 10px; border-radius: 5px; max-width: 330px; }
+.dk .legend { height: 10px; border-radius: 5px; max-width: 330px; margin-top: .6rem; }
 .dk .problem { border-left: 4px solid #D55E00; padding: .4rem .7rem; background: rgba(213,94,0,.12); }
 .dk .remark { border-left: 4px solid #0072B2; padding: .3rem .7rem; }
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+#examples .grid-container { grid-template-columns: repeat(auto-fill, minmax(68px, 1fr)) !important; }
+#examples .grid-wrap { min-height: 0 !important; max-height: none !important; height: auto !important; }
+#examples .gallery-container { height: auto !important; }
+.gradio-container { width: 100% !important; max-width: 1120px !important; margin: 0 auto !important; }
+.gradio-container .gap { gap: 10px; }
 """
 
 
@@ -180,25 +184,25 @@ def _layer(seen: Image.Image, number: int, lost: LostKeys) -> str:
 def dots(answer: Answer) -> str:
     """A dot for the probability under each mask, a row for each of the likeliest classes, as SVG."""
     order = np.argsort(-answer.probabilities, kind="stable")[:CLASSES_SHOWN]
-    row, top, left, right = 66, 8, 14, 346
-    height = top + row * len(order) + 26
+    row, top, left, right = 58, 6, 20, 340
+    height = top + row * len(order) + 22
     parts = []
     for place, number in enumerate(order):
-        line = top + row * place + 44
+        line = top + row * place + 38
         color = RIGHT_COLOR if place == 0 else WRONG_COLOR
         mean = f"{100 * answer.probabilities[number]:.0f} % ± {100 * answer.std[number]:.0f}"
         name = answer.names[number] if len(answer.names[number]) <= 34 else f"{answer.names[number][:33]}…"
-        parts.append(f'<text x="{left}" y="{line - 24}" font-size="13" font-weight="600" fill="currentColor">{escape(name)}</text>')
-        parts.append(f'<text x="{right}" y="{line - 24}" font-size="12" text-anchor="end" fill="currentColor">{mean}</text>')
+        parts.append(f'<text x="{left}" y="{line - 19}" font-size="12" font-weight="600" fill="currentColor">{escape(name)}</text>')
+        parts.append(f'<text x="{right}" y="{line - 19}" font-size="11" text-anchor="end" fill="currentColor">{mean}</text>')
         parts.append(f'<line x1="{left}" x2="{right}" y1="{line}" y2="{line}" stroke="currentColor" stroke-opacity=".3"/>')
         for mask, value in enumerate(answer.by_mask[:, number]):
             # three levels, so that equal values do not hide each other
-            x, y = left + (right - left) * value, line - 8 + 8 * (mask % 3)
-            parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="4.5" fill="{color}" fill-opacity=".55"/>')
+            x, y = left + (right - left) * value, line - 7 + 7 * (mask % 3)
+            parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="3.8" fill="{color}" fill-opacity=".55"/>')
     for percent in (0, 25, 50, 75, 100):
         x = left + (right - left) * percent / 100
         parts.append(
-            f'<text x="{x}" y="{height - 6}" font-size="11" text-anchor="middle" fill="currentColor" fill-opacity=".8">{percent} %</text>'
+            f'<text x="{x}" y="{height - 6}" font-size="9.5" text-anchor="middle" fill="currentColor" fill-opacity=".8">{percent} %</text>'
         )
     words = f"probabilities of {', '.join(answer.names[number] for number in order)} under {len(answer.by_mask)} masks"
     return f'<svg viewBox="0 0 360 {height}" role="img" aria-label="{escape(words, quote=True)}">{"".join(parts)}</svg>'

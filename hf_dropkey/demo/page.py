@@ -16,15 +16,15 @@ from .views import Views
 
 SEE, SURE, COMPARE, TRAIN = TABS = ("See", "How sure", "Compare", "Train it yourself")
 PATTERN_TEXTS = {
-    "score": "single scores (the paper's DropKey)",
-    "key": "keys, for all queries of a head",
-    "token": "keys, for all queries and heads",
-    "block": "blocks of patches",
-    "cross": "crosses of patches",
+    "score": "single scores (score)",
+    "key": "keys of a head (key)",
+    "token": "keys of all heads (token)",
+    "block": "squares (block)",
+    "cross": "crosses (cross)",
 }
-# in one row at desktop width
-COLUMNS = 6
 THUMBNAIL = 160
+# of a control in pixels: on a phone each has a row of its own
+WIDTH = 240
 
 
 def page(views: Views, title: str) -> Any:
@@ -52,10 +52,11 @@ def page(views: Views, title: str) -> Any:
             with gradio.Tab(TRAIN) as train_tab:
                 gradio.HTML(views.training(), elem_id="training")
         remark = gradio.HTML("", elem_id="remark")
+        gradio.HTML(drawing.block(drawing.heading("Another picture")))
         gallery = gradio.Gallery(
-            [(drawing.enlarged(example.image, THUMBNAIL), example.name) for example in views.examples],
+            [drawing.enlarged(example.image, THUMBNAIL) for example in views.examples],
             label="Examples",
-            columns=COLUMNS,
+            show_label=False,
             height="auto",
             allow_preview=False,
             interactive=False,
@@ -67,14 +68,14 @@ def page(views: Views, title: str) -> Any:
         # any kind of file, so that a wrong one gets our sentence
         upload = gradio.UploadButton("Send a picture of your own", elem_id="upload")
         with gradio.Row():
-            label = "Largest drop ratio of a layer"
-            ratio = gradio.Slider(0, LARGEST_RATIO, own.ratio, step=0.05, label=label, elem_id="ratio", buttons=[])
+            label = "Largest drop ratio"
+            ratio = gradio.Slider(0, LARGEST_RATIO, own.ratio, step=0.05, label=label, elem_id="ratio", buttons=[], min_width=WIDTH)
             choices = [(PATTERN_TEXTS[name], name) for name in PATTERNS]
             pattern = gradio.Dropdown(
-                choices, value=own.pattern, label="Dropped together", filterable=False, elem_id="pattern"
+                choices, value=own.pattern, label="Dropped together", filterable=False, elem_id="pattern", min_width=WIDTH
             )
             seed = gradio.Number(
-                0, label="Seed of the masks", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed"
+                0, label="Seed of the masks", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed", min_width=WIDTH
             )
         data = gradio.JSON(numbers, visible=False)
         outputs = [chosen, remark, see, sure, data, uncertain, compare]

@@ -24,6 +24,11 @@ def answer_sentence(answer: Answer, rank: float | None, split: str = "test") -> 
     return spread if rank is None else f"{spread}; {_rank_clause(rank, split)}"
 
 
+def short_answer(answer: Answer) -> str:
+    """The class and its probability: "daisy, 93 % ± 14"."""
+    return answer_sentence(answer, None).partition(" over ")[0].partition(", without")[0]
+
+
 def _rank_clause(rank: float, split: str) -> str:
     # the smaller number says little where most images are alike
     if rank >= 0.5:

@@ -10,11 +10,13 @@ from PIL import Image
 from . import drawing
 from .answers import Answer, Classifier, Settings, by_uncertainty
 from .examples import Example
-from .sentences import answer_sentence, disagreements, training_command, votes
+from .sentences import answer_sentence, disagreements, short_answer, training_command, votes
 
 
 # settings whose examples are kept; a visitor who draws the slider would otherwise fill the memory
 MOST_KEPT = 16
+NATS = "Ordered by how far the masks disagree: mutual information of prediction and mask, in nats."
+ALIKE = "Both models with the ratio and the pattern that are chosen below."
 
 
 class Views:
@@ -73,9 +75,9 @@ class Views:
         items = []
         for place in by_uncertainty(answers):
             one = answers[place]
-            lines = (answer_sentence(one, None), f"{one.mutual_information:.3f} nats")
+            lines = (short_answer(one), f"{one.mutual_information:.3f} nats")
             items.append((one.seen, lines, False))
-        return drawing.block(drawing.heading("The examples, the most uncertain first"), drawing.cards(items))
+        return drawing.block(drawing.heading("The examples, the most uncertain first"), drawing.note(NATS), drawing.cards(items))
 
     def compare(self, image: Image.Image, name: str, settings: Settings) -> str:
         """Both models on one image, and the examples on which they differ."""
@@ -96,10 +98,10 @@ class Views:
         order = differ + [place for place in range(len(self.examples)) if place not in differ]
         items = []
         for place in order:
-            lines = [f"{model.name}: {answer_sentence(found[place], None)}" for model, found in zip(self.models, answers, strict=True)]
+            lines = [f"{model.name}: {short_answer(found[place])}" for model, found in zip(self.models, answers, strict=True)]
             items.append((answers[0][place].seen, lines, place in differ))
         return drawing.block(
-            '<div class="pair">', *shown, "</div>", drawing.heading(head), drawing.cards(items)
+            '<div class="pair">', *shown, "</div>", drawing.note(ALIKE), drawing.heading(head), drawing.cards(items)
         )
 
     def training(self) -> str:

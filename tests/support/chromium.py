@@ -96,13 +96,13 @@ class Page:
             raise RuntimeError(f"{expression}: {found['exceptionDetails']}")
         return found["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 90) -> Any:
-        """Waits until an expression is true; returns its value."""
+    def wait(self, expression: str, seconds: float = 90) -> None:
+        """Waits until an expression is true."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            value = self.run(expression)
-            if value:
-                return value
+            # an element itself cannot be sent here
+            if self.run(f"!!({expression})"):
+                return
             time.sleep(0.1)
         raise TimeoutError(f"{expression} did not become true in {seconds} s; the page says {self.text('body')[:1500]!r}")
 
