@@ -16,9 +16,16 @@ from .uploads import LONGEST_SIDE, read_upload
 FOLDER = "examples"
 MOST = 12
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# digits of the test split of the recipes, not easily read
-DIGIT_PIXELS = 16
 PHOTOGRAPHS = {"china.jpg": "temple", "flower.jpg": "flower"}
+FROM_DIGITS = (
+    "The examples are handwritten digits of the UCI data set Optical Recognition of Handwritten Digits (CC BY 4.0), as "
+    "scikit-learn brings them."
+)
+FROM_PHOTOGRAPHS = (
+    "The examples are the sample photographs of scikit-learn: a temple by Daniel Bowe and a flower by Tatiana Dzhabbarova "
+    "(CC BY 2.0)."
+)
+FROM_FILES = "The examples were chosen by whoever uploaded this Space."
 
 
 @dataclass(frozen=True)
@@ -40,14 +47,20 @@ def find_examples(folders: Sequence[Path], images: Path | None) -> list[Example]
         FileNotFoundError: `images` is not a folder.
         ValueError: There is no image in it, or one cannot be read.
     """
+    origin = origin_of(folders, images)
+    if isinstance(origin, Path):
+        return read_folder(origin)
+    return digits() if origin == "digits" else photographs()
+
+
+def origin_of(folders: Sequence[Path], images: Path | None) -> Path | str:
+    """Where the examples come from: a folder, "digits" or "photographs"."""
     if images is not None:
-        return read_folder(images)
-    for folder in folders:
-        if (folder / FOLDER).is_dir():
-            return read_folder(folder / FOLDER)
-    if any(RunFacts.load(folder).dataset == "digits" for folder in folders):
-        return digits()
-    return photographs()
+        return images
+    own = next((folder / FOLDER for folder in folders if (folder / FOLDER).is_dir()), None)
+    if own is not None:
+        return own
+    return "digits" if any(RunFacts.load(folder).dataset == "digits" for folder in folders) else "photographs"
 
 
 def read_folder(folder: Path) -> list[Example]:
