@@ -9,6 +9,8 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, get_type_hints
 
@@ -235,6 +237,10 @@ def push(arguments: Namespace) -> int:
     from .hub.push import check_name, push_folder
     from .hub.push_plan import plan_push
 
+    if arguments.space:
+        return _push_space(arguments)
+    if arguments.images or arguments.package:
+        raise ValueError("--images and --package are of a Space; pass --space, or leave them out")
     if arguments.dry_run:
         check_name(arguments.repo_id, revision=arguments.revision)
         print(plan_push(arguments.folder, include=arguments.include))
@@ -245,13 +251,46 @@ def push(arguments: Namespace) -> int:
         arguments.repo_id,
         revision=arguments.revision,
         private=arguments.private or None,
-        commit_message=arguments.message,
+        commit_message=arguments.message or "Upload model",
         replace_readme=arguments.replace_readme,
         include=arguments.include,
         announce=print,
     )
     print(f"{done.url}" if done.changed else f"{done.url}: nothing new, no commit made")
     print(f'load it with revision="{done.commit}"')
+    return 0
+
+
+def _push_space(arguments: Namespace) -> int:
+    """Uploads the folder of a Space, made of a model if it is one."""
+    from .hub.push import check_name
+    from .hub.push_space import plan_space, push_space
+
+    if arguments.include or arguments.replace_readme:
+        raise ValueError("--include and --replace_readme are of models; a Space is sent whole, so leave them out")
+    check_name(arguments.repo_id, revision=arguments.revision)
+    with TemporaryDirectory() as made:
+        folder = arguments.folder
+        if (folder / "config.json").is_file():
+            from .demo.space import space_of
+
+            folder = Path(made, folder.resolve().name)
+            space_of(arguments.folder, folder, images=arguments.images, package=arguments.package)
+        elif arguments.images or arguments.package:
+            raise ValueError(f"--images and --package are written by `demo --space_folder`; leave them out for {folder}")
+        if arguments.dry_run:
+            print(plan_space(folder))
+            print("nothing was sent")
+            return 0
+        done = push_space(
+            folder,
+            arguments.repo_id,
+            revision=arguments.revision,
+            private=arguments.private or None,
+            commit_message=arguments.message or "Upload Space",
+            announce=print,
+        )
+    print(done.url if done.changed else f"{done.url}: nothing new, no commit made")
     return 0
 
 
@@ -277,6 +316,27 @@ def info(arguments: Namespace) -> int:
     return 0
 
 
+def demo(arguments: Namespace) -> int:
+    """Serves the page of a model until it is interrupted."""
+    from .demo.server import demo as serve
+
+    if arguments.space_folder is not None:
+        from .demo.space import space_of
+        from .hub.download import model_files
+
+        if len(arguments.targets) > 1:
+            raise ValueError(f"--space_folder shows one model, got {len(arguments.targets)}; give one")
+        written = space_of(
+            model_files(arguments.targets[0]), arguments.space_folder, images=arguments.images, package=arguments.package
+        )
+        print(f"{arguments.space_folder}: {len(written)} files; hf-dropkey push --space uploads it")
+        return 0
+    if arguments.package:
+        raise ValueError("--package is of a Space; pass --space_folder, or leave it out")
+    serve(arguments.targets, port=arguments.port, host=arguments.host, images=arguments.images)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "report": report,
     "check": check,
@@ -284,4 +344,5 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "push": push,
     "card": card,
     "info": info,
+    "demo": demo,
 }

@@ -87,7 +87,7 @@ def _parser() -> Parser:
     for verb, about in ABOUT.items():
         tasks = f" (--task {', '.join(PROGRAMS[verb])})" if len(PROGRAMS[verb]) > 1 else ""
         commands.add_parser(verb, help=about + tasks, add_help=False)
-    for add in (_recipes, _report, _info, _check, _card, _push, _export):
+    for add in (_recipes, _report, _info, _check, _card, _push, _export, _demo):
         add(commands)
     return parser
 
@@ -143,7 +143,7 @@ def _push(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("repo_id", help="owner/name; created if it does not exist")
     parser.add_argument("--revision", help="branch, created if it does not exist; default: main")
     parser.add_argument("--private", action="store_true", help="make a private repository")
-    parser.add_argument("--message", default="Upload model", help="title of the commit")
+    parser.add_argument("--message", help="title of the commit; default: Upload model")
     parser.add_argument(
         "--replace_readme", action="store_true", help="publish the folder's card in place of the repository's"
     )
@@ -153,6 +153,15 @@ def _push(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--dry_run", action="store_true", help="only list the files that would be sent and those that would stay"
     )
+    _space(parser)
+
+
+def _space(parser: Parser) -> None:
+    parser.add_argument(
+        "--space", action="store_true", help="upload a Space that shows the model, or a folder of `demo --space_folder`"
+    )
+    parser.add_argument("--images", type=Path, help="folder of example images of a Space, which become public")
+    _package(parser)
 
 
 def _export(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -175,4 +184,24 @@ def _export(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument(
         "--image_size", type=int, help="side in pixels of the images of a graph; default: the processor's"
+    )
+
+
+def _demo(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = _command(commands, "demo", "try a saved model in the browser, on a page that this machine serves")
+    parser.add_argument("targets", nargs="+", metavar="target", help="saved model; a second classifier is compared")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on, 0 for any free one; default: 7860")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
+    parser.add_argument(
+        "--images", type=Path, help="folder of example images; default: digits, or scikit-learn's photographs"
+    )
+    parser.add_argument(
+        "--space_folder", type=Path, metavar="OUT", help="write the folder of a Space with this page; serve nothing"
+    )
+    _package(parser)
+
+
+def _package(parser: Parser) -> None:
+    parser.add_argument(
+        "--package", help="what a Space installs: hf_dropkey[demo]==VERSION, or git+https://HOST/OWNER/NAME@COMMIT"
     )

@@ -19,6 +19,8 @@ from .arguments import DataArguments
 from .data import ImageData, load_image_data
 from .metrics import evaluation_metrics
 from .transform import ImageTransform, collate_images
+from .uncertainty import FILE as UNCERTAINTY
+from .uncertainty import measure_uncertainty
 
 
 @dataclass
@@ -68,6 +70,12 @@ def main(command: Sequence[str]) -> None:
     file = Path(arguments.output_file or (folder if folder.is_dir() else Path()) / "evaluation.json")
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written to {file}")
+    if folder.is_dir():
+        size = arguments.per_device_eval_batch_size
+        uncertainty = measure_uncertainty(model, data, collate_images, batch_size=size)
+        if uncertainty is not None:
+            uncertainty.save(folder)
+            print(f"written to {folder / UNCERTAINTY}: how uncertain the model is, for `hf-dropkey demo`")
 
 
 def load(arguments: EvaluationArguments) -> tuple[PreTrainedModel, Any]:

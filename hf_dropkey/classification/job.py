@@ -34,6 +34,7 @@ from .mistakes import KeptPredictions, save_predictions
 from .model import check_loss, fit_classes, is_native, made_size, make_config, make_image_processor, make_model
 from .pretrained import check_drop_path, head_modules, pretrained_model
 from .transform import ImageTransform, collate_images, transform_rows
+from .uncertainty import save_uncertainty
 
 
 logger = logging.getLogger(__name__)
@@ -193,9 +194,14 @@ class ClassificationJob(TrainingJob[ImageData]):
         return {**asdict(self.fine_tuning), **{name: getattr(augmentation, name) or 0 for name in names}}
 
     def observe(self, trainer: GuardedTrainer, data: ImageData) -> Observed:
-        """As `TrainingJob.observe`, with every prediction of the last evaluation and pictures of the worst mistakes."""
+        """As `TrainingJob.observe`, with every prediction of the last evaluation and pictures of the worst mistakes.
+
+        Of an evaluated model that drops keys, `uncertainty_results.json` too.
+        """
         mistakes = save_predictions(self.output, self.kept, data)
         classes = data.label_names if self.kept.kept is not None else []
+        if self.kept.kept is not None:
+            save_uncertainty(self.output, trainer, data)
         return replace(super().observe(trainer, data), classes=classes, mistakes=mistakes)
 
     def fingerprint(self, data: ImageData) -> Fingerprint:

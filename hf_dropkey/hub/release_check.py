@@ -13,6 +13,7 @@ from typing import Any
 
 from ..patching.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..version import __version__
+from .cards import README
 from .contents import (
     TEXT_LIMIT,
     Entry,
@@ -30,6 +31,7 @@ from .push import api, clear_errors
 from .push_plan import PUSHED, PUSHED_NAMES
 from .references import defined_classes, json_problems
 from .released_code import code_difference, compare_code
+from .space_folder import APP, MODEL, REQUIREMENTS, is_space_folder, space_problems
 from .weights_check import header, loading_problems, weights_problems
 
 
@@ -71,6 +73,7 @@ class ReleaseReport:
         diffs: Unified diff of each Python file that differs, by path.
         digest: One hash of all names and contents of a folder, "sha256:..."; None for a repository.
         is_kernel: Whether it is a kernel (`scripts/build_kernel.py`), which has code but no weights.
+        is_space: Whether it is the folder of a Space (`hf-dropkey demo --space_folder`), with a model inside.
     """
 
     target: str
@@ -81,6 +84,7 @@ class ReleaseReport:
     diffs: dict[str, str]
     digest: str | None = None
     is_kernel: bool = False
+    is_space: bool = False
 
     @property
     def trusted(self) -> bool:
@@ -100,6 +104,8 @@ class ReleaseReport:
                 if self.is_kernel
                 else "the weights are safetensors that fill the model"
             )
+            if self.is_space:
+                rest = "app.py starts the demo of the package that requirements.txt pins; the weights fill the model"
             yield f"trusted: {code}; {rest}; nothing else can run"
             if self.commit:
                 trust = ", trust_remote_code=True" if self.identical else ""
@@ -141,7 +147,7 @@ def check_release(
     folder, commit, names = _located(target, revision, token)
     if commit is not None and digest is not None:
         raise ValueError("--digest is for folders; a repository is pinned by its commit, with --revision")
-    if commit is None and (inside := _models_inside(names)):
+    if commit is None and not is_space_folder(names) and (inside := _models_inside(names)):
         shown = ", ".join(inside[:4]) + (f" and {len(inside) - 4} more" if len(inside) > 4 else "")
         raise FileNotFoundError(
             f"{target} holds no model but folders with one: {shown}; check one of these, such as {folder / inside[0]}"
@@ -150,6 +156,8 @@ def check_release(
     kept = {name: entry for name, entry in files.items() if not entry.leaves}
     if commit is None and is_kernel_folder(names):
         return _checked_kernel(target, files, digest)
+    if commit is None and is_space_folder(names):
+        return _checked_space(Path(target), files, digest)
     python = {name: entry for name, entry in kept.items() if name.endswith(".py")}
     code = compare_code({name: digest_of(entry) for name, entry in python.items()})
     classes = {
@@ -192,6 +200,25 @@ def _checked_kernel(target: Path | str, files: Mapping[str, Entry], digest: str 
         problems.append(f"the digest is {made}, not {digest}: the folder has changed since")
     identical = tuple(name for name in built if name.endswith(".py") and name not in wrong)
     return ReleaseReport(str(target), None, __version__, identical, tuple(problems), {}, made, is_kernel=True)
+
+
+def _checked_space(folder: Path, files: Mapping[str, Entry], digest: str | None) -> ReleaseReport:
+    """The result for the folder of a Space: its own three files, the model inside, and examples that cannot run."""
+    kept = {name: entry for name, entry in files.items() if not entry.leaves}
+    own = {name: read_bytes(kept[name]) for name in (APP, REQUIREMENTS, README) if name in kept}
+    problems = list(space_problems(own))
+    model = check_release(folder / MODEL)
+    problems += [f"{MODEL}: {problem}" for problem in model.problems]
+    for name, entry in files.items():
+        if name == APP or name.startswith(f"{MODEL}/"):
+            continue
+        problems += _file_problems(name, entry)
+    made = folder_digest(list(kept.values()))
+    if digest is not None and made.removeprefix("sha256:") != digest.removeprefix("sha256:"):
+        problems.append(f"the digest is {made}, not {digest}: the folder has changed since")
+    identical = tuple(f"{MODEL}/{name}" for name in model.identical)
+    diffs = {f"{MODEL}/{name}": text for name, text in model.diffs.items()}
+    return ReleaseReport(str(folder), None, model.version, identical, tuple(problems), diffs, made, is_space=True)
 
 
 def _located(target: Path | str, revision: str | None, token: str | bool | None) -> tuple[Path, str | None, list[str]]:

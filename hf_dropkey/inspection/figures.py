@@ -145,7 +145,7 @@ def maps_over_images(
                 axis.set_title(name, fontsize=9)
     _head(figure, title)
     # as on a grey image
-    shades = _tints()
+    shades = tints()
     shades = shades[:, 3:] * shades[:, :3] + (1 - shades[:, 3:]) * 0.5
     colors = ScalarMappable(Normalize(-1, 1), ListedColormap(shades))
     bar = figure.colorbar(colors, ax=list(axes.flat), shrink=min(1.0, 3 / len(images)), aspect=25)
@@ -160,7 +160,7 @@ def _tint(axis: Axes, relative: NDArray[np.floating], frame: tuple[int, int, int
     # a patch without attention is as dark as one that is as far below as the largest is above
     axis.imshow(
         np.log(relative.clip(1 / most)) / np.log(most),
-        cmap=ListedColormap(_tints()),
+        cmap=ListedColormap(tints()),
         norm=Normalize(-1, 1),
         extent=frame,
         interpolation="nearest",
@@ -170,7 +170,7 @@ def _tint(axis: Axes, relative: NDArray[np.floating], frame: tuple[int, int, int
     text.set_path_effects([withStroke(linewidth=1.8, foreground="black")])
 
 
-def _tints() -> NDArray[np.float64]:
+def tints() -> NDArray[np.float64]:
     """Colours from less to more attention than uniform, `[256, 4]`: dark blue, transparent, orange, light yellow."""
     place = np.linspace(-1, 1, 256)
     less, more, most = np.array([0.02, 0.03, 0.15]), np.array([1.0, 0.45, 0.0]), np.array([1.0, 0.95, 0.45])
