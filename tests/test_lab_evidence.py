@@ -9,7 +9,9 @@ from hf_dropkey.lab.evidence import (
     at_equal_ratios,
     by_ratio,
     by_regulariser,
+    by_start,
     difference_figure,
+    in_short,
     in_words,
     occlusion_figure,
     ratio_figure,
@@ -159,3 +161,26 @@ def test_data_sizes_are_compared_with_their_own_baseline(rows: list[dict[str, st
             "attention dropout, all images": -0.05,
         }
     )
+
+
+def test_a_pretrained_model_is_compared_with_itself_and_comes_first(rows: list[dict[str, str]]) -> None:
+    found: list[dict[str, str]] = []
+    for split in ("validation", "test"):
+        few = {"model": "dinov2-small", "train_images": "60", "split": split, "task": "flowers12"}
+        found += cell(0.90, **few, regulariser="none")
+        found += cell(0.93, **few, **DROPKEY, ratio="0.1")
+        found += cell(0.88, **few, **{**DROPKEY, "schedule": "constant"}, ratio="0.3")
+        lora = {**few, "model": "dinov2-small-lora"}
+        found += cell(0.50, **lora, regulariser="none") + cell(0.50, **lora, **DROPKEY, ratio="0.3")
+    read = by_start(rows + found)
+    text = in_short(read)
+    table = lines(text.split("\n\n")[0])
+    assert list(table)[1] == "DINOv2-small, 60 images of flowers12" and "digits" not in table
+    shown = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("|")][2:]
+    assert shown == ["none", "DropKey 0.1", "DropKey, constant 0.3", "none", "DropKey 0.3"]
+    assert "+0.030 ± 0.000, better" in text and "-0.020 ± 0.000, worse" in text
+    assert text.endswith("It does not on DINOv2-small, LoRA, 60 images of flowers12.") and "digits (" in text
+    assert report(read).index("DINOv2-small, 60 images") < report(read).index("| digits |")
+    # rows that were read once are left as they are
+    assert by_start(read) == read
+    assert in_short(by_start(rows)) == in_words(rows)

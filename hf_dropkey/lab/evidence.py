@@ -25,8 +25,27 @@ REGULARISERS = {
     "attention dropout": {**PLAIN, "regulariser": "attention dropout"},
     "DropKey": DROPKEY,
 }
+CONSTANT = {**DROPKEY, "schedule": "constant"}
+# fine-tuned, by their name in the rows; other models start from nothing
+PRETRAINED = {"dinov2-small": "DINOv2-small", "dinov2-small-lora": "DINOv2-small, LoRA"}
+# in the column of models, for rows that `by_start` has read
+FINE_TUNED = "fine-tuned"
 OCCLUDED = {0.0: "accuracy"} | {fraction: f"accuracy_at_occlusion_{fraction:g}" for fraction in OCCLUDED_FRACTIONS}
 Seeds = Mapping[str, float]
+
+
+def by_start(rows: Sequence[Row]) -> list[Row]:
+    """The rows, first those of pretrained models, each of which becomes a task of its own: it is compared with itself."""
+    fine_tuned: list[Row] = [
+        {
+            **row,
+            "task": f"{PRETRAINED[row['model']]}, {row['train_images']} images of {row['task']}",
+            "model": FINE_TUNED,
+            "train_images": "all",
+        }
+        for row in choose(rows, model=tuple(PRETRAINED))
+    ]
+    return fine_tuned + [row for row in rows if row["model"] not in PRETRAINED]
 
 
 def tasks(rows: Sequence[Row]) -> list[str]:
@@ -98,10 +117,16 @@ def named_ratios(rows: Sequence[Row], cells: Mapping[str, Mapping[str, str]]) ->
     return named
 
 
+def compared_in(tested: Sequence[Row]) -> dict[str, dict[str, str]]:
+    """The cells that tables of test images compare; with a pretrained model the constant schedule, too."""
+    constant = choose(tested, model=FINE_TUNED, **CONSTANT)
+    return REGULARISERS | ({"DropKey, constant": CONSTANT} if constant else {})
+
+
 def by_regulariser(rows: Sequence[Row], task: str, *, train_images: str = "all") -> str:
     """Test images: the three regularisers, each with its chosen ratio."""
     tested = choose(rows, split="test", task=task)
-    cells = named_ratios(tested, {n: {**w, "train_images": train_images} for n, w in REGULARISERS.items()})
+    cells = named_ratios(tested, {n: {**w, "train_images": train_images} for n, w in compared_in(tested).items()})
     return comparison(tested, cells, "none", ("accuracy", "nll", "ece", "accuracy_gap"))
 
 
@@ -148,7 +173,7 @@ def by_alignment(rows: Sequence[Row], task: str) -> str:
 def by_occlusion(rows: Sequence[Row], task: str) -> str:
     """Test images with patches hidden."""
     tested = choose(rows, split="test", task=task)
-    cells = named_ratios(tested, REGULARISERS)
+    cells = named_ratios(tested, compared_in(tested))
     lines = [
         [name, *(str(interval(list(seeds_of(tested, metric, **wanted).values()))) for metric in OCCLUDED.values())]
         for name, wanted in cells.items()
@@ -192,7 +217,7 @@ def occlusion_figure(rows: Sequence[Row]) -> Figure:
     panels: dict[str, dict[str, Curve]] = {}
     for task in tasks(rows):
         tested = choose(rows, split="test", task=task)
-        cells = {name: wanted for name, wanted in REGULARISERS.items() if seeds_of(tested, "accuracy", **wanted)}
+        cells = {name: wanted for name, wanted in compared_in(tested).items() if seeds_of(tested, "accuracy", **wanted)}
         if cells:
             panels[task] = {
                 name: {
@@ -275,7 +300,8 @@ def against_none(rows: Sequence[Row], name: str, task: str, train_images: str = 
     found = {}
     for metric in ("accuracy", "nll"):
         ours, base = (
-            seeds_of(tested, metric, **{**REGULARISERS[one], "train_images": train_images}) for one in (name, "none")
+            seeds_of(tested, metric, **{**compared_in(tested)[one], "train_images": train_images})
+            for one in (name, "none")
         )
         found[metric] = judged(difference(ours, base), metric)
     return found
@@ -285,9 +311,16 @@ def verdict(rows: Sequence[Row], task: str, *, train_images: str = "all") -> str
     """A sentence for each regulariser: its differences to no regulariser on the test images."""
     words = []
     for name in ("DropKey", "attention dropout"):
+        if not choose(rows, split="test", task=task, **{**REGULARISERS[name], "train_images": train_images}):
+            continue
         found = against_none(rows, name, task, train_images)
         words.append(f"{name}: {'; '.join(f'{METRICS[metric].word} {one}' for metric, one in found.items())}")
     return ". ".join(words) + "."
+
+
+def pretrained(rows: Sequence[Row]) -> list[Row]:
+    """The rows of pretrained models, of those that `by_start` has read."""
+    return choose(rows, model=FINE_TUNED)
 
 
 def tested_places(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
@@ -306,9 +339,11 @@ def summary(rows: Sequence[Row]) -> str:
     lines: list[list[str]] = []
     for place, (task, images) in tested_places(rows).items():
         tested = choose(rows, split="test", task=task)
-        cells = {name: {**wanted, "train_images": images} for name, wanted in REGULARISERS.items()}
+        cells = {name: {**wanted, "train_images": images} for name, wanted in compared_in(tested).items()}
         for name, (shown, wanted) in zip(cells, named_ratios(tested, cells).items(), strict=True):
             values = [seeds_of(tested, metric, **wanted) for metric in ("accuracy", "nll", "ece")]
+            if not values[0]:
+                continue
             line = [place if name == "none" else "", shown, str(len(values[0]))]
             line += [str(interval(list(found.values()))) for found in values]
             found = against_none(rows, name, task, images) if name != "none" else {}
@@ -316,8 +351,14 @@ def summary(rows: Sequence[Row]) -> str:
     return markdown(head, lines)
 
 
+def in_short(rows: Sequence[Row]) -> str:
+    """The part of the README: the table of pretrained models, then in words where DropKey differs, and where not."""
+    fine_tuned = pretrained(rows)
+    return f"{summary(fine_tuned)}\n\n{in_words(rows)}" if tested_places(fine_tuned) else in_words(rows)
+
+
 def in_words(rows: Sequence[Row]) -> str:
-    """The part of the README: where DropKey differs from no regulariser by more than the interval, and where not."""
+    """Where DropKey differs from no regulariser by more than the interval, and where not."""
     sure: list[str] = []
     unsure: list[str] = []
     for place, (task, images) in tested_places(rows).items():
@@ -343,7 +384,8 @@ def report(rows: Sequence[Row]) -> str:
             for images in small:
                 parts += [f"### The same with {images} training images", verdict(found, task, train_images=images)]
                 parts += [by_regulariser(found, task, train_images=images)]
-            parts += ["### Alignments: test images", by_alignment(found, task)]
+            if choose(found, split="test", task=task, alignment=("monte-carlo", "fine-tune")):
+                parts += ["### Alignments: test images", by_alignment(found, task)]
             parts += ["### Hidden patches: test images", by_occlusion(found, task)]
         for metric in ("accuracy", "nll", "ece"):
             parts += [f"### {METRICS[metric].label} by ratio: held-out images", by_ratio(found, task, metric)]
