@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import numpy as np
 import pytest
 import small_runs
 from safetensors.numpy import load_file
+from stock_models import saved
 from transformers import AutoModelForImageClassification
+
+from hf_dropkey import load_classifier
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,10 +40,12 @@ RECIPE = {
 }
 
 
-def run(script: str, folder: Path, name: str, *arguments: str, **changes: Any) -> Path:
+def run(
+    script: str, folder: Path, name: str, *arguments: str, base: Mapping[str, Any] = RECIPE, **changes: Any
+) -> Path:
     """The output folder of a run that ended well."""
     recipe, log, output = folder / f"{name}.json", folder / f"{name}.log", folder / name
-    recipe.write_text(json.dumps({**RECIPE, **changes}))
+    recipe.write_text(json.dumps({**base, **changes}))
     forked.finish(forked.start(script, str(recipe), "--output_dir", str(output), *arguments, log=log), log=log)
     return output
 
@@ -55,8 +61,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(LOOP, tmp_path_factory.mktemp("trained"), "run")
 
 
-def assert_same_weights(one: Path, other: Path) -> None:
-    expected, found = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+def assert_same_weights(one: Path, other: Path, name: str = "model.safetensors") -> None:
+    expected, found = load_file(one / name), load_file(other / name)
     assert expected.keys() == found.keys()
     assert all(np.array_equal(expected[name], found[name]) for name in expected)
 
@@ -77,6 +83,38 @@ def test_mixed_images_and_rates_by_layer_give_the_losses_of_the_trainer(tmp_path
     loop, trainer = run(LOOP, tmp_path, "loop", **changes), run(TRAINER, tmp_path, "trainer", **changes)
     assert history(loop, "loss") == history(trainer, "loss") and len(history(loop, "loss")) == 3
     assert_same_weights(loop, trainer)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("auto_image_processor")
+def test_adapters_are_trained_resumed_and_merged_as_by_the_trainer(tmp_path):
+    source = saved("dinov2", tmp_path / "source")
+    # the shape is that of the pretrained model
+    shape = {*small_runs.TINY, "image_size", "patch_size", "hidden_dropout_prob"}
+    base = {name: value for name, value in RECIPE.items() if name not in shape}
+    base |= {"model_name_or_path": str(source), "lora_r": 4, "lora_dropout": 0.1, "head_learning_rate": 0.01}
+    base |= {"max_steps": 6, "save_steps": 4, "per_device_train_batch_size": 4}
+    loop, trainer = (run(script, tmp_path, script, base=base) for script in (LOOP, TRAINER))
+    for name in ("loss", "learning_rate", "eval_accuracy", "eval_nll"):
+        assert history(loop, name) == history(trainer, name) and history(loop, name), name
+    assert_same_weights(loop, trainer, "adapter_model.safetensors")
+    names = {path.name for path in loop.iterdir()}
+    assert {"adapter_config.json", "base_config.json", "preprocessor_config.json"} <= names
+    assert not names & {"model.safetensors", "config.json"}
+    assert load_classifier(loop).config.dropkey_ratio == 0.4
+    assert "adapter of rank 4" in (loop / "README.md").read_text()
+    assert not (loop / "checkpoint-4" / "README.md").exists()
+
+    shutil.copytree(loop / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    resumed = run(LOOP, tmp_path, "resumed", "--resume_from_checkpoint", "auto", base=base)
+    assert history(resumed, "loss") == history(loop, "loss")
+    assert_same_weights(loop, resumed, "adapter_model.safetensors")
+
+    shutil.copytree(loop / "checkpoint-4", tmp_path / "merged" / "checkpoint-4")
+    whole = run(LOOP, tmp_path, "merged", "--resume_from_checkpoint", "auto", "--merge_adapter", base=base)
+    assert (whole / "model.safetensors").is_file() and not (whole / "adapter_config.json").exists()
+    measured = [json.loads((folder / "eval_results.json").read_text())["eval_nll"] for folder in (whole, loop)]
+    assert measured[0] == pytest.approx(measured[1], abs=1e-5)
 
 
 @pytest.mark.slow
@@ -133,7 +171,7 @@ def test_a_changed_batch_is_reported_when_resuming(trained, tmp_path):
             "this loop has no label_smoothing_factor; leave out --label_smoothing_factor",
         ),
         ("--push_to_hub", "this loop has no push_to_hub"),
-        ("--lora_r 8", "this loop has no LoRA; leave out --lora_r 8, or use train_image_classification.py"),
+        ("--lora_r 8", "--lora_r 8 adapts a pretrained model, and this one starts from random weights"),
         ("--save_strategy best --metric_for_best_model accuracy", "this loop has no .*metric_for_best_model"),
         ("--report_to comet_ml", "--report_to comet_ml: not installed"),
         ("--resume_from_checkpoint true", "no whole checkpoint to resume from"),

@@ -12,7 +12,7 @@ from ..extras import needed
 from ..images.classes import check_id2label
 from ..models.configuration_dropkey_features import DropKeyFeaturesConfig
 from ..patching.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CONFIG
-from ..saved import base_of, check_model_source, is_adapter
+from ..saved import base_of, check_model_source, is_adapter, quiet_loading
 from .arguments import ModelArguments
 from .model import is_native, make_model
 from .pretrained import load_weights
@@ -65,7 +65,9 @@ def load_classifier(
     )
     check_base(arguments, folder)
     config = base_config(folder, arguments)
-    whole = make_model(config, arguments) if is_native(config) else load_weights(config, arguments)[0]
+    # what is missing or of another size there is in the adapter, or checked below
+    with quiet_loading():
+        whole = make_model(config, arguments) if is_native(config) else load_weights(config, arguments)[0]
     adapted = PeftModel.from_pretrained(whole, str(folder))
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
         saved = set(weights.keys())

@@ -9,7 +9,9 @@ of reach of callbacks, so these two are replaced, and the two that make the repo
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -89,6 +91,29 @@ def output_folder(training: TrainingArguments) -> Path:
     return Path(str(training.output_dir))
 
 
+@contextmanager
+def completed_adapter(model: Any, folder: Path, *, writes: bool = True) -> Iterator[None]:
+    """Completes an adapter that is saved inside the block: its DropKey settings, and no empty template of PEFT's as a card.
+
+    Args:
+        model: The model that is saved; one without adapters is left to itself.
+        folder: Where to.
+        writes: Whether this process is the one that writes.
+    """
+    if not is_adapted(model):
+        yield
+        return
+    card = read_readme(folder)
+    yield
+    if not writes:
+        return
+    save_adapter_settings(model, folder)
+    if card is None:
+        (folder / README).unlink(missing_ok=True)
+    else:
+        (folder / README).write_bytes(card.encode())
+
+
 class HubTrainer(Trainer):
     """`Trainer`, with pushes through `push_folder`: code beside `auto_map`, no pickles, one commit, the card merged.
 
@@ -109,16 +134,8 @@ class HubTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As `Trainer`; an adapter is saved with its DropKey settings, and without PEFT's empty template of a card."""
         folder = Path(output_dir or str(self.args.output_dir))
-        model = self.accelerator.unwrap_model(self.model)
-        card = read_readme(folder) if is_adapted(model) else None
-        super()._save(output_dir, state_dict)
-        if not is_adapted(model) or not self.args.should_save:
-            return
-        save_adapter_settings(model, folder)
-        if card is None:
-            (folder / README).unlink(missing_ok=True)
-        else:
-            (folder / README).write_bytes(card.encode())
+        with completed_adapter(self.accelerator.unwrap_model(self.model), folder, writes=self.args.should_save):
+            super()._save(output_dir, state_dict)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository and the branch, or raises as `prepare_repository` before any training."""

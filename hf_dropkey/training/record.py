@@ -6,7 +6,7 @@ and times, so that its log is that of a run that was never stopped.
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,11 @@ def _recorded(checkpoint: Path, part: str) -> Any:
     for name in ("stateful_callbacks", "RunRecord", "args" if part in ("settings", "data") else "attributes", part):
         found = found.get(name) if isinstance(found, dict) else None
     return found
+
+
+def loss_of_process(losses: Sequence[float], index: int, processes: int) -> float:
+    """A process's own of the sums of losses in a checkpoint; the mean where another number of processes wrote it."""
+    return losses[index] if len(losses) == processes else sum(losses) / len(losses)
 
 
 def check_progress(checkpoint: Path) -> None:

@@ -18,7 +18,7 @@ from .callbacks import DropKeySeedCallback
 from .finetune import split_groups
 from .guards import LossGuard, check_engine, named_save, note_where_to_resume
 from .lora import merged
-from .record import RunRecord, run_settings
+from .record import RunRecord, loss_of_process, run_settings
 from .samples import IdCollator, NumberedRows, masks_of
 
 
@@ -149,10 +149,7 @@ class GuardedTrainer(HubTrainer):
         progress = kept.get("progress") or {}
         if not progress:
             return
-        losses = progress["losses"]
-        # of another number of processes each takes the mean
-        same = len(losses) == self.args.world_size
-        self._tr_loss += losses[self.args.process_index] if same else sum(losses) / len(losses)
+        self._tr_loss += loss_of_process(progress["losses"], self.args.process_index, self.args.world_size)
         self._total_loss_scalar = progress["logged_losses"]
         self._globalstep_last_logged = progress["logged_step"]
         # in 5.23 and later the steps before are else left out of the averages
