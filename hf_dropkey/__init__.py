@@ -54,7 +54,17 @@ from .models.attention import default_backend, dropkey_attention
 from .models.configuration_dropkey_hoi import HOI_TASK
 from .models.dropkey import DropKey, drop_keys, layer_ratios
 from .models.sample_masks import number_layers, sample_ids
-from .patching import DropKeyReport, apply_dropkey, dropkey, dropkey_active, dropkey_disabled, remove_dropkey
+from .patching import (
+    DropKeyReport,
+    DropPathReport,
+    apply_drop_path,
+    apply_dropkey,
+    dropkey,
+    dropkey_active,
+    dropkey_disabled,
+    remove_drop_path,
+    remove_dropkey,
+)
 from .version import __version__
 
 
@@ -145,10 +155,12 @@ __all__ = [
     "DropKeyVoloForImageClassification",
     "DropKeyVoloModel",
     "DropKeyVoloPreTrainedModel",
+    "DropPathReport",
     "HoiPipeline",
     "HubTrainer",
     "MonteCarloPrediction",
     "__version__",
+    "apply_drop_path",
     "apply_dropkey",
     "default_backend",
     "disable_fast_masks",
@@ -168,6 +180,7 @@ __all__ = [
     "monte_carlo_predict",
     "number_layers",
     "push_folder",
+    "remove_drop_path",
     "remove_dropkey",
     "sample_ids",
 ]

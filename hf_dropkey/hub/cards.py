@@ -47,6 +47,7 @@ SETTINGS = {
     "dropkey_schedule": "schedule over depth",
     "dropkey_pattern": "dropped together",
     "dropkey_window": "window, in patches",
+    "dropkey_drop_path_rate": "drop path: largest rate of a layer",
 }
 CITATION = """@inproceedings{li2023dropkey,
   title     = {DropKey for Vision Transformer},

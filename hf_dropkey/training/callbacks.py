@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..patching.apply import apply_dropkey, dropkey_modules, forgotten_ratio, warn_if_forgotten
+from ..patching.drop_path import apply_drop_path, forgotten_drop_path, warn_if_drop_path_forgotten
 
 
 # (step, total steps) -> factor on every ratio, in [0, 1]; step counts the finished optimiser steps
@@ -148,7 +149,8 @@ class DropKeySeedCallback(TrainerCallback):
 class DropKeyGuardCallback(TrainerCallback):
     """Notices a model whose configuration has DropKey settings while none of its attentions drops keys.
 
-    A patched stock model is in this state after `from_pretrained`: it would train without DropKey.
+    A patched stock model is in this state after `from_pretrained`: it would train without DropKey. The same of drop path
+    (`apply_drop_path`).
 
     Args:
         reapply: Apply the settings of the configuration, instead of a warning.
@@ -161,10 +163,15 @@ class DropKeyGuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Warns, or applies the settings."""
+        model = kwargs["model"]
         if not self.reapply:
-            warn_if_forgotten(kwargs["model"])
-        elif forgotten_ratio(kwargs["model"]) is not None:
-            apply_dropkey(kwargs["model"])
+            warn_if_forgotten(model)
+            warn_if_drop_path_forgotten(model)
+            return
+        if forgotten_ratio(model) is not None:
+            apply_dropkey(model)
+        if forgotten_drop_path(model) is not None:
+            apply_drop_path(model)
 
 
 class DropKeyLogCallback(TrainerCallback):
