@@ -104,8 +104,8 @@ def test_each_branch_is_dropped_at_its_rate(name: str) -> None:
         return hook
 
     # behind the hooks that drop
-    for branch in seen:
-        model.get_submodule(branch).register_forward_hook(keep(branch))
+    for place in seen:
+        model.get_submodule(place).register_forward_hook(keep(place))
     torch.manual_seed(0)
     calls = 100
     for _ in range(calls):

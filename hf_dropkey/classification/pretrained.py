@@ -158,7 +158,7 @@ def add_drop_path(model: PreTrainedModel, rate: float | None) -> None:
         return
     for part in own.modules():
         # a field that no module reads
-        if isinstance(part, PreTrainedModel) and getattr(part.config, OWN_FIELD, 0):
+        if isinstance(part, PreTrainedModel) and hasattr(part.config, OWN_FIELD):
             setattr(part.config, OWN_FIELD, 0.0)
     try:
         logger.info("%s", apply_drop_path(model, chosen))

@@ -75,7 +75,7 @@ class DropPathReport:
         lines = [f"drop path on {self.model}: {len(self.branches)} residual branches are dropped"]
         if self.replaced:
             lines[0] += " (replaces the rate of an earlier call)"
-        rows = [(one.name, str(one.depth), f"{one.rate:.4g}") for one in self.branches]
+        rows: list[tuple[str, ...]] = [(one.name, str(one.depth), f"{one.rate:.4g}") for one in self.branches]
         lines += table(("branch", "depth", "rate"), rows)
         if self.unreached:
             lines += ["not reached:", *(f"  {one.name}: {one.reason}" for one in self.unreached)]
@@ -280,7 +280,7 @@ def _find(root: PreTrainedModel) -> tuple[Found, list[UnreachedBranch]]:
     unreached: dict[str, str] = {}
     seen: set[str] = set()
     # a layer has residual branches whether or not its attention can drop keys
-    for attention in sorted((one.name for one in (*sites, *closed)), key=order.__getitem__):
+    for attention in sorted([*(one.name for one in sites), *(one.name for one in closed)], key=order.__getitem__):
         layer, residuals = _layer_of(root, attention)
         if residuals is None:
             kind = type(root.get_submodule(layer)).__name__
