@@ -60,7 +60,17 @@ from .models.configuration_dropkey_hoi import HOI_TASK
 from .models.configuration_dropkey_host import carry_backbone_code
 from .models.dropkey import DropKey, drop_keys, layer_ratios
 from .models.sample_masks import number_layers, sample_ids
-from .patching import DropKeyReport, apply_dropkey, dropkey, dropkey_active, dropkey_disabled, remove_dropkey
+from .patching import (
+    DropKeyReport,
+    DropPathReport,
+    apply_drop_path,
+    apply_dropkey,
+    dropkey,
+    dropkey_active,
+    dropkey_disabled,
+    remove_drop_path,
+    remove_dropkey,
+)
 from .version import __version__
 
 
@@ -158,10 +168,12 @@ __all__ = [
     "DropKeyVoloForImageClassification",
     "DropKeyVoloModel",
     "DropKeyVoloPreTrainedModel",
+    "DropPathReport",
     "HoiPipeline",
     "HubTrainer",
     "MonteCarloPrediction",
     "__version__",
+    "apply_drop_path",
     "apply_dropkey",
     "carry_backbone_code",
     "default_backend",
@@ -182,6 +194,7 @@ __all__ = [
     "monte_carlo_predict",
     "number_layers",
     "push_folder",
+    "remove_drop_path",
     "remove_dropkey",
     "sample_ids",
     "save_adapter_settings",

@@ -11,6 +11,8 @@ from stock_models import job, saved
 
 from hf_dropkey.classification.job import ClassificationJob
 from hf_dropkey.models.modeling_dropkey import DropPath
+from hf_dropkey.patching import dropkey_disabled
+from hf_dropkey.patching.sites import transformers_model
 
 
 EVERYTHING: tuple[str, ...] = (
@@ -74,13 +76,33 @@ def test_stochastic_depth_reaches_the_layers_of_models_that_have_it(name: str, t
 
 
 @pytest.mark.usefixtures("auto_image_processor")
-def test_stochastic_depth_where_there_is_none_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"--drop_path_rate 0.1 is for models with stochastic depth, and vit has none"
-    ):
-        job(saved("vit", tmp_path / "vit"), tmp_path / "run", "--drop_path_rate", "0.1").check()
+@pytest.mark.parametrize("words", [(), ("--lora_r", "2")], ids=["whole", "lora"])
+def test_stochastic_depth_is_added_where_there_is_none(words: tuple[str, ...], tmp_path: Path) -> None:
+    source = saved("vit", tmp_path / "source")
+    training = job(source, tmp_path / "run", "--drop_path_rate", "0.4", *words)
+    training.check()
+    model = training.make_model(training.load())
+    assert transformers_model(model).config.dropkey_drop_path_rate == 0.4
+    images = torch.randn(64, 3, 32, 32)
+    with dropkey_disabled(model):
+        dropped = (model.train()(pixel_values=images).logits != model.eval()(pixel_values=images).logits).any(dim=1)
+    assert dropped.sum() > 16
     with pytest.raises(ValueError, match=r"--drop_path_rate 1.0 is outside \[0, 1\)"):
-        job(saved("dinov2", tmp_path / "dino"), tmp_path / "run", "--drop_path_rate", "1.0").check()
+        job(source, tmp_path / "run", "--drop_path_rate", "1.0").check()
+
+
+@pytest.mark.usefixtures("auto_image_processor")
+def test_a_run_with_added_stochastic_depth_is_saved_and_taken_up(tmp_path: Path) -> None:
+    source = saved("vit", tmp_path / "source")
+    job(source, tmp_path / "run", "--drop_path_rate", "0.4").execute(["train"])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dropkey_drop_path_rate"] == 0.4
+    assert "drop path: largest rate of a layer" in (tmp_path / "run" / "README.md").read_text()
+    # the saved model remembers it; an argument changes it
+    for words, expected in (((), 0.4), (("--drop_path_rate", "0.1"), 0.1), (("--drop_path_rate", "0"), None)):
+        again = job(tmp_path / "run", tmp_path / "again", *words)
+        again.check()
+        model = again.make_model(again.load())
+        assert getattr(model.config, "dropkey_drop_path_rate", None) == expected
 
 
 def test_families_from_scratch_take_the_same_arguments(tmp_path: Path) -> None:
@@ -89,8 +111,9 @@ def test_families_from_scratch_take_the_same_arguments(tmp_path: Path) -> None:
     training.check()
     model = training.make_model(training.load())
     assert max(part.ratio for part in model.modules() if isinstance(part, DropPath)) == pytest.approx(0.2)
-    with pytest.raises(ValueError, match="--drop_path_rate 0.2 is for models with stochastic depth, and dropkey_vit"):
-        ClassificationJob.parse([*words, "vit", "--drop_path_rate", "0.2"]).check()
+    vit = ClassificationJob.parse([*words, "vit", "--drop_path_rate", "0.2"])
+    vit.check()
+    assert vit.make_model(vit.load()).config.dropkey_drop_path_rate == 0.2
     with pytest.raises(ValueError, match="--mixup and --cutmix replace the model's loss, and this one has dense_head"):
         ClassificationJob.parse([*words, "volo", "--cutmix", "1"]).check()
     without = '{"dense_head": false, "mix_token": false}'

@@ -19,9 +19,10 @@ from hf_dropkey.detection.data import DetectionSplit
 from hf_dropkey.detection.metrics import (
     COCO_METRICS,
     CocoMetrics,
-    check_coco_packages,
     coco_metrics,
+    coco_package,
     coco_results,
+    package_version,
     post_process,
 )
 
@@ -88,12 +89,71 @@ def test_detections_of_an_unknown_image_are_an_error():
         coco_metrics(truth(MEDIUM), [found(MEDIUM, image=5)])
 
 
-@pytest.mark.parametrize("package", ["pycocotools", "scipy"])
-def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch, package):
-    check_coco_packages()
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"{package} is not installed.* pip install 'hf_dropkey\[coco\]'"):
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Hides packages."""
+    return lambda *names: [monkeypatch.setitem(sys.modules, name, None) for name in names]
+
+
+@pytest.mark.parametrize("hidden", ["pycocotools", "scipy"])
+def test_a_missing_package_is_named_with_the_way_to_get_it(without: Any, hidden: str) -> None:
+    assert coco_package() in ("pycocotools", "faster-coco-eval")
+    without(hidden, "faster_coco_eval")
+    with pytest.raises(ImportError, match=rf"{hidden} is not installed.* pip install 'hf_dropkey\[coco\]'"):
         coco_metrics(truth(MEDIUM), [])
+
+
+def test_either_package_is_enough_and_a_choice_is_met(without: Any) -> None:
+    pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval, of the extra [test]")
+    assert coco_package() == "faster-coco-eval" and coco_package("pycocotools") == "pycocotools"
+    assert package_version("faster-coco-eval").startswith("faster-coco-eval 1.")
+    without("pycocotools", "pycocotools.coco", "pycocotools.cocoeval")
+    assert coco_metrics(truth(MEDIUM), [found(MEDIUM)])["AP"] == pytest.approx(1)
+    with pytest.raises(ImportError, match="pycocotools is not installed"):
+        coco_metrics(truth(MEDIUM), [found(MEDIUM)], package="pycocotools")
+    with pytest.raises(ValueError, match="--coco_package mine is not known; choose from auto, faster-coco-eval, pyc"):
+        coco_package("mine")
+    without("faster_coco_eval")
+    with pytest.raises(ImportError, match="faster-coco-eval is not installed; run pip install faster-coco-eval"):
+        coco_package("faster-coco-eval")
+
+
+def test_without_the_faster_package_the_other_counts(without: Any) -> None:
+    without("faster_coco_eval")
+    assert coco_package() == "pycocotools"
+    assert coco_metrics(truth(MEDIUM), [found(MEDIUM)])["AP"] == pytest.approx(1)
+
+
+def test_both_packages_give_the_same_numbers() -> None:
+    pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval, of the extra [test]")
+    draws = np.random.default_rng(0)
+    document: dict[str, Any] = {
+        "images": [{"id": number, "width": 300, "height": 300} for number in range(30)],
+        "categories": [{"id": number, "name": str(number)} for number in (3, 5, 9)],
+        "annotations": [],
+    }
+    results = []
+    for image in range(30):
+        for _ in range(draws.integers(0, 8)):
+            left, upper = draws.uniform(0, 180, 2)
+            width, height = draws.uniform(4, 120, 2)
+            category = int(draws.choice([3, 5, 9]))
+            crowd = int(draws.random() < 0.1)
+            box = [float(left), float(upper), float(width), float(height)]
+            document["annotations"].append(
+                {"image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": crowd}
+            )
+            for _ in range(draws.integers(0, 4)):
+                moved = [float(value + draws.normal(scale=6)) for value in box]
+                guess = category if draws.random() < 0.8 else 3
+                # many equal scores
+                score = float(np.round(draws.random(), 1))
+                results.append({"image_id": image, "category_id": guess, "bbox": moved, "score": score})
+    one, other = (coco_metrics(document, results, package=name) for name in ("pycocotools", "faster-coco-eval"))
+    assert one == pytest.approx(other, abs=1e-12)
+    assert 0.05 < one["AP"] < 0.95 and len(set(one.values())) > 8
+    none = [coco_metrics(document, [], package=name) for name in ("pycocotools", "faster-coco-eval")]
+    assert none[0] == none[1]
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,7 @@ def test_the_public_names() -> None:
         for part in ("Config", "Model", "ForImageClassification", "PreTrainedModel")
     }
     patching = {"DropKeyReport", "apply_dropkey", "remove_dropkey", "dropkey", "dropkey_active", "dropkey_disabled"}
+    patching |= {"DropPathReport", "apply_drop_path", "remove_drop_path"}
     inference = {"MonteCarloPrediction", "monte_carlo_predict", "export_plain", "layer_ratios", "default_backend"}
     inference |= {"DropKeyONNX", "dropkey_seed", "export_graph", "load_classifier", "metric_path"}
     inference |= {"save_adapter_settings"}

@@ -24,7 +24,7 @@ from hf_dropkey import apply_dropkey
 from hf_dropkey.detection.arguments import MODEL_TYPES
 from hf_dropkey.detection.figures import detections
 from hf_dropkey.detection.job import DetectionTrainer, choose_examples
-from hf_dropkey.detection.metrics import COCO_METRICS
+from hf_dropkey.detection.metrics import COCO_METRICS, coco_package, package_version
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +114,9 @@ def test_training_saves_a_plain_model_metrics_and_a_figure(trained):
     assert not [name for name in names if name.endswith(".py")]
     results = json.loads((trained / "all_results.json").read_text())
     assert {f"eval_{name}" for name in COCO_METRICS} <= set(results)
+    counted = package_version(coco_package())
+    assert results["eval_counted_by"] == counted
+    assert f"| detections counted by | {counted} |" in (trained / "README.md").read_text()
     assert results["parameters"] == sum(array.size for array in load_file(trained / "model.safetensors").values())
     found = losses(trained)
     assert len(found) == 40 and np.mean(found[-8:]) < 0.9 * np.mean(found[:8])

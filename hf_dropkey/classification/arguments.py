@@ -84,7 +84,8 @@ class ModelArguments:
     drop_path_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Largest probability of skipping a layer (stochastic depth), [0, 1), of models that have it."
+            "help": "Largest probability of leaving out a residual branch (stochastic depth), [0, 1): the model's own, or "
+            "added to a model that has none."
         },
     )
     config_overrides: dict | str | None = field(

@@ -32,7 +32,7 @@ from .data import ImageData, load_image_data
 from .metrics import classification_metrics
 from .mistakes import KeptPredictions, save_predictions
 from .model import check_loss, fit_classes, is_native, made_size, make_config, make_image_processor, make_model
-from .pretrained import check_drop_path, head_modules, pretrained_model
+from .pretrained import add_drop_path, head_modules, pretrained_model
 from .transform import ImageTransform, collate_images, transform_rows
 from .uncertainty import save_uncertainty
 
@@ -139,14 +139,14 @@ class ClassificationJob(TrainingJob[ImageData]):
                 new = head_modules(model)
             else:
                 model, new = pretrained_model(self.config, self.model, self.dropkey, self.size)
-        check_drop_path(model, self.model.drop_path_rate)
         self.new_modules = new
         freeze(model, self.fine_tuning.freeze_layers, new)
-        if self.lora.lora_r is None:
-            return model
-        source, revision = str(self.model.model_name_or_path), self.model.revision
-        adapted: PreTrainedModel = add_lora(model, self.lora, source=source, revision=revision, trained=new)
-        return adapted
+        if self.lora.lora_r is not None:
+            source, revision = str(self.model.model_name_or_path), self.model.revision
+            model = add_lora(model, self.lora, source=source, revision=revision, trained=new)
+        # behind adapters, whose outputs are parts of the branches
+        add_drop_path(model, self.model.drop_path_rate)
+        return model
 
     def make_trainer(self, model: PreTrainedModel, data: ImageData) -> GuardedTrainer:
         """The `Trainer`; the data sets give tensors from now on."""

@@ -24,6 +24,9 @@ from ..images.classes import renew_class_scores
 from ..models.configuration_dropkey_features import DropKeyFeaturesConfig
 from ..models.modeling_dropkey import resize_position_grid
 from ..models.modeling_dropkey_features import DropKeyFeaturesForImageClassification
+from ..patching.drop_path import FIELD as DROP_PATH_FIELD
+from ..patching.drop_path import OWN_FIELD, apply_drop_path
+from ..patching.sites import transformers_model
 from .arguments import ClassificationDropKeyArguments, ModelArguments
 
 
@@ -122,29 +125,45 @@ def change_fields(config: PreTrainedConfig, model: ModelArguments, dropkey: Clas
 
 
 def set_drop_path(config: PreTrainedConfig, model: ModelArguments) -> None:
-    """Sets the rate of stochastic depth.
+    """Sets the rate of stochastic depth, of a model that has it; `add_drop_path` adds it to others.
 
     Raises:
-        ValueError: The rate is outside [0, 1), or the model has no stochastic depth.
+        ValueError: The rate is outside [0, 1).
     """
     rate = model.drop_path_rate
     if rate is None:
         return
     if not 0 <= rate < 1:
         raise ValueError(f"--drop_path_rate {rate} is outside [0, 1); choose for example 0.1")
-    if not hasattr(config, "drop_path_rate"):
-        raise ValueError(
-            f"--drop_path_rate {rate} is for models with stochastic depth, and {config.model_type} has none; leave it out"
-        )
-    config.drop_path_rate = rate
+    if hasattr(config, OWN_FIELD):
+        setattr(config, OWN_FIELD, rate)
 
 
-def check_drop_path(model: PreTrainedModel, rate: float | None) -> None:
-    """Raises ValueError if no module of a model skips layers, although its configuration has a rate for it."""
-    if rate and not any("DropPath" in type(module).__name__ for module in model.modules()):
-        raise ValueError(
-            f"--drop_path_rate {rate} changes nothing in {type(model).__name__}, which has no stochastic depth; leave it out"
-        )
+def add_drop_path(model: PreTrainedModel, rate: float | None) -> None:
+    """Adds stochastic depth to a model that has none of its own, as `apply_drop_path`, and logs the report.
+
+    Args:
+        model: The model, or a `PeftModel`.
+        rate: The largest rate, [0, 1); None: what the model's configuration remembers.
+
+    Raises:
+        ValueError: No residual branch of the model can be reached.
+    """
+    own: Any = transformers_model(model)
+    chosen = getattr(own.config, DROP_PATH_FIELD, None) if rate is None else rate
+    if chosen is None or any("DropPath" in type(module).__name__ for module in own.modules()):
+        return
+    if not chosen:
+        vars(own.config).pop(DROP_PATH_FIELD, None)
+        return
+    for part in own.modules():
+        # a field that no module reads
+        if isinstance(part, PreTrainedModel) and hasattr(part.config, OWN_FIELD):
+            setattr(part.config, OWN_FIELD, 0.0)
+    try:
+        logger.info("%s", apply_drop_path(model, chosen))
+    except ValueError as error:
+        raise ValueError(f"--drop_path_rate {chosen} cannot be had: {error}") from error
 
 
 def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -197,6 +197,13 @@ class DetectionRunArguments:
         default=8, metadata={"help": f"Validation images drawn in {FIGURE} with their boxes; 0: no figure."}
     )
     draw_threshold: float = field(default=0.5, metadata={"help": "Smallest score of a drawn box, [0, 1]."})
+    coco_package: Literal["auto", "pycocotools", "faster-coco-eval"] = field(
+        default="auto",
+        metadata={
+            "help": "Which package counts detections; their numbers are the same. Default: faster-coco-eval if it is "
+            "installed, else pycocotools."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers outside their range."""

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Subset
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
+from ..hub.cards import COUNTED_BY
 from ..hub.trainer import output_folder
 from ..images.augmentation import AugmentationEpoch
 from ..images.boxes import BoxAugmentation
@@ -26,7 +27,7 @@ from .arguments import (
 )
 from .data import DetectionData, DetectionSplit, load_detection_data
 from .figures import detections
-from .metrics import CocoMetrics, check_coco_packages, post_process
+from .metrics import CocoMetrics, coco_package, package_version, post_process
 from .model import fit_classes, make_config, make_model, make_processor, needs_mask
 from .transform import DetectionCollator, DetectionDataset
 
@@ -61,9 +62,10 @@ class DetectionJob(TrainingJob[DetectionData]):
         """Makes configuration, augmentation and image processor.
 
         Raises:
-            ImportError, FileNotFoundError, ValueError: As `check_coco_packages`, `make_config` and `make_processor`.
+            ImportError, FileNotFoundError, ValueError: As `coco_package`, `make_config` and `make_processor`.
         """
-        check_coco_packages()
+        self.package = coco_package(self.detection.coco_package)
+        logger.info("detections are counted by %s", package_version(self.package))
         self.box_augmentation = BoxAugmentation(**asdict(self.augmentation))
         self.config: PreTrainedConfig = make_config(self.model)
         self.processor: BaseImageProcessor = make_processor(self.config, self.model)
@@ -95,7 +97,7 @@ class DetectionJob(TrainingJob[DetectionData]):
             eval_dataset=self.evaluation_set,
             processing_class=self.processor,
             data_collator=DetectionCollator(with_mask=needs_mask(model, self.processor)),
-            compute_metrics=data.evaluation and CocoMetrics(data.evaluation, data.category_ids),
+            compute_metrics=data.evaluation and CocoMetrics(data.evaluation, data.category_ids, package=self.package),
             callbacks=[AugmentationEpoch(epochs)] if self.train_set is not None else [],
             on_nonfinite_loss=self.run.on_nonfinite_loss,
             backbone_learning_rate=self.detection.backbone_learning_rate,
@@ -155,6 +157,15 @@ class DetectionTrainer(DetrTrainer):
 
     `processing_class` must be the image processor of the model's family.
     """
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As `Trainer.evaluate`; the results say which package has counted."""
+        found: dict[str, Any] = super().evaluate(*args, **kwargs)
+        counted: Any = self.compute_metrics
+        if isinstance(counted, CocoMetrics):
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            found[f"{prefix}_{COUNTED_BY}"] = package_version(coco_package(counted.package))
+        return found
 
     def found(self, outputs: Any, labels: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """The detections of a batch."""

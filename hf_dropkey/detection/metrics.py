@@ -1,12 +1,16 @@
 """Average precision of detections as COCO computes it, from the outputs of a detection model on.
 
-`pycocotools` does the counting; it comes with the extra `coco`.
+`pycocotools` does the counting, which comes with the extra `coco`, or `faster-coco-eval`, which gives the same numbers
+in less time. Results say which one did.
 """
 
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,14 +40,58 @@ COCO_METRICS = (
 NO_THRESHOLD = -1.0
 
 
-def check_coco_packages() -> None:
-    """Raises ImportError if a package of the extra `coco` is missing (scipy is what Transformers' losses match with)."""
+CocoPackage = Literal["pycocotools", "faster-coco-eval"]
+# the module with `COCO`, the one with the evaluation, and the name of it; the first that is installed is used
+COCO_PACKAGES: dict[CocoPackage, tuple[str, str, str]] = {
+    "faster-coco-eval": ("faster_coco_eval", "faster_coco_eval", "COCOeval_faster"),
+    "pycocotools": ("pycocotools.coco", "pycocotools.cocoeval", "COCOeval"),
+}
+
+
+def coco_package(choice: str = "auto") -> CocoPackage:
+    """The package that counts: the one that is chosen, or of "auto" the first that is installed.
+
+    Raises:
+        ImportError: It is missing, or both are, or scipy is, with which Transformers' losses match.
+        ValueError: The choice is not known.
+    """
+    with needed("coco"):
+        import scipy  # noqa: F401
+    if choice == "auto":
+        found = [name for name, (module, *_) in COCO_PACKAGES.items() if _installed(module.partition(".")[0])]
+        if found:
+            return found[0]
+        choice = "pycocotools"
+    if choice == "faster-coco-eval":
+        if not _installed("faster_coco_eval"):
+            raise ImportError(
+                "faster-coco-eval is not installed; run pip install faster-coco-eval, or leave out --coco_package",
+                name="faster_coco_eval",
+            )
+        return choice
+    if choice != "pycocotools":
+        raise ValueError(f"--coco_package {choice} is not known; choose from auto, {', '.join(COCO_PACKAGES)}")
     with needed("coco"):
         import pycocotools  # noqa: F401
-        import scipy  # noqa: F401
+    return choice
 
 
-def coco_metrics(truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    # of a module that was hidden
+    except ValueError:
+        return False
+
+
+def package_version(package: CocoPackage) -> str:
+    """Name and version of a package, for the results."""
+    return f"{package} {version(package)}"
+
+
+def coco_metrics(
+    truth: dict[str, Any], detections: Sequence[dict[str, Any]], *, package: str = "auto"
+) -> dict[str, float]:
     """The twelve numbers of COCO's detection challenge, each in [0, 1], or -1 where no object of that size is annotated.
 
     AP: average precision over ten IoU thresholds, areas and categories; AP50, AP75: at one threshold; small: area below
@@ -53,33 +101,34 @@ def coco_metrics(truth: dict[str, Any], detections: Sequence[dict[str, Any]]) ->
     Args:
         truth: COCO's document: `images`, `annotations`, `categories`.
         detections: COCO's results: `image_id`, `category_id`, `bbox` ([x, y, width, height] in pixels) and `score`.
+        package: Who counts: "pycocotools", "faster-coco-eval", or "auto" for the first of these that is installed, in
+            the order of `COCO_PACKAGES`. Their numbers are the same.
 
     Raises:
-        ImportError: pycocotools is missing.
+        ImportError: The package is missing.
         ValueError: A detection is of an image that is not in `truth`.
     """
-    check_coco_packages()
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
+    documents, counts, kind = COCO_PACKAGES[coco_package(package)]
+    coco_class, evaluation_class = import_module(documents).COCO, getattr(import_module(counts), kind)
     images = {image["id"] for image in truth["images"]}
     strange = sorted({found["image_id"] for found in detections} - images)
     if strange:
         raise ValueError(f"detections of images that are not in the ground truth: {strange[:20]}")
     # it prints its progress and a table
     with contextlib.redirect_stdout(io.StringIO()):
-        expected, found = COCO(), COCO()
+        expected, found = coco_class(), coco_class()
         expected.dataset = {**truth, "annotations": numbered(truth["annotations"])}
         # what pycocotools' loadRes does, which fails for an empty list
         areas = [{**one, "area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0} for one in detections]
         found.dataset = {**truth, "annotations": numbered(areas)}
         expected.createIndex()
         found.createIndex()
-        evaluation = COCOeval(expected, found, "bbox")
+        evaluation = evaluation_class(expected, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return dict(zip(COCO_METRICS, map(float, evaluation.stats), strict=True))
+    # the faster one has further numbers behind the twelve
+    return dict(zip(COCO_METRICS, map(float, evaluation.stats[: len(COCO_METRICS)]), strict=True))
 
 
 def numbered(annotations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -125,9 +174,10 @@ def coco_results(
 class CocoMetrics:
     """`compute_metrics` for `detection.DetectionTrainer`: COCO's twelve numbers on the images that were evaluated."""
 
-    def __init__(self, split: DetectionSplit, category_ids: Sequence[int | None]) -> None:
-        """`category_ids` has the category id of each class of the model."""
+    def __init__(self, split: DetectionSplit, category_ids: Sequence[int | None], *, package: str = "auto") -> None:
+        """`category_ids` has the category id of each class of the model; `package` is as in `coco_metrics`."""
         self.split = split
+        self.package = package
         self.category_ids = list(category_ids)
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -145,4 +195,4 @@ class CocoMetrics:
             "annotations": [annotation for image in images for annotation in self.split.boxes[image["id"]]],
             "categories": self.split.categories,
         }
-        return coco_metrics(truth, results)
+        return coco_metrics(truth, results, package=self.package)

@@ -30,6 +30,8 @@ SECTION = re.compile(r"<!-- hf_dropkey:(\w+) begin[^>]*-->\r?\n.*?<!-- hf_dropke
 MARKER = re.compile(r"<!-- hf_dropkey:(\w+) (begin|end)")
 # of a run's results: how long it took, not how well it went
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "model_preparation_time")
+# of results of detection: the package that counted, after `eval_`
+COUNTED_BY = "counted_by"
 # end of a class name: the Hub's name of the task, the Auto class
 TASKS = {
     "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
@@ -47,6 +49,7 @@ SETTINGS = {
     "dropkey_schedule": "schedule over depth",
     "dropkey_pattern": "dropped together",
     "dropkey_window": "window, in patches",
+    "dropkey_drop_path_rate": "drop path: largest rate of a layer",
 }
 CITATION = """@inproceedings{li2023dropkey,
   title     = {DropKey for Vision Transformer},
@@ -397,6 +400,7 @@ def _training(folder: Path, facts: RunFacts) -> str:
     rows += [("epochs done", state["epoch"])] if state.get("epoch") else []
     rows += [(name, results[name]) for name in ("parameters", "train_loss") if name in results]
     rows += [("training time (s)", results["train_runtime"])] if "train_runtime" in results else []
+    rows += [("detections counted by", results[f"eval_{COUNTED_BY}"])] if f"eval_{COUNTED_BY}" in results else []
     rows += list(facts.versions.items())
     text = "## Training\n\n"
     if facts.command:

@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 REMOTE_PACKAGE = "transformers_modules"
 # what `apply_dropkey` remembers beside the fields of every family
-PATCHING_FIELDS = ("dropkey_include", "dropkey_exclude", "dropkey_cross_attention")
+PATCHING_FIELDS = ("dropkey_include", "dropkey_exclude", "dropkey_cross_attention", "dropkey_drop_path_rate")
 
 
 def shadowing_fields(cls: type, names: Iterable[str]) -> list[str]:

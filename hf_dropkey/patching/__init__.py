@@ -3,10 +3,21 @@
 from typing import Any
 
 from .apply import apply_dropkey, dropkey, dropkey_active, dropkey_disabled, remove_dropkey
+from .drop_path import DropPathReport, apply_drop_path, remove_drop_path
 from .report import DropKeyReport
 
 
-__all__ = ["DropKeyReport", "apply_dropkey", "dropkey", "dropkey_active", "dropkey_disabled", "remove_dropkey"]
+__all__ = [
+    "DropKeyReport",
+    "DropPathReport",
+    "apply_drop_path",
+    "apply_dropkey",
+    "dropkey",
+    "dropkey_active",
+    "dropkey_disabled",
+    "remove_drop_path",
+    "remove_dropkey",
+]
 
 
 def __getattr__(name: str) -> Any:

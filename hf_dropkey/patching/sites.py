@@ -28,6 +28,12 @@ SWITCHES = {
     "dropkey_encoder": r"\bencoder\.layers",
     "dropkey_decoder": r"\bdecoder\.layers\..*\bself_attn",
 }
+# wraps models of the library timm
+TIMM = "TimmWrapper"
+TIMM_REASON = (
+    "a model of timm inside Transformers, whose attention does not go through Transformers' attention interface; use the "
+    "Transformers class of the architecture, such as ViTModel"
+)
 SOFTMAX_NAMES = frozenset({"softmax", "Softmax", "scaled_dot_product_attention", "multi_head_attention_forward"})
 
 
@@ -125,6 +131,7 @@ def _visit(
         side = side_of(stack, is_causal(module))
         sites.append(AttentionSite(name, module, owner, stack, kind_of(name, module), side, native))
     elif dispatch_code(module) is not None or is_closed_attention(module):
+        reason = TIMM_REASON if type(owner).__name__.startswith(TIMM) else reason
         unreached.append(UnreachedAttention(name, reason))
     else:
         for child_name, child in module.named_children():

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..patching.adapters import ADAPTER_CONFIG, is_adapted, save_adapter_settings
 from ..patching.apply import apply_dropkey, dropkey_modules, forgotten_ratio, warn_if_forgotten
+from ..patching.drop_path import apply_drop_path, forgotten_drop_path, warn_if_drop_path_forgotten
 
 
 # (step, total steps) -> factor on every ratio, in [0, 1]; step counts the finished optimiser steps
@@ -151,8 +152,9 @@ class DropKeySeedCallback(TrainerCallback):
 class DropKeyGuardCallback(TrainerCallback):
     """Notices a model whose configuration has DropKey settings while none of its attentions drops keys.
 
-    A patched stock model is in this state after `from_pretrained`: it would train without DropKey. The adapters in the
-    checkpoints of PEFT's models get their settings, which PEFT does not save (`save_adapter_settings`).
+    A patched stock model is in this state after `from_pretrained`: it would train without DropKey. The same of drop path
+    (`apply_drop_path`). The adapters in the checkpoints of PEFT's models get their settings, which PEFT does not save
+    (`save_adapter_settings`).
 
     Args:
         reapply: Apply the settings of the configuration, instead of a warning.
@@ -165,10 +167,15 @@ class DropKeyGuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Warns, or applies the settings."""
+        model = kwargs["model"]
         if not self.reapply:
-            warn_if_forgotten(kwargs["model"])
-        elif forgotten_ratio(kwargs["model"]) is not None:
-            apply_dropkey(kwargs["model"])
+            warn_if_forgotten(model)
+            warn_if_drop_path_forgotten(model)
+            return
+        if forgotten_ratio(model) is not None:
+            apply_dropkey(model)
+        if forgotten_drop_path(model) is not None:
+            apply_drop_path(model)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Completes the adapter of the checkpoint, if it is one."""
