@@ -22,7 +22,7 @@ FROM_DIGITS = (
     "scikit-learn brings them."
 )
 FROM_PHOTOGRAPHS = (
-    "The examples are the sample photographs of scikit-learn: a temple by Daniel Bowe and a flower by Tatiana Dzhabbarova "
+    "The examples are the sample photographs of scikit-learn, from Flickr: a temple by danielbuechele and a flower by vultilion "
     "(CC BY 2.0)."
 )
 FROM_FILES = "The examples were chosen by whoever uploaded this Space."
