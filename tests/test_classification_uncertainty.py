@@ -1,11 +1,11 @@
 """The uncertainty that ranks other images is that of Monte-Carlo inference on evaluation images, and is kept."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from small_demos import RATIO, save_classifier
+from small_runs import RECIPE
 from transformers import AutoImageProcessor
 
 from hf_dropkey import apply_dropkey, load_classifier, monte_carlo_predict
@@ -14,6 +14,7 @@ from hf_dropkey.classification.data import load_image_data
 from hf_dropkey.classification.transform import ImageTransform, collate_images
 from hf_dropkey.classification.uncertainty import MeasuredUncertainty, measure_uncertainty
 from hf_dropkey.cli import main
+from hf_dropkey.hub.push_plan import plan_push
 
 
 @pytest.mark.parametrize("stock", [False, True], ids=["native", "stock"])
@@ -52,11 +53,19 @@ def test_a_damaged_file_is_an_error(tmp_path: Path, content: str) -> None:
 
 
 def test_evaluate_writes_it_beside_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "saved"
-    names = {number: str(number) for number in range(10)}
-    save_classifier(folder)
-    config = json.loads((folder / "config.json").read_text())
-    assert config["id2label"] != names
-    (folder / "run_facts.json").unlink()
-    assert main(["evaluate", "--model_name_or_path", str(folder), "--dataset_name", "digits"]) == 2
-    assert "class" in capsys.readouterr().err and not (folder / "uncertainty_results.json").exists()
+    folder = save_classifier(tmp_path / "saved", digits=True)
+    words = ["--dataset_name", "digits", "--max_eval_samples", "30", "--use_cpu"]
+    assert main(["evaluate", "--model_name_or_path", str(folder), *words]) == 0
+    assert "uncertainty_results.json: how uncertain the model is" in capsys.readouterr().out
+    measured = MeasuredUncertainty.load(folder)
+    assert measured is not None and len(measured.mutual_information_nats) == 30
+
+
+def test_a_training_run_leaves_it(tmp_path: Path) -> None:
+    words = [f"--{name}={value}" for name, value in {**RECIPE, "output_dir": tmp_path / "run", "max_steps": 2, "max_eval_samples": 20}.items()]
+    assert main(["train", *words, "--save_steps", "2"]) == 0
+    measured = MeasuredUncertainty.load(tmp_path / "run")
+    assert measured is not None and measured.ratio == RECIPE["dropkey_ratio"]
+    assert len(measured.mutual_information_nats) == 20
+    plan = plan_push(tmp_path / "run")
+    assert "uncertainty_results.json" in {file.name for file in plan.files}

@@ -9,7 +9,7 @@ from PIL import Image
 from ..extras import needed
 from ..models.dropkey import PATTERNS
 from . import drawing
-from .answers import LARGEST_RATIO, LARGEST_SEED, Settings
+from .answers import LARGEST_RATIO, Settings
 from .uploads import read_upload
 from .views import Views
 
@@ -74,8 +74,9 @@ def page(views: Views, title: str) -> Any:
             pattern = gradio.Dropdown(
                 choices, value=own.pattern, label="Dropped together", filterable=False, elem_id="pattern", min_width=WIDTH
             )
+            # without gradio's own bounds, whose message names no next step
             seed = gradio.Number(
-                0, label="Seed of the masks", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed", min_width=WIDTH
+                0, label="Seed of the masks", precision=0, elem_id="seed", min_width=WIDTH
             )
         data = gradio.JSON(numbers, visible=False)
         outputs = [chosen, remark, see, sure, data, uncertain, compare]

@@ -27,17 +27,25 @@ SHAPE: dict[str, Any] = {
 RATIO = 0.4
 
 
-def save_classifier(folder: Path, *, stock: bool = False, seed: int = 0, dropkey: bool = True) -> Path:
-    """Saves a classifier whose predictions depend on image and mask; `stock` one of Transformers that was patched."""
+def save_classifier(
+    folder: Path, *, stock: bool = False, seed: int = 0, dropkey: bool = True, digits: bool = False
+) -> Path:
+    """Saves a classifier whose predictions depend on image and mask; `stock` one of Transformers that was patched.
+
+    With `digits` its classes are those of the digits.
+    """
     torch.manual_seed(seed)
+    names = {number: str(number) for number in range(10)}
+    classes = {"num_labels": 10, "id2label": names, "label2id": {name: number for number, name in names.items()}}
+    shape = SHAPE | (classes if digits else {})
     ratio = RATIO if dropkey else 0.0
     model: PreTrainedModel
     if stock:
-        model = ViTForImageClassification(ViTConfig(**SHAPE))
+        model = ViTForImageClassification(ViTConfig(**shape))
         if dropkey:
             apply_dropkey(model, RATIO)
     else:
-        model = DropKeyViTForImageClassification(DropKeyViTConfig(**SHAPE, dropkey_ratio=ratio))
+        model = DropKeyViTForImageClassification(DropKeyViTConfig(**shape, dropkey_ratio=ratio))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             # untrained ones hardly see the image
