@@ -25,6 +25,7 @@ STYLE = """
 .dk .small { font-size: .9rem; opacity: .85; margin: .25rem 0; }
 .dk .heading { font-size: 1.05rem; font-weight: 650; margin: .9rem 0 .3rem; }
 .dk .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); gap: .7rem; max-width: 600px; }
+.dk .alone { max-width: 640px; }
 .dk figure { margin: 0; }
 .dk figcaption { font-size: .85rem; opacity: .85; }
 .dk img { width: 100%; height: auto; display: block; border-radius: 6px; }
@@ -32,7 +33,7 @@ STYLE = """
 .dk .strip figcaption { font-size: .78rem; line-height: 1.25; margin-top: .15rem; }
 .dk .strip .bar { height: 5px; border-radius: 3px; background: rgba(128,128,128,.25); margin-top: .25rem; }
 .dk .strip .bar div { height: 5px; border-radius: 3px; background: #D55E00; }
-.dk .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: .8rem; }
+.dk .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: 1rem; }
 .dk .cards .differs { outline: 3px solid #D55E00; outline-offset: 3px; border-radius: 6px; }
 .dk svg { width: 100%; max-width: 520px; height: auto; display: block; }
 .dk pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; padding: .7rem; border-radius: 6px;

@@ -89,9 +89,11 @@ def page(views: Views, title: str) -> Any:
             outputs,
             api_name="settings",
             trigger_mode="always_last",
+            show_progress_on=[see, sure],
         )
-        gallery.select(_selecting(calls, gradio.SelectData), settings, outputs, api_visibility="private")
-        upload.upload(calls.sent, [upload, *settings], outputs, api_name="picture")
+        selected = _selecting(calls, gradio.SelectData)
+        gallery.select(selected, settings, outputs, api_visibility="private", show_progress_on=[see, sure])
+        upload.upload(calls.sent, [upload, *settings], outputs, api_name="picture", show_progress_on=[see, sure])
         for name, entry in zip(TABS, (see_tab, sure_tab, compare_tab, train_tab), strict=True):
             entry.select(calls.opening(name), [chosen, *settings[1:]], [tab, *outputs], api_visibility="private")
     return blocks
