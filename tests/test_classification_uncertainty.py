@@ -45,7 +45,14 @@ def test_a_rank_counts_what_is_less_uncertain(tmp_path: Path) -> None:
     assert MeasuredUncertainty.load(tmp_path / "none") is None
 
 
-@pytest.mark.parametrize("content", ['{"split": "test"}', "[]", '{"split": "a", "pattern": "b", "samples": 2, "ratio": 0, "mutual_information_nats": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"split": "test"}',
+        "[]",
+        '{"split": "a", "pattern": "b", "samples": 2, "ratio": 0, "mutual_information_nats": []}',
+    ],
+)
 def test_a_damaged_file_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "uncertainty_results.json").write_text(content)
     with pytest.raises(ValueError, match="uncertainty_results.json"):
@@ -62,7 +69,10 @@ def test_evaluate_writes_it_beside_the_model(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_training_run_leaves_it(tmp_path: Path) -> None:
-    words = [f"--{name}={value}" for name, value in {**RECIPE, "output_dir": tmp_path / "run", "max_steps": 2, "max_eval_samples": 20}.items()]
+    words = [
+        f"--{name}={value}"
+        for name, value in {**RECIPE, "output_dir": tmp_path / "run", "max_steps": 2, "max_eval_samples": 20}.items()
+    ]
     assert main(["train", *words, "--save_steps", "2"]) == 0
     measured = MeasuredUncertainty.load(tmp_path / "run")
     assert measured is not None and measured.ratio == RECIPE["dropkey_ratio"]

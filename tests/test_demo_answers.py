@@ -57,7 +57,11 @@ def settings_of(model: Classifier) -> tuple[Any, ...]:
     """What an answer could leave behind in the model; `dropkey_block` is a note of the last pass, which nothing follows."""
     names = ("dropkey_ratio", "dropkey_pattern", "dropkey_window", "dropkey_mode", "training", "dropkey_base_ratio")
     states = [{name: vars(module).get(name) for name in names} for module in model.model.modules()]
-    return copy.deepcopy(vars(model._root.config)), states, {name: one.sum() for name, one in model.model.state_dict().items()}
+    return (
+        copy.deepcopy(vars(model._root.config)),
+        states,
+        {name: one.sum() for name, one in model.model.state_dict().items()},
+    )
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -115,7 +119,9 @@ def test_a_model_without_dropkey_gets_a_usual_ratio(tmp_path: Path) -> None:
 
 
 def test_attention_that_cannot_be_read_is_said(tmp_path: Path) -> None:
-    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=12, patch_size=4)
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=12, patch_size=4
+    )
     ViTForImageClassification(config).save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(tmp_path)
     found = Classifier(tmp_path)
@@ -124,7 +130,9 @@ def test_attention_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     assert answer.rollout is None and "not the patches of an image" in str(answer.unreadable)
 
 
-@pytest.mark.parametrize(("ratio", "pattern", "seed"), [(0.95, "score", 0), (-0.1, "score", 0), (0.1, "row", 0), (0.1, "key", -1)])
+@pytest.mark.parametrize(
+    ("ratio", "pattern", "seed"), [(0.95, "score", 0), (-0.1, "score", 0), (0.1, "row", 0), (0.1, "key", -1)]
+)
 def test_settings_that_the_page_does_not_offer_are_refused(ratio: float, pattern: str, seed: int) -> None:
     with pytest.raises(ValueError, match="Choose one"):
         Settings(ratio, pattern, seed)

@@ -70,6 +70,13 @@ def changed(page: Page, before: str) -> str:
     return page.text("#see .answer")
 
 
+def settled(page: Page, file: Path) -> None:
+    """A screenshot when nothing is computed any more; gradio makes what waits pale."""
+    page.wait("![...document.querySelectorAll('.pending, .generating')].length")
+    page.run("new Promise(done => setTimeout(done, 500))")
+    page.picture(file)
+
+
 def open_tab(page: Page, name: str) -> None:
     page.run(f"[...document.querySelectorAll('button[role=tab]')].find(one => one.innerText == {name!r}).click()")
 
@@ -80,15 +87,17 @@ def test_the_first_view_needs_no_click(page: Page, shots: Path) -> None:
     page.wait("document.querySelectorAll('#see img').length == 5")
     page.wait("[...document.querySelectorAll('#see img')].every(one => one.complete && one.naturalWidth > 0)")
     # controls below the answer
-    assert page.run("document.querySelector('#ratio').getBoundingClientRect().top > document.querySelector('#see').getBoundingClientRect().bottom")
-    page.picture(shots / "1_first_view.png")
+    assert page.run(
+        "document.querySelector('#ratio').getBoundingClientRect().top > document.querySelector('#see').getBoundingClientRect().bottom"
+    )
+    settled(page, shots / "1_first_view.png")
 
 
 def test_an_example_is_clicked(page: Page, shots: Path) -> None:
     before = page.text("#see .answer")
     page.click("#examples .grid-container > *:nth-child(4)")
     assert changed(page, before)
-    page.picture(shots / "2_example.png")
+    settled(page, shots / "2_example.png")
 
 
 def test_a_picture_is_sent_and_a_bad_one_gets_a_sentence(page: Page, shots: Path, home: Path) -> None:
@@ -97,13 +106,13 @@ def test_a_picture_is_sent_and_a_bad_one_gets_a_sentence(page: Page, shots: Path
     page.send_file(UPLOAD, home / "mine.png")
     after = changed(page, before)
     assert page.run("document.querySelector('#see img').alt") == "your picture"
-    page.picture(shots / "3_sent.png")
+    settled(page, shots / "3_sent.png")
     for word, file in bad_files(home / "bad").items():
         page.send_file(UPLOAD, file)
         page.wait(f"document.querySelector('#remark .problem')?.innerText.startsWith({file.name!r})")
         assert word in page.text("#remark .problem")
         assert page.text("#see .answer") == after
-    page.picture(shots / "4_bad_file.png")
+    settled(page, shots / "4_bad_file.png")
 
 
 def test_the_ratio_and_the_pattern_are_changed(page: Page, shots: Path) -> None:
@@ -113,25 +122,27 @@ def test_the_ratio_and_the_pattern_are_changed(page: Page, shots: Path) -> None:
         page.press("ArrowRight", 39)
     after = changed(page, before)
     page.wait("document.querySelector('#see .strip').innerText.includes('ratio 80 %')")
-    page.picture(shots / "5_ratio.png")
+    settled(page, shots / "5_ratio.png")
     page.click("#pattern input")
     page.wait("document.querySelectorAll('ul[role=listbox] li').length == 5")
-    page.run("[...document.querySelectorAll('ul[role=listbox] li')].find(one => one.innerText.includes('key of') || one.innerText.includes('(key)')).dispatchEvent(new MouseEvent('mousedown', {bubbles: true}))")
+    page.run(
+        "[...document.querySelectorAll('ul[role=listbox] li')].find(one => one.innerText.includes('(key)')).dispatchEvent(new MouseEvent('mousedown', {bubbles: true}))"
+    )
     assert changed(page, after)
-    page.picture(shots / "6_pattern.png")
+    settled(page, shots / "6_pattern.png")
 
 
 def test_every_tab_opens(page: Page, shots: Path) -> None:
     open_tab(page, "How sure")
     page.wait("document.querySelectorAll('#sure circle').length == 60")
     page.wait("document.body.innerText.includes('The examples, the most uncertain first')")
-    page.picture(shots / "7_how_sure.png")
+    settled(page, shots / "7_how_sure.png")
     open_tab(page, "Compare")
     page.wait("/They disagree on \\d+ of 12 examples/.test(document.body.innerText)")
-    page.picture(shots / "8_compare.png")
+    settled(page, shots / "8_compare.png")
     open_tab(page, "Train it yourself")
     page.wait("document.body.innerText.includes('hf-dropkey train recipe:digits_vit')")
-    page.picture(shots / "9_train.png")
+    settled(page, shots / "9_train.png")
     open_tab(page, "See")
 
 
@@ -142,7 +153,7 @@ def test_it_is_readable_on_a_phone(page: Page, shots: Path) -> None:
     assert page.run(small) == 0
     wide = "[...document.querySelectorAll('.dk *')].filter(one => one.getBoundingClientRect().right > 390).length"
     assert page.run(wide) == 0
-    page.picture(shots / "10_phone.png")
+    settled(page, shots / "10_phone.png")
 
 
 def test_no_other_host_was_asked_and_nothing_failed(page: Page, url: str) -> None:

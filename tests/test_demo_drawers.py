@@ -10,7 +10,13 @@ from hoi_models import tiny_model as tiny_hoi
 from mesh_models import tiny_model as tiny_mesh
 from small_demos import bad_files, noise, save_classifier
 from small_pages import client_of, served
-from transformers import DetrImageProcessorPil, ViTImageProcessorPil, YolosConfig, YolosForObjectDetection, YolosImageProcessorPil
+from transformers import (
+    DetrImageProcessorPil,
+    ViTImageProcessorPil,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessorPil,
+)
 
 from hf_dropkey.demo.drawers import Bodies, Detector, Interactions, counted
 from hf_dropkey.demo.opening import kind_of, open_page
@@ -72,9 +78,13 @@ def test_interactions_show_their_pairs(tmp_path: Path) -> None:
 def test_a_mesh_is_drawn_three_times(tmp_path: Path) -> None:
     model = Bodies(save_bodies(tmp_path))
     drawn = model.draw(noise(), 0.5)
-    assert [words for _, words in drawn.pictures] == ["mesh over the image", "mesh from the side", "joints: right red, left blue"]
+    assert [words for _, words in drawn.pictures] == [
+        "mesh over the image",
+        "mesh from the side",
+        "joints: right red, left blue",
+    ]
     assert "40 vertices" in drawn.sentence and len(drawn.found[0]["joints_2d"]) == 14
-    assert not model.has_threshold
+    assert model.threshold is None
 
 
 def test_a_mesh_that_is_not_finite_is_said(tmp_path: Path) -> None:
@@ -96,7 +106,9 @@ def test_its_page_answers(kind: str, tmp_path: Path) -> None:
         client = client_of(url)
         _, seen, numbers = client.predict(handle_file(str(tmp_path / "a.png")), 0.1, api_name="/picture")
         assert "<img src=" in seen and numbers["sentence"] in seen
-        remark, *_ = client.predict(handle_file(str(bad_files(tmp_path / "bad")["not an image file"])), 0.1, api_name="/picture")
+        remark, *_ = client.predict(
+            handle_file(str(bad_files(tmp_path / "bad")["not an image file"])), 0.1, api_name="/picture"
+        )
         assert "not an image file" in remark
 
 

@@ -93,7 +93,7 @@ def test_the_first_view_holds_its_pictures_and_no_address(views: Views) -> None:
     seen, dots, numbers = views.see(noise(), "<i>mine</i>", views.models[0].settings)
     assert numbers["sentence"] in seen.replace("&lt;", "<").replace("&gt;", ">")
     # two large pictures, and one for each layer
-    assert seen.count("<img src=\"data:image/") == 2 + 3 and "http" not in seen.replace("data:image", "")
+    assert seen.count('<img src="data:image/') == 2 + 3 and "http" not in seen.replace("data:image", "")
     assert "<i>mine" not in seen and "<b>bird" not in seen + dots
     assert dots.count("<circle") == 3 * 20
 

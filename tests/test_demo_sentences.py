@@ -26,8 +26,13 @@ SPLIT = [(0.8, 0.2, 0.0)] * 15 + [(0.1, 0.9, 0.0)] * 4 + [(0.1, 0.2, 0.7)]
 
 
 def test_the_sentence_of_the_first_view() -> None:
-    assert answer_sentence(answer(*SURE), 0.9) == "daisy, 80 % ± 10 over 20 masks; more uncertain than 90 % of the test images"
-    assert answer_sentence(answer(*SURE), 0.25, "validation").endswith("; less uncertain than 75 % of the validation images")
+    assert (
+        answer_sentence(answer(*SURE), 0.9)
+        == "daisy, 80 % ± 10 over 20 masks; more uncertain than 90 % of the test images"
+    )
+    assert answer_sentence(answer(*SURE), 0.25, "validation").endswith(
+        "; less uncertain than 75 % of the validation images"
+    )
 
 
 def test_the_clause_is_left_out_without_numbers() -> None:
@@ -36,7 +41,10 @@ def test_the_clause_is_left_out_without_numbers() -> None:
 
 
 def test_without_masks_there_is_no_spread() -> None:
-    assert answer_sentence(answer((0.999, 0.001, 0.0)), None) == "daisy, over 99 %, without a mask: at the ratio 0 no key is dropped"
+    assert (
+        answer_sentence(answer((0.999, 0.001, 0.0)), None)
+        == "daisy, over 99 %, without a mask: at the ratio 0 no key is dropped"
+    )
     assert short_answer(answer((0.5, 0.3, 0.2))) == "daisy, 50 %"
     assert "no masks" in votes(answer((0.5, 0.3, 0.2)))
 

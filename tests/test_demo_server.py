@@ -69,7 +69,9 @@ def test_a_folder_without_weights_is_refused(folder: Path, tmp_path: Path) -> No
 def test_a_damaged_file_of_uncertainties_is_said(folder: Path, tmp_path: Path) -> None:
     copied = save_classifier(tmp_path / "saved")
     (copied / "uncertainty_results.json").write_text(json.dumps({"split": "test"}))
-    with pytest.raises(ValueError, match="uncertainty_results.json is damaged .* delete it, hf-dropkey evaluate writes"):
+    with pytest.raises(
+        ValueError, match="uncertainty_results.json is damaged .* delete it, hf-dropkey evaluate writes"
+    ):
         open_page([copied], None)
 
 

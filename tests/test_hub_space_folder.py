@@ -1,17 +1,25 @@
 """The folder of a Space holds what it needs, pinned, and a check sees what was changed."""
 
+import os
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
-from small_demos import noise, save_classifier
+from small_demos import RATIO, noise, save_classifier
+from small_pages import client_of
 
 from hf_dropkey import __version__
 from hf_dropkey.cli import main
+from hf_dropkey.demo.server import free_port
 from hf_dropkey.demo.space import space_of
 from hf_dropkey.hub.release_check import check_release
 from hf_dropkey.hub.space_folder import APP_TEXT, pinned_requirement
 
 
+ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789" * 4
 
 
@@ -46,7 +54,11 @@ def test_check_understands_a_space(space: Path, capsys: pytest.CaptureFixture[st
         ("app.py", "import os\n", "app.py is not that of hf_dropkey"),
         ("requirements.txt", "hf_dropkey[demo]\n", "not one line that pins"),
         ("requirements.txt", f"hf_dropkey[demo]=={__version__}\nother\n", "not one line that pins"),
-        ("requirements.txt", f"hf_dropkey[demo] @ git+https://host/a/b@{COMMIT}\n", "a repository that this check has not seen"),
+        (
+            "requirements.txt",
+            f"hf_dropkey[demo] @ git+https://host/a/b@{COMMIT}\n",
+            "a repository that this check has not seen",
+        ),
         ("README.md", "# no settings\n", "README.md has sdk None"),
         ("README.md", "---\nsdk: docker\n---\n", "README.md has sdk 'docker'"),
         ("more.py", "import os\n", "more.py is of a kind that no model needs"),
@@ -72,7 +84,10 @@ def test_the_package_is_pinned(given: str, line: str) -> None:
     assert pinned_requirement(given) == line
 
 
-@pytest.mark.parametrize("given", ["hf_dropkey[demo]", "git+https://host/me/dropkey@main", "git+https://host/me/dropkey", "hf_dropkey[demo]>=1"])
+@pytest.mark.parametrize(
+    "given",
+    ["hf_dropkey[demo]", "git+https://host/me/dropkey@main", "git+https://host/me/dropkey", "hf_dropkey[demo]>=1"],
+)
 def test_what_is_not_pinned_is_refused(given: str) -> None:
     with pytest.raises(ValueError, match="--package .* is not pinned; give "):
         pinned_requirement(given)
@@ -89,3 +104,27 @@ def test_ones_own_pictures_are_named_as_such(tmp_path: Path) -> None:
     space_of(save_classifier(tmp_path / "saved"), tmp_path / "space", images=tmp_path / "mine")
     assert "chosen by whoever uploaded" in (tmp_path / "space" / "README.md").read_text()
     assert [file.name for file in (tmp_path / "space" / "examples").iterdir()] == ["01.png"]
+
+
+@pytest.mark.slow
+def test_the_app_of_a_space_serves_the_model(space: Path) -> None:
+    pytest.importorskip("gradio", reason="needs gradio, which the extra 'demo' installs")
+    port = free_port("127.0.0.1", 0)
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    with (space.parent / "app.log").open("w") as log:
+        app = subprocess.Popen([sys.executable, "app.py"], cwd=space, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            assert app.poll() is None and time.monotonic() < deadline, (space.parent / "app.log").read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as page:
+                    assert page.status == 200
+                break
+            except OSError:
+                time.sleep(0.5)
+        numbers = client_of(f"http://127.0.0.1:{port}/").predict(RATIO, "score", 0, api_name="/settings")[3]
+        assert numbers["label"] in ("cat", "dog", "<b>bird</b>")
+    finally:
+        app.terminate()
+        app.wait(30)

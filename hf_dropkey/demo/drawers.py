@@ -28,8 +28,6 @@ from ..models.attention import default_device
 from .examples import Example, photographs
 
 
-# smallest score that is shown at first
-THRESHOLD = 0.5
 MOST_SHOWN = 20
 # generated examples: how many, and their sides in pixels
 GENERATED, SCENE_SIDE, PERSON_SIDE = 6, 320, 192
@@ -49,8 +47,8 @@ class Drawing:
 class Drawer(Protocol):
     """An opened model."""
 
-    # a smallest score makes no sense for every task
-    has_threshold: bool
+    # the smallest score that is shown at first; None for a task without scores
+    threshold: float | None
 
     def draw(self, image: Image.Image, threshold: float) -> Drawing:
         """The answer to an image."""
@@ -75,7 +73,7 @@ def counted(names: Sequence[str]) -> str:
 class Detector:
     """An opened object detector."""
 
-    has_threshold = True
+    threshold: float | None = 0.5
 
     def __init__(self, folder: Path):
         self._model: Any = AutoModelForObjectDetection.from_pretrained(folder).to(default_device()).eval()
@@ -90,7 +88,10 @@ class Detector:
             frame = torch.tensor([[float(image.height), float(image.width)]], device=self._model.device)
             rows = post_process(self._processor, outputs, frame)[0].cpu()
         names = self._model.config.id2label
-        boxes = [(names[int(number)], box, score) for score, number, *box in rows[rows[:, 0].argsort(descending=True)].tolist()]
+        boxes = [
+            (names[int(number)], box, score)
+            for score, number, *box in rows[rows[:, 0].argsort(descending=True)].tolist()
+        ]
         shown = [box for box in boxes if box[2] >= threshold][:MOST_SHOWN]
         if shown:
             words = f"{len(shown)} found: {counted([name for name, _, _ in shown])}"
@@ -109,7 +110,8 @@ class Detector:
 class Interactions:
     """An opened model of human-object interactions."""
 
-    has_threshold = True
+    # as `hf-dropkey predict`
+    threshold: float | None = 0.3
 
     def __init__(self, folder: Path):
         self._pipeline = load_pipeline(str(folder))
@@ -119,7 +121,7 @@ class Interactions:
         """The pairs of a person and an object with a verb of at least the threshold."""
         with self._lock:
             pairs = self._pipeline(image, threshold=threshold, top_k=MOST_SHOWN)
-        figure = interactions([image], [("pairs", [pairs])], title="persons, objects and verbs", columns=1)
+        figure = interactions([image], [("pairs", [pairs])], title="", columns=1)
         words = f"No verb with a score of {threshold:g} or more"
         if pairs:
             words = f"{'1 pair' if len(pairs) == 1 else f'{len(pairs)} pairs'}: {pair_text(pairs[0])}"
@@ -129,14 +131,15 @@ class Interactions:
     def examples(self) -> Sequence[Example]:
         """Drawn scenes, as the recipe trains on."""
         return [
-            Example(f"scene {row}", draw_scene(make_scene(GENERATED_SEED, row), SCENE_SIDE)) for row in range(GENERATED)
+            Example(f"scene {row}", draw_scene(make_scene(GENERATED_SEED, row), SCENE_SIDE))
+            for row in range(GENERATED)
         ]
 
 
 class Bodies:
     """An opened body mesh model, which takes the whole image for one person."""
 
-    has_threshold = False
+    threshold: float | None = None
 
     def __init__(self, folder: Path):
         self._pipeline: Any = load_bodies(str(folder))
@@ -161,7 +164,9 @@ class Bodies:
             (joints, "joints: right red, left blue"),
         )
         height = float(np.ptp(mesh[:, 1]))
-        words = f"A body of {len(mesh):,} vertices, {height:.2f} m from top to bottom; the picture is taken for one person"
+        words = (
+            f"A body of {len(mesh):,} vertices, {height:.2f} m from top to bottom; the picture is taken for one person"
+        )
         return Drawing(words, pictures, ({"camera": camera.tolist(), "joints_2d": body["joints_2d"].tolist()},))
 
     def examples(self) -> Sequence[Example]:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..extras import needed
 from . import drawing
-from .drawers import THRESHOLD, Drawer
+from .drawers import Drawer
 from .examples import Example
 from .page import THUMBNAIL
 from .sentences import training_command
@@ -24,7 +24,9 @@ def drawing_page(drawer: Drawer, examples: Sequence[Example], folder: Path, titl
     with needed("demo"):
         import gradio
     calls = DrawingCalls(drawer, examples, gradio.skip)
-    first, numbers = calls.shown(examples[0].image, THRESHOLD)
+    # nothing is done with it where there are no scores
+    start = 0.0 if drawer.threshold is None else drawer.threshold
+    first, numbers = calls.shown(examples[0].image, start)
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         chosen = gradio.State(0, time_to_live=3600)
         with gradio.Tabs(elem_id="tabs"):
@@ -51,12 +53,12 @@ def drawing_page(drawer: Drawer, examples: Sequence[Example], folder: Path, titl
         threshold = gradio.Slider(
             0.0,
             1.0,
-            THRESHOLD,
+            start,
             step=0.05,
             label="Smallest score",
             elem_id="threshold",
             buttons=[],
-            visible=drawer.has_threshold,
+            visible=drawer.threshold is not None,
         )
         data = gradio.JSON(numbers, visible=False)
         outputs = [chosen, remark, see, data]

@@ -37,7 +37,9 @@ def open_page(folders: Sequence[Path], images: Path | None) -> Any:
     title = f"{' and '.join(names)} · hf_dropkey"
     if set(kinds) != {"classification"}:
         if len(folders) > 1:
-            raise ValueError(f"two models are compared where both are image classifiers; these are {' and '.join(kinds)}")
+            raise ValueError(
+                f"two models are compared where both are image classifiers; these are {' and '.join(kinds)}"
+            )
         drawer = DRAWERS[kinds[0]](folders[0])
         return drawing_page(drawer, drawing_examples(drawer, folders[0], images), folders[0], title)
     models = [Classifier(folder, name=name) for folder, name in zip(folders, names, strict=True)]

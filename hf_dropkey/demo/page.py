@@ -69,15 +69,20 @@ def page(views: Views, title: str) -> Any:
         upload = gradio.UploadButton("Send a picture of your own", elem_id="upload")
         with gradio.Row():
             label = "Largest drop ratio"
-            ratio = gradio.Slider(0, LARGEST_RATIO, own.ratio, step=0.05, label=label, elem_id="ratio", buttons=[], min_width=WIDTH)
+            ratio = gradio.Slider(
+                0, LARGEST_RATIO, own.ratio, step=0.05, label=label, elem_id="ratio", buttons=[], min_width=WIDTH
+            )
             choices = [(PATTERN_TEXTS[name], name) for name in PATTERNS]
             pattern = gradio.Dropdown(
-                choices, value=own.pattern, label="Dropped together", filterable=False, elem_id="pattern", min_width=WIDTH
+                choices,
+                value=own.pattern,
+                label="Dropped together",
+                filterable=False,
+                elem_id="pattern",
+                min_width=WIDTH,
             )
             # without gradio's own bounds, whose message names no next step
-            seed = gradio.Number(
-                0, label="Seed of the masks", precision=0, elem_id="seed", min_width=WIDTH
-            )
+            seed = gradio.Number(0, label="Seed of the masks", precision=0, elem_id="seed", min_width=WIDTH)
         data = gradio.JSON(numbers, visible=False)
         outputs = [chosen, remark, see, sure, data, uncertain, compare]
         settings = [tab, ratio, pattern, seed]

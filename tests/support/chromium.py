@@ -113,7 +113,9 @@ class Page:
             if self.run(f"!!({expression})"):
                 return
             time.sleep(0.1)
-        raise TimeoutError(f"{expression} did not become true in {seconds} s; the page says {self.text('body')[:1500]!r}")
+        raise TimeoutError(
+            f"{expression} did not become true in {seconds} s; the page says {self.text('body')[:1500]!r}"
+        )
 
     def text(self, selector: str) -> str:
         """The visible text of an element, "" without one."""
