@@ -277,7 +277,9 @@ def _push_space(arguments: Namespace) -> int:
             folder = Path(made, folder.resolve().name)
             space_of(arguments.folder, folder, images=arguments.images, package=arguments.package)
         elif arguments.images or arguments.package:
-            raise ValueError(f"--images and --package are written by `demo --space_folder`; leave them out for {folder}")
+            raise ValueError(
+                f"--images and --package are written by `demo --space_folder`; leave them out for {folder}"
+            )
         if arguments.dry_run:
             print(plan_space(folder))
             print("nothing was sent")
@@ -327,7 +329,10 @@ def demo(arguments: Namespace) -> int:
         if len(arguments.targets) > 1:
             raise ValueError(f"--space_folder shows one model, got {len(arguments.targets)}; give one")
         written = space_of(
-            model_files(arguments.targets[0]), arguments.space_folder, images=arguments.images, package=arguments.package
+            model_files(arguments.targets[0]),
+            arguments.space_folder,
+            images=arguments.images,
+            package=arguments.package,
         )
         print(f"{arguments.space_folder}: {len(written)} files; hf-dropkey push --space uploads it")
         return 0

@@ -158,7 +158,9 @@ def _push(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def _space(parser: Parser) -> None:
     parser.add_argument(
-        "--space", action="store_true", help="upload a Space that shows the model, or a folder of `demo --space_folder`"
+        "--space",
+        action="store_true",
+        help="upload a Space that shows the model, or a folder of `demo --space_folder`",
     )
     parser.add_argument("--images", type=Path, help="folder of example images of a Space, which become public")
     _package(parser)

@@ -102,9 +102,7 @@ def _measured(
         predicted = monte_carlo_predict(root, inputs, samples=SAMPLES, seed=start)
         found += predicted.mutual_information.tolist()
     ratio = float(max(module.dropkey_ratio for module in modules))
-    return MeasuredUncertainty(
-        data.evaluation_split, SAMPLES, ratio, modules[0].dropkey_pattern, tuple(sorted(found))
-    )
+    return MeasuredUncertainty(data.evaluation_split, SAMPLES, ratio, modules[0].dropkey_pattern, tuple(sorted(found)))
 
 
 def save_uncertainty(folder: Path, trainer: GuardedTrainer, data: ImageData) -> None:

@@ -25,6 +25,7 @@ STYLE = """
 .dk .small { font-size: .9rem; opacity: .85; margin: .25rem 0; }
 .dk .heading { font-size: 1.05rem; font-weight: 650; margin: .9rem 0 .3rem; }
 .dk .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); gap: .7rem; max-width: 600px; }
+.dk .alone { max-width: 640px; }
 .dk figure { margin: 0; }
 .dk figcaption { font-size: .85rem; opacity: .85; }
 .dk img { width: 100%; height: auto; display: block; border-radius: 6px; }
@@ -32,7 +33,7 @@ STYLE = """
 .dk .strip figcaption { font-size: .78rem; line-height: 1.25; margin-top: .15rem; }
 .dk .strip .bar { height: 5px; border-radius: 3px; background: rgba(128,128,128,.25); margin-top: .25rem; }
 .dk .strip .bar div { height: 5px; border-radius: 3px; background: #D55E00; }
-.dk .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: .8rem; }
+.dk .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: 1rem; }
 .dk .cards .differs { outline: 3px solid #D55E00; outline-offset: 3px; border-radius: 6px; }
 .dk svg { width: 100%; max-width: 520px; height: auto; display: block; }
 .dk pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; padding: .7rem; border-radius: 6px;
@@ -80,7 +81,9 @@ def with_lost_keys(image: Image.Image, lost: NDArray[np.bool_], side: int = SMAL
     """An image in pale grey, with each patch that is not a key any more in orange."""
     grey = np.asarray(enlarged(image, side).convert("L"), dtype=np.float32)
     below = np.repeat((0.55 * grey + 0.4 * 255)[:, :, None], 3, axis=2)
-    mask = Image.fromarray(lost.astype(np.uint8) * 255).resize((grey.shape[1], grey.shape[0]), Image.Resampling.NEAREST)
+    mask = Image.fromarray(lost.astype(np.uint8) * 255).resize(
+        (grey.shape[1], grey.shape[0]), Image.Resampling.NEAREST
+    )
     below[np.asarray(mask) > 127] = LOST_COLOR
     return Image.fromarray(below.round().clip(0, 255).astype(np.uint8))
 
@@ -178,7 +181,9 @@ def see(answer: Answer, words: str, *, image: str) -> str:
 def _layer(seen: Image.Image, number: int, lost: LostKeys) -> str:
     drawn = picture(with_lost_keys(seen, lost.lost), f"layer {number}: {lost.count} of {lost.keys} keys lost")
     bar = f'<div class="bar"><div style="width: {100 * lost.ratio:.0f}%"></div></div>'
-    return captioned(drawn, f"layer {number}", f"ratio {100 * lost.ratio:.3g} %", f"{lost.count} of {lost.keys}", extra=bar)
+    return captioned(
+        drawn, f"layer {number}", f"ratio {100 * lost.ratio:.3g} %", f"{lost.count} of {lost.keys}", extra=bar
+    )
 
 
 def dots(answer: Answer) -> str:
@@ -192,9 +197,15 @@ def dots(answer: Answer) -> str:
         color = RIGHT_COLOR if place == 0 else WRONG_COLOR
         mean = f"{100 * answer.probabilities[number]:.0f} % ± {100 * answer.std[number]:.0f}"
         name = answer.names[number] if len(answer.names[number]) <= 34 else f"{answer.names[number][:33]}…"
-        parts.append(f'<text x="{left}" y="{line - 19}" font-size="12" font-weight="600" fill="currentColor">{escape(name)}</text>')
-        parts.append(f'<text x="{right}" y="{line - 19}" font-size="11" text-anchor="end" fill="currentColor">{mean}</text>')
-        parts.append(f'<line x1="{left}" x2="{right}" y1="{line}" y2="{line}" stroke="currentColor" stroke-opacity=".3"/>')
+        parts.append(
+            f'<text x="{left}" y="{line - 19}" font-size="12" font-weight="600" fill="currentColor">{escape(name)}</text>'
+        )
+        parts.append(
+            f'<text x="{right}" y="{line - 19}" font-size="11" text-anchor="end" fill="currentColor">{mean}</text>'
+        )
+        parts.append(
+            f'<line x1="{left}" x2="{right}" y1="{line}" y2="{line}" stroke="currentColor" stroke-opacity=".3"/>'
+        )
         for mask, value in enumerate(answer.by_mask[:, number]):
             # three levels, so that equal values do not hide each other
             x, y = left + (right - left) * value, line - 7 + 7 * (mask % 3)
@@ -205,10 +216,15 @@ def dots(answer: Answer) -> str:
             f'<text x="{x}" y="{height - 6}" font-size="9.5" text-anchor="middle" fill="currentColor" fill-opacity=".8">{percent} %</text>'
         )
     words = f"probabilities of {', '.join(answer.names[number] for number in order)} under {len(answer.by_mask)} masks"
-    return f'<svg viewBox="0 0 360 {height}" role="img" aria-label="{escape(words, quote=True)}">{"".join(parts)}</svg>'
+    return (
+        f'<svg viewBox="0 0 360 {height}" role="img" aria-label="{escape(words, quote=True)}">{"".join(parts)}</svg>'
+    )
 
 
 def cards(items: Sequence[tuple[Image.Image, Sequence[str], bool]]) -> str:
     """Pictures side by side, each with lines below it; the last entry marks one."""
-    made = [captioned(picture(enlarged(image, SMALL), lines[0]), *lines, differs=differs) for image, lines, differs in items]
+    made = [
+        captioned(picture(enlarged(image, SMALL), lines[0]), *lines, differs=differs)
+        for image, lines, differs in items
+    ]
     return f'<div class="cards">{"".join(made)}</div>'

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,7 +23,7 @@ FROM_DIGITS = (
     "scikit-learn brings them."
 )
 FROM_PHOTOGRAPHS = (
-    "The examples are the sample photographs of scikit-learn: a temple by Daniel Bowe and a flower by Tatiana Dzhabbarova "
+    "The examples are the sample photographs of scikit-learn, from Flickr: a temple by danielbuechele and a flower by vultilion "
     "(CC BY 2.0)."
 )
 FROM_FILES = "The examples were chosen by whoever uploaded this Space."
@@ -51,6 +52,13 @@ def find_examples(folders: Sequence[Path], images: Path | None) -> list[Example]
     if isinstance(origin, Path):
         return read_folder(origin)
     return digits() if origin == "digits" else photographs()
+
+
+def drawing_examples(drawer: Any, folder: Path, images: Path | None) -> Sequence[Example]:
+    """As `find_examples`, of a model that is drawn, which has examples of its own."""
+    own = images or (folder / FOLDER if (folder / FOLDER).is_dir() else None)
+    found: Sequence[Example] = drawer.examples() if own is None else read_folder(own)
+    return found
 
 
 def origin_of(folders: Sequence[Path], images: Path | None) -> Path | str:

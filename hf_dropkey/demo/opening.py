@@ -6,12 +6,21 @@ from typing import Any
 
 from ..saved import check_model_folder, is_adapter, load_config, saved_class
 from .answers import Classifier
-from .examples import find_examples
+from .drawers import DRAWERS
+from .drawing_page import drawing_page
+from .examples import drawing_examples, find_examples
 from .page import page
 from .views import Views
 
 
 MOST_MODELS = 2
+# by the end of the class's name, the first that fits
+KINDS = {
+    "ForImageClassification": "classification",
+    "HoiForObjectDetection": "hoi",
+    "ForObjectDetection": "detection",
+    "ForBodyMesh": "mesh",
+}
 
 
 def open_page(folders: Sequence[Path], images: Path | None) -> Any:
@@ -25,8 +34,16 @@ def open_page(folders: Sequence[Path], images: Path | None) -> Any:
         raise ValueError(f"{len(folders)} models were given; give one, or two image classifiers to compare")
     kinds = [kind_of(folder) for folder in folders]
     names = distinct_names(folders)
+    title = f"{' and '.join(names)} · hf_dropkey"
+    if set(kinds) != {"classification"}:
+        if len(folders) > 1:
+            raise ValueError(
+                f"two models are compared where both are image classifiers; these are {' and '.join(kinds)}"
+            )
+        drawer = DRAWERS[kinds[0]](folders[0])
+        return drawing_page(drawer, drawing_examples(drawer, folders[0], images), folders[0], title)
     models = [Classifier(folder, name=name) for folder, name in zip(folders, names, strict=True)]
-    return page(Views(models, folders, find_examples(folders, images)), f"{' and '.join(names)} · hf_dropkey")
+    return page(Views(models, folders, find_examples(folders, images)), title)
 
 
 def kind_of(folder: Path) -> str:
@@ -47,8 +64,9 @@ def kind_of(folder: Path) -> str:
     if is_adapter(folder):
         return "classification"
     name = saved_class(load_config(folder), folder).__name__
-    if "ForImageClassification" in name:
-        return "classification"
+    for ending, kind in KINDS.items():
+        if name.endswith(ending):
+            return kind
     raise ValueError(
         f"{folder} holds a {name}; the demo shows image classifiers, detectors, human-object interaction and body mesh "
         "models; give the folder of one"

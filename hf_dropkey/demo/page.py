@@ -9,7 +9,7 @@ from PIL import Image
 from ..extras import needed
 from ..models.dropkey import PATTERNS
 from . import drawing
-from .answers import LARGEST_RATIO, LARGEST_SEED, Settings
+from .answers import LARGEST_RATIO, Settings
 from .uploads import read_upload
 from .views import Views
 
@@ -69,14 +69,20 @@ def page(views: Views, title: str) -> Any:
         upload = gradio.UploadButton("Send a picture of your own", elem_id="upload")
         with gradio.Row():
             label = "Largest drop ratio"
-            ratio = gradio.Slider(0, LARGEST_RATIO, own.ratio, step=0.05, label=label, elem_id="ratio", buttons=[], min_width=WIDTH)
+            ratio = gradio.Slider(
+                0, LARGEST_RATIO, own.ratio, step=0.05, label=label, elem_id="ratio", buttons=[], min_width=WIDTH
+            )
             choices = [(PATTERN_TEXTS[name], name) for name in PATTERNS]
             pattern = gradio.Dropdown(
-                choices, value=own.pattern, label="Dropped together", filterable=False, elem_id="pattern", min_width=WIDTH
+                choices,
+                value=own.pattern,
+                label="Dropped together",
+                filterable=False,
+                elem_id="pattern",
+                min_width=WIDTH,
             )
-            seed = gradio.Number(
-                0, label="Seed of the masks", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed", min_width=WIDTH
-            )
+            # without gradio's own bounds, whose message names no next step
+            seed = gradio.Number(0, label="Seed of the masks", precision=0, elem_id="seed", min_width=WIDTH)
         data = gradio.JSON(numbers, visible=False)
         outputs = [chosen, remark, see, sure, data, uncertain, compare]
         settings = [tab, ratio, pattern, seed]
@@ -88,9 +94,11 @@ def page(views: Views, title: str) -> Any:
             outputs,
             api_name="settings",
             trigger_mode="always_last",
+            show_progress_on=[see, sure],
         )
-        gallery.select(_selecting(calls, gradio.SelectData), settings, outputs, api_visibility="private")
-        upload.upload(calls.sent, [upload, *settings], outputs, api_name="picture")
+        selected = _selecting(calls, gradio.SelectData)
+        gallery.select(selected, settings, outputs, api_visibility="private", show_progress_on=[see, sure])
+        upload.upload(calls.sent, [upload, *settings], outputs, api_name="picture", show_progress_on=[see, sure])
         for name, entry in zip(TABS, (see_tab, sure_tab, compare_tab, train_tab), strict=True):
             entry.select(calls.opening(name), [chosen, *settings[1:]], [tab, *outputs], api_visibility="private")
     return blocks

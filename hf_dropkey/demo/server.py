@@ -73,13 +73,19 @@ def free_port(host: str, port: int) -> int:
     try:
         return _bound(host, port)
     except socket.gaierror as error:
-        raise OSError(f"--host {host} is not an address ({error}); give one of this machine, such as 127.0.0.1") from error
+        raise OSError(
+            f"--host {host} is not an address ({error}); give one of this machine, such as 127.0.0.1"
+        ) from error
     except OSError as error:
         try:
             other = _bound(host, 0)
         except OSError:
-            raise OSError(f"--host {host} cannot be listened on ({error}); give an address of this machine, such as 127.0.0.1") from error
-        raise OSError(f"--port {port} cannot be used ({error.strerror}); choose another one, such as --port {other}") from error
+            raise OSError(
+                f"--host {host} cannot be listened on ({error}); give an address of this machine, such as 127.0.0.1"
+            ) from error
+        raise OSError(
+            f"--port {port} cannot be used ({error.strerror}); choose another one, such as --port {other}"
+        ) from error
 
 
 def _bound(host: str, port: int) -> int:
@@ -121,4 +127,5 @@ def run_space(folder: str | Path = "model", images: str | Path = "examples") -> 
     """The app of a Space: the model and the examples beside it."""
     prepare()
     page = open_page([Path(folder)], Path(images) if Path(images).is_dir() else None)
-    launch(page, host="0.0.0.0", port=PORT, waits=True)
+    # a Space listens on 7860, gradio's own choice, or where GRADIO_SERVER_PORT says
+    launch(page, host="0.0.0.0", port=None, waits=True)

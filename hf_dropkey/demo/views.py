@@ -77,7 +77,9 @@ class Views:
             one = answers[place]
             lines = (short_answer(one), f"{one.mutual_information:.3f} nats")
             items.append((one.seen, lines, False))
-        return drawing.block(drawing.heading("The examples, the most uncertain first"), drawing.note(NATS), drawing.cards(items))
+        return drawing.block(
+            drawing.heading("The examples, the most uncertain first"), drawing.note(NATS), drawing.cards(items)
+        )
 
     def compare(self, image: Image.Image, name: str, settings: Settings) -> str:
         """Both models on one image, and the examples on which they differ."""
@@ -98,7 +100,10 @@ class Views:
         order = differ + [place for place in range(len(self.examples)) if place not in differ]
         items = []
         for place in order:
-            lines = [f"{model.name}: {short_answer(found[place])}" for model, found in zip(self.models, answers, strict=True)]
+            lines = [
+                f"{model.name}: {short_answer(found[place])}"
+                for model, found in zip(self.models, answers, strict=True)
+            ]
             items.append((answers[0][place].seen, lines, place in differ))
         return drawing.block(
             '<div class="pair">', *shown, "</div>", drawing.note(ALIKE), drawing.heading(head), drawing.cards(items)

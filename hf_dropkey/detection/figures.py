@@ -65,6 +65,23 @@ def detections(
     return figure
 
 
+def detected(image: Image.Image, predictions: Sequence[tuple[str, Sequence[float], float]]) -> Figure:
+    """One image with the boxes that a model found: class name, corners in pixels and score, [0, 1], of each."""
+    # inches; the longer side fills a page's column
+    longest = 7.0 / max(image.size)
+    figure = Figure(figsize=(image.width * longest, image.height * longest))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+    axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+    names = list(dict.fromkeys(name for name, _, _ in predictions))
+    for name, box, score in predictions:
+        draw_box(axis, box, f"{name} {score:.2f}", BOX_COLORS[names.index(name) % len(BOX_COLORS)])
+    # boxes at the border would widen the view
+    axis.set_xlim(-0.5, image.width - 0.5)
+    axis.set_ylim(image.height - 0.5, -0.5)
+    return figure
+
+
 def draw_box(axis: Axes, box: Sequence[float], text: str, color: str) -> None:
     """A box (x1, y1, x2, y2) with its name at the upper left corner."""
     left, upper, right, lower = box

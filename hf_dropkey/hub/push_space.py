@@ -23,7 +23,9 @@ def plan_space(folder: Path, *, token: str | bool | None = None) -> PushPlan:
     """
     report = check_release(folder)
     if not report.is_space:
-        raise ValueError(f"{folder} is not the folder of a Space; hf-dropkey demo MODEL --space_folder {folder} writes one")
+        raise ValueError(
+            f"{folder} is not the folder of a Space; hf-dropkey demo MODEL --space_folder {folder} writes one"
+        )
     # a repository of the package is the sender's to trust
     wrong = [problem for problem in report.problems if "this check has not seen" not in problem]
     if wrong:

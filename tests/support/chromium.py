@@ -4,12 +4,14 @@ Every request that a page makes is noted, and every console error.
 """
 
 import base64
+import fcntl
 import itertools
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,13 @@ from typing import Any
 
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+# the browser reads the protocol from file 3 and writes it to file 4
+START = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def chromium_program() -> str | None:
@@ -104,7 +113,9 @@ class Page:
             if self.run(f"!!({expression})"):
                 return
             time.sleep(0.1)
-        raise TimeoutError(f"{expression} did not become true in {seconds} s; the page says {self.text('body')[:1500]!r}")
+        raise TimeoutError(
+            f"{expression} did not become true in {seconds} s; the page says {self.text('body')[:1500]!r}"
+        )
 
     def text(self, selector: str) -> str:
         """The visible text of an element, "" without one."""
@@ -162,14 +173,14 @@ def chromium(program: str, home: Path) -> Iterator[Page]:
         f"--user-data-dir={home / 'profile'}",
         "--remote-debugging-pipe",
     ]
-    # the browser reads the protocol from file 3 and writes it to file 4
-    shell = ["/bin/sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", *command]
+    # above 4, so that none is written over
+    given = [fcntl.fcntl(number, fcntl.F_DUPFD, 10) for number in (theirs_in, theirs_out)]
+    environment = {**os.environ, "HOME": str(home)}
+    start = [sys.executable, "-c", START, *map(str, given), *command]
     with (home / "chromium.log").open("wb") as log:
-        process = subprocess.Popen(
-            shell, pass_fds=(theirs_in, theirs_out), stdout=log, stderr=log, env={**os.environ, "HOME": str(home)}
-        )
-    os.close(theirs_in)
-    os.close(theirs_out)
+        process = subprocess.Popen(start, pass_fds=given, stdout=log, stderr=log, env=environment)
+    for number in (theirs_in, theirs_out, *given):
+        os.close(number)
     try:
         page = Page(ours_in, ours_out)
         page.open()

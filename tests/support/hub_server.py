@@ -1,4 +1,4 @@
-"""A server on the loopback address that speaks the Hub's HTTP API for models, as far as the libraries use it.
+"""A server on the loopback address that speaks the Hub's HTTP API for models and Spaces, as far as the libraries use it.
 
 Repositories live in memory. Needs the standard library and PyYAML only, so that a wrong idea of the client's cannot
 hide in the server. What it does not do: git itself, xet storage, the real checks of metadata, secret scanning.
@@ -33,7 +33,7 @@ OWNER = "tester"
 # made up; long enough to be taken for one
 TOKEN = "hf_" + "LoopbackTestToken" * 2
 LARGE = (".safetensors", ".bin", ".pt", ".pth", ".png", ".onnx")
-MODELS = r"/api/models/(?P<repo>[^/]+/[^/]+)"
+MODELS = r"/api/(?P<repo>(?:models|spaces)/[^/]+/[^/]+)"
 
 
 class Refusal(Exception):
@@ -184,7 +184,11 @@ class _Handler(BaseHTTPRequestHandler):
                 for method, pattern, name in ROUTES:
                     found = re.fullmatch(pattern, path)
                     if found and self.command in method.split("|"):
-                        getattr(self, name)(**{key: unquote(value) for key, value in found.groupdict().items()})
+                        values = {key: unquote(value) for key, value in found.groupdict().items()}
+                        # models have no kind in front of their names, here as in addresses of files
+                        if "repo" in values:
+                            values["repo"] = values["repo"].removeprefix("models/")
+                        getattr(self, name)(**values)
                         return
                 raise Refusal(404, f"no such call: {self.command} {path}")
             except Refusal as refusal:
@@ -245,7 +249,10 @@ class _Handler(BaseHTTPRequestHandler):
         owner = asked.get("organization") or OWNER
         if owner != OWNER:
             raise Refusal(403, f"You don't have the rights to create a model under the namespace {owner!r}")
-        repo, url = f"{owner}/{asked['name']}", f"{self.hub.url}/{owner}/{asked['name']}"
+        kind = "spaces/" if asked.get("type") == "space" else ""
+        if kind and asked.get("sdk") not in ("gradio", "docker", "static"):
+            raise Refusal(400, "a Space needs an sdk")
+        repo, url = f"{kind}{owner}/{asked['name']}", f"{self.hub.url}/{kind}{owner}/{asked['name']}"
         if repo in self.hub.repositories:
             raise Refusal(409, "You already created this model repo", body={"error": "exists", "url": url})
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
@@ -340,7 +347,8 @@ class _Handler(BaseHTTPRequestHandler):
         found = self._repository(repo)
         commit = found.at(revision)
         siblings = [{"rfilename": name} for name in sorted(commit.files)]
-        about = {"_id": "0", "id": repo, "modelId": repo, "sha": commit.sha, "private": found.private}
+        name = repo.removeprefix("spaces/")
+        about = {"_id": "0", "id": name, "modelId": name, "sha": commit.sha, "private": found.private}
         self._answer({**about, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
 
     def tree(self, repo: str, revision: str) -> None:
@@ -375,7 +383,7 @@ ROUTES = (
     ("GET", MODELS, "information"),
     ("GET", MODELS + "/revision/(?P<revision>[^/]+)", "information"),
     ("GET", MODELS + "/tree/(?P<revision>[^/]+)", "tree"),
-    ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+    ("POST", r"/(?P<repo>(?:spaces/)?[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
     ("POST", "/lfs/(?P<oid>[0-9a-f]{64})/verify", "lfs_verify"),
     ("GET|HEAD", "/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
