@@ -26,12 +26,15 @@ PROGRAMS = {
     ("train", "detection"): ("detection.job", "DetectionJob"),
     ("train", "hoi"): ("hoi.job", "HoiJob"),
     ("train", "mesh"): ("mesh.job", "MeshJob"),
+    ("train", "segmentation"): ("segmentation.job", "SegmentationJob"),
     ("evaluate", "classification"): ("classification.evaluation", "main"),
     ("evaluate", "hoi"): ("hoi.job", "HoiEvaluation"),
     ("evaluate", "mesh"): ("mesh.job", "MeshEvaluation"),
+    ("evaluate", "segmentation"): ("segmentation.job", "SegmentationEvaluation"),
     ("predict", "classification"): ("classification.prediction", "predict"),
     ("predict", "hoi"): ("hoi.predict", "predict"),
     ("predict", "mesh"): ("mesh.prediction", "predict"),
+    ("predict", "segmentation"): ("segmentation.prediction", "predict"),
     ("look", "classification"): ("classification.look", "main"),
 }
 # arguments of `Trainer` that most runs need, for the short help; the texts are ours, because Transformers' change
