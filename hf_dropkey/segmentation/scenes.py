@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 SCENE_CLASSES = ("ground", "disc", "square", "triangle", "ring")
 SEEDS = {"train": 0, "validation": 1}
 # drawn so many times larger, then shrunk, so that edges are smooth
-OVERSAMPLING = 4
+OVERSAMPLING = 2
 NOISE = 12.0
 
 Point = tuple[float, float]
