@@ -198,7 +198,7 @@ def test_the_public_names() -> None:
     models = {
         f"DropKey{family}{part}"
         for family in families
-        for part in ("Config", "Model", "ForImageClassification", "PreTrainedModel")
+        for part in ("Backbone", "Config", "Model", "ForImageClassification", "PreTrainedModel")
     }
     patching = {"DropKeyReport", "apply_dropkey", "remove_dropkey", "dropkey", "dropkey_active", "dropkey_disabled"}
     inference = {"MonteCarloPrediction", "monte_carlo_predict", "export_plain", "layer_ratios", "default_backend"}
@@ -209,6 +209,7 @@ def test_the_public_names() -> None:
         "DropKeyScheduleCallback",
         "DropKeySeedCallback",
         "HubTrainer",
+        "carry_backbone_code",
         "push_folder",
     }
     others = {"DropKeyViTForMaskedImageModeling", "__version__"}
