@@ -22,7 +22,7 @@ from transformers import Dinov2Config, Dinov2Model, ViTImageProcessorPil
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("training", "hoi", "mesh", "hub"))]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("training", "segmentation", "hoi", "mesh", "hub"))]
 PROGRAMS = ("hf-dropkey", "python", "bash", "pip", "accelerate", "torchrun", "export")
 # the start of a command: why it is not run here
 LEFT_OUT = {
@@ -37,6 +37,7 @@ LEFT_OUT = {
     "hf-dropkey train --task hoi --do_train": "needs facebook/detr-resnet-50; tests/test_hoi_job.py",
     "hf-dropkey train --task mesh --do_train": "needs one's own body; tests/test_mesh_job.py",
     "hf-dropkey predict --task mesh --model_name_or_path runs/people --images photos": "needs PekingU/rtdetr_r18vd",
+    "hf-dropkey train --task segmentation": "needs nvidia/mit-b0; tests/test_segmentation_model.py",
     "hf-dropkey check ./their-folder": "needs a digest of one's own; tests/test_hub_release_check.py",
 }
 BRIEF = "--max_steps 2 --use_cpu --report_to none --max_eval_samples 8"
@@ -45,9 +46,11 @@ SMALL_BOXES = "--image_size 64 --num_queries 5"
 CHEAP = {
     "hf-dropkey train --task detection": f"{BRIEF} {SMALL_BOXES} --draw_images 1",
     "hf-dropkey train recipe:hoi": "--max_steps 2 --use_cpu --train_scenes 16 --validation_scenes 8 --draw_images 1",
+    "hf-dropkey train recipe:segmentation": "--max_steps 2 --use_cpu --train_scenes 16 --validation_scenes 8 --draw_images 1",
     "hf-dropkey train recipe:digits": f"{BRIEF} --max_train_samples 64",
     "hf-dropkey train recipe:finetune_small": f"{BRIEF} --model_name_or_path hub/dinov2-small",
     "hf-dropkey train": f"{BRIEF} --per_device_train_batch_size 2",
+    "hf-dropkey evaluate --task segmentation": "--use_cpu --validation_scenes 8 --report_to none --draw_images 0",
     "hf-dropkey evaluate --task hoi": "--use_cpu --validation_scenes 8 --report_to none",
     "hf-dropkey evaluate": "--use_cpu",
     "hf-dropkey search": "--trials 1 --max_steps 2 --use_cpu --report_to none --max_eval_samples 8 --max_train_samples 64",

@@ -1,4 +1,4 @@
-"""What the jobs for interactions and body meshes share: two processes, a push to the Hub, a resume on other data."""
+"""What the jobs for interactions, body meshes and segmentation share: two processes, a push to the Hub, a resume on other data."""
 
 import json
 import os
@@ -27,9 +27,17 @@ SMALL: dict[str, str] = {
     "--dropout 0 --draw_images 0",
     "train_body_mesh": "--model_size nano --image_size 32 --mesh_levels 12 60 --max_train_samples 8 --max_eval_samples 5 "
     "--hidden_dropout_prob 0 --masked_ratio 0 --draw_images 0 --max_grad_norm 1000",
+    "train_semantic_segmentation": "--dataset scenes --train_scenes 8 --validation_scenes 5 --scene_size 32 --backbone vit "
+    "--image_size 32 --hidden_size 16 --num_attention_heads 2 --num_hidden_layers 3 --decoder_size 8 --draw_images 0 "
+    "--flip_probability 0",
 }
-PIPELINES = {"train_hoi": "pipeline_dropkey_hoi.py", "train_body_mesh": "pipeline_dropkey_mesh.py"}
-MEASURED = {"train_hoi": "mAP", "train_body_mesh": "mpvpe"}
+# the code of each that nothing but its folder brings
+CODE = {
+    "train_hoi": "pipeline_dropkey_hoi.py",
+    "train_body_mesh": "pipeline_dropkey_mesh.py",
+    "train_semantic_segmentation": "configuration_dropkey_host.py",
+}
+MEASURED = {"train_hoi": "mAP", "train_body_mesh": "mpvpe", "train_semantic_segmentation": "mean_iou"}
 
 
 def launched(script: str, folder: Path, *words: str, processes: int) -> None:
@@ -73,7 +81,7 @@ def test_a_run_is_pushed_with_its_code_and_card(tmp_path: Path, script: str) -> 
     with serving() as hub:
         hub.run(code.replace("FILE", repr(file)), tmp_path, *words, "--per_device_eval_batch_size", "3")
         files = hub.files("tester/mine")
-    wanted = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", PIPELINES[script]}
+    wanted = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", CODE[script]}
     assert wanted <= set(files) and "training_args.bin" not in files
     card = ModelCard(files["README.md"].decode())
     assert MEASURED[script] in {result.metric_type for result in card.data.eval_results}

@@ -42,6 +42,10 @@ METRICS |= {
     for setting, words in (("", ""), ("_known_object", ", known object"))
     for group, what in (("", ""), ("_rare", ", rare classes"), ("_non_rare", ", other classes"))
 }
+METRICS |= {
+    "mean_iou": MetricName("mean intersection over union", "mean IoU", "mean IoU", True),
+    "pixel_accuracy": MetricName("pixel accuracy", "pixel accuracy", "pixel accuracy", True),
+}
 METRICS["mean_max_recall"] = MetricName("mean of the largest recalls", "mean recall", "mean recall", True)
 METRICS |= {
     f"accuracy_at_occlusion_{fraction:g}": MetricName(

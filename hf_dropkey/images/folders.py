@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -123,6 +123,24 @@ def read_class(found: ClassFolders, name: str, folder: str, endings: set[str]) -
             found.images[name].append(path)
         else:
             found.deeper[name].append(path)
+
+
+def images_among(paths: Sequence[str]) -> list[Path]:
+    """The image files among paths, folders looked into (not deeper), in order.
+
+    Raises:
+        FileNotFoundError: A path is not there, or there is no image.
+    """
+    endings = image_endings()
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"there is no image file or folder {path}; check --images")
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        files += [one for one in inside if path.is_file() or (one.is_file() and one.suffix.lower() in endings)]
+    if not files:
+        raise FileNotFoundError(f"there is no image in {', '.join(map(str, paths))}; check --images")
+    return files
 
 
 def stop(error: OSError) -> None:

@@ -1,0 +1,1 @@
+"""Semantic segmentation: arguments, data, scenes, transform, model, metrics, figures, job, prediction."""
