@@ -26,7 +26,13 @@ pytestmark = pytest.mark.usefixtures("auto_image_processor")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     # long enough to tell some digits, without what slows learning
-    recipe = {**RECIPE, "max_steps": 120, "per_device_train_batch_size": 32, "save_strategy": "no", "dropkey_ratio": 0.0}
+    recipe = {
+        **RECIPE,
+        "max_steps": 120,
+        "per_device_train_batch_size": 32,
+        "save_strategy": "no",
+        "dropkey_ratio": 0.0,
+    }
     recipe |= {"max_train_samples": 600, "max_eval_samples": 60, "disable_tqdm": True, "hidden_dropout_prob": 0.0}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     ClassificationJob.main([str(folder / "recipe.json"), "--output_dir", str(folder / "run")])
