@@ -92,7 +92,12 @@ def test_detections_of_an_unknown_image_are_an_error():
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Hides packages."""
-    return lambda *names: [monkeypatch.setitem(sys.modules, name, None) for name in names]
+
+    def hide(*names: str) -> None:
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, None)
+
+    return hide
 
 
 @pytest.mark.parametrize("hidden", ["pycocotools", "scipy"])

@@ -141,8 +141,27 @@ def test_a_plain_checkpoint_needs_no_trust(folder):
     config = json.loads((folder / "config.json").read_text())
     config = {name: value for name, value in config.items() if name != "auto_map"} | {"model_type": "vit"}
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["ViTForImageClassification"]}))
-    text = model_card(folder, repo_id="me/x").text
-    assert "trust_remote_code" not in text and "apply_dropkey(model)" in text
+    card = model_card(folder, repo_id="me/x")
+    assert "trust_remote_code" not in card.text and "apply_dropkey(model)" in card.text
+    # the Hub's widget runs it, on images of the Hub's documentation
+    titles = [one["example_title"] for one in card.data.to_dict()["widget"]]
+    assert titles == ["Tiger", "Teapot"] and card.data.to_dict()["base_model_relation"] == "finetune"
+    assert metadata_errors(str(card)) == []
+    detector = json.loads((folder / "config.json").read_text()) | {"architectures": ["DetrForObjectDetection"]}
+    (folder / "config.json").write_text(json.dumps(detector))
+    widget = model_card(folder, repo_id="me/x").data.to_dict()["widget"]
+    assert [one["src"].rpartition("/")[2] for one in widget] == ["savanna.jpg", "football-match.jpg"]
+    # one's own images stay
+    (folder / "README.md").write_text("---\nwidget:\n- src: mine.png\n---\n")
+    assert model_card(folder, repo_id="me/x").data.to_dict()["widget"] == [{"src": "mine.png"}]
+
+
+def test_a_checkpoint_with_code_has_no_widget(folder):
+    # the Hub runs no code of a repository for it
+    data = model_card(folder, repo_id="me/x").data.to_dict()
+    assert "widget" not in data and data["base_model_relation"] == "finetune"
+    RunFacts(dataset="Cats").save(folder)
+    assert "base_model_relation" not in model_card(folder, repo_id="me/x").data.to_dict()
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,6 @@ def test_the_results_are_a_table_a_figure_and_a_recipe(tmp_path: Path) -> None:
 
 
 def test_a_figure_needs_a_value() -> None:
-    nothing = [SimpleNamespace(value=None)]
+    nothing: Any = [SimpleNamespace(trial=0, value=None)]
     with pytest.raises(ValueError, match="no trial has a value to draw"):
         figure(nothing, metric="accuracy", larger_is_better=True)

@@ -3,7 +3,8 @@
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import torch
 from transformers import AutoImageProcessor, PreTrainedModel, Trainer, TrainingArguments
 
 from ..images.classes import class_names
+from ..images.corruptions import CORRUPTIONS, STRENGTHS
+from ..pages.observed import EVALUATION, ROBUSTNESS
+from ..pages.run import REPORT, write_report
 from ..saved import check_attention
 from ..training.arguments import parse_arguments
 from .adapters import load_classifier
 from .arguments import DataArguments
 from .data import ImageData, load_image_data
 from .metrics import evaluation_metrics
-from .transform import ImageTransform, collate_images
+from .transform import CorruptedTransform, ImageTransform, collate_images
 from .uncertainty import FILE as UNCERTAINTY
 from .uncertainty import measure_uncertainty
 
@@ -36,6 +40,13 @@ class EvaluationArguments:
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images at a time on each device."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
+    robustness: bool = field(
+        default=False,
+        metadata={
+            "help": "Also measure the accuracy on images with noise, blur, less contrast and JPEG, each at five strengths: "
+            "twenty evaluations more."
+        },
+    )
     output_file: str | None = field(
         default=None,
         metadata={"help": "JSON file to write. Default: evaluation.json in the model's folder, or here for a hub id."},
@@ -67,7 +78,11 @@ def main(command: Sequence[str]) -> None:
     }
     for name, value in result.items():
         print(f"{name:>18}  {f'{value:.4f}' if isinstance(value, float) else value}")
-    file = Path(arguments.output_file or (folder if folder.is_dir() else Path()) / "evaluation.json")
+    if arguments.robustness:
+        result[ROBUSTNESS] = robustness(model, processor, data, arguments)
+        for name, values in result[ROBUSTNESS].items():
+            print(f"{name:>18}  {'  '.join(f'{value:.4f}' for value in values)}")
+    file = Path(arguments.output_file or (folder if folder.is_dir() else Path()) / EVALUATION)
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written to {file}")
     if folder.is_dir():
@@ -76,6 +91,8 @@ def main(command: Sequence[str]) -> None:
         if uncertainty is not None:
             uncertainty.save(folder)
             print(f"written to {folder / UNCERTAINTY}: how uncertain the model is, for `hf-dropkey demo`")
+    if arguments.robustness and file == folder / EVALUATION and (folder / REPORT).is_file():
+        print(f"and to {write_report(folder)}")
 
 
 def load(arguments: EvaluationArguments) -> tuple[PreTrainedModel, Any]:
@@ -96,11 +113,35 @@ def measure(
     model: PreTrainedModel, processor: Any, data: ImageData, arguments: EvaluationArguments
 ) -> dict[str, float]:
     """The metrics of a model on the evaluation images, by name."""
+    data.evaluation.set_transform(ImageTransform(processor, **_takes(model, data)))
+    with _trainer(model, arguments) as trainer:
+        measured = trainer.evaluate(data.evaluation)
+    return {name.removeprefix("eval_"): value for name, value in measured.items()}
+
+
+def robustness(
+    model: PreTrainedModel, processor: Any, data: ImageData, arguments: EvaluationArguments
+) -> dict[str, list[float]]:
+    """The accuracy on images made worse (`images/corruptions.py`), for each kind a number for each strength."""
+    found: dict[str, list[float]] = {kind: [] for kind in CORRUPTIONS}
+    with _trainer(model, arguments) as trainer:
+        for kind, values in found.items():
+            for strength in STRENGTHS:
+                data.evaluation.set_transform(CorruptedTransform(kind, strength, processor, **_takes(model, data)))
+                values.append(trainer.evaluate(data.evaluation)["eval_accuracy"])
+    return found
+
+
+def _takes(model: PreTrainedModel, data: ImageData) -> dict[str, Any]:
     # configurations that do not say are of models for colour images
-    channels = getattr(model.config, "num_channels", 3)
-    data.evaluation.set_transform(ImageTransform(processor, label_ids=data.label_ids, num_channels=channels))
+    return {"label_ids": data.label_ids, "num_channels": getattr(model.config, "num_channels", 3)}
+
+
+@contextmanager
+def _trainer(model: PreTrainedModel, arguments: EvaluationArguments) -> Iterator[Trainer]:
+    """A `Trainer` that evaluates, and leaves nothing behind."""
     with tempfile.TemporaryDirectory() as nowhere:
-        trainer = Trainer(
+        yield Trainer(
             model=model,
             args=TrainingArguments(
                 output_dir=nowhere,
@@ -114,5 +155,3 @@ def measure(
             data_collator=collate_images,
             compute_metrics=evaluation_metrics,
         )
-        measured = trainer.evaluate(data.evaluation)
-    return {name.removeprefix("eval_"): value for name, value in measured.items()}

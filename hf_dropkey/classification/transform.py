@@ -5,10 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedConfig
 
 from ..images.augmentation import Augmentation
 from ..images.checks import read_images
+from ..images.corruptions import corrupt
 from .data import ImageData
 from .pretrained import channels
 
@@ -75,6 +78,32 @@ class ImageTransform:
         pixel_values = self.processor(images, **steps, return_tensors="pt")["pixel_values"]
         rows = {"row": batch["row"]} if self.with_rows else {}
         return {"pixel_values": pixel_values, "labels": [self.label_ids[label] for label in batch["label"]], **rows}
+
+
+class CorruptedTransform(ImageTransform):
+    """As `ImageTransform` for evaluation, on images that are made worse at the size that the model gets."""
+
+    def __init__(self, kind: str, strength: int, processor: BaseImageProcessor, **settings: Any) -> None:
+        """`kind` and `strength` are those of `hf_dropkey.images.corruptions.corrupt`."""
+        super().__init__(processor, **settings)
+        self.kind, self.strength = kind, strength
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
+        """One batch of rows, with images or undecoded ones."""
+        images = [image.convert(self.mode) for image in read_images(batch)["image"]]
+        resized = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+        worse = [
+            corrupt(_as_image(pixels), self.kind, self.strength, row=row)
+            for pixels, row in zip(resized, batch["row"], strict=True)
+        ]
+        found = self.processor(worse, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": found, "labels": [self.label_ids[label] for label in batch["label"]]}
+
+
+def _as_image(pixels: NDArray[Any]) -> Image.Image:
+    """An image of `[C, H, W]` in 0 to 255."""
+    whole = np.rint(pixels.clip(0, 255)).astype(np.uint8)
+    return Image.fromarray(whole[0] if len(whole) == 1 else whole.transpose(1, 2, 0))
 
 
 def collate_images(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

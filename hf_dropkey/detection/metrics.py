@@ -68,12 +68,12 @@ def coco_package(choice: str = "auto") -> CocoPackage:
                 "faster-coco-eval is not installed; run pip install faster-coco-eval, or leave out --coco_package",
                 name="faster_coco_eval",
             )
-        return choice
+        return "faster-coco-eval"
     if choice != "pycocotools":
         raise ValueError(f"--coco_package {choice} is not known; choose from auto, {', '.join(COCO_PACKAGES)}")
     with needed("coco"):
         import pycocotools  # noqa: F401
-    return choice
+    return "pycocotools"
 
 
 def _installed(module: str) -> bool:

@@ -32,6 +32,18 @@ MARKER = re.compile(r"<!-- hf_dropkey:(\w+) (begin|end)")
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "model_preparation_time")
 # of results of detection: the package that counted, after `eval_`
 COUNTED_BY = "counted_by"
+# images that the Hub offers for its widget, those of its own documentation, by task
+SAMPLES = "https://huggingface.co/datasets/mishig/sample_images/resolve/main"
+WIDGETS = {
+    "image-classification": (
+        {"src": f"{SAMPLES}/tiger.jpg", "example_title": "Tiger"},
+        {"src": f"{SAMPLES}/teapot.jpg", "example_title": "Teapot"},
+    ),
+    "object-detection": (
+        {"src": f"{SAMPLES}/savanna.jpg", "example_title": "Savanna"},
+        {"src": f"{SAMPLES}/football-match.jpg", "example_title": "Football match"},
+    ),
+}
 # end of a class name: the Hub's name of the task, the Auto class
 TASKS = {
     "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
@@ -209,8 +221,14 @@ def _metadata(folder: Path, facts: RunFacts, config: dict[str, Any], name: str) 
     tags = ["dropkey", config.get("model_type"), task, *facts.tags]
     adapter = is_adapter(folder)
     source = facts.base_model or (base_of(folder) if adapter else "")
+    base = source if source and is_hub_id(source) else None
+    # the Hub runs no code of a checkpoint for its widget
+    plain = not adapter and "auto_map" not in config
     return ModelCardData(
-        base_model=source if source and is_hub_id(source) else None,
+        base_model=base,
+        # what the Hub shows in the tree of the base model
+        base_model_relation=None if base is None else "adapter" if adapter else "finetune",
+        widget=[dict(one) for one in WIDGETS.get(task or "", ())] or None if plain else None,
         datasets=[facts.dataset_id] if facts.dataset_id else None,
         eval_results=results or None,
         model_name=name if results else None,
@@ -244,12 +262,15 @@ def is_hub_id(name: str) -> bool:
 
 
 def _merge_metadata(card: ModelCard, made: ModelCardData) -> None:
-    """Puts new metadata into a card; lists that may have been extended by hand are joined, not replaced."""
+    """Puts new metadata into a card; lists that may have been extended by hand are joined, a widget of one's own stays."""
     data: Any = card.data
     for name, value in vars(made).items():
         if value is None or name in ("eval_results", "model_name"):
             continue
         there = data.get(name)
+        if name == "widget" and there:
+            # images of one's own fit the classes better
+            continue
         if name in ("tags", "datasets", "metrics") and there:
             there = [there] if isinstance(there, str) else there
             value = [*there, *(one for one in value if one not in there)]

@@ -115,6 +115,21 @@ def calibration(confidence: NDArray[np.floating], right: NDArray[np.bool_], *, e
     return figure
 
 
+def robustness(accuracies: Mapping[str, Sequence[float]], *, clean: float) -> Figure:
+    """The accuracy at each strength, from 1 on, a line for each kind; at 0 that of the images as they are."""
+    figure, axis = _axis("accuracy on images made worse")
+    for number, (kind, values) in enumerate(accuracies.items()):
+        color, style = LINE_COLORS[number % len(LINE_COLORS)], LINE_STYLES[number % len(LINE_STYLES)]
+        marker = MARKERS[number % len(MARKERS)]
+        axis.plot(range(len(values) + 1), [clean, *values], marker=marker, ms=4, label=kind, color=color, ls=style)
+    axis.set(xlabel="strength (0: as they are)", ylabel="accuracy")
+    axis.set_xticks(range(1 + max(map(len, accuracies.values()))))
+    axis.set_ylim(bottom=0)
+    axis.grid(visible=True, alpha=0.3)
+    axis.legend(fontsize=9)
+    return figure
+
+
 def drops(layers: Sequence[LayerDrop]) -> Figure:
     """The configured ratio of each attention, and the mean and range of the measured fractions."""
     figure, axis = _axis("drop ratio of each attention", 3.3, max(WIDTH, min(9.0, 0.22 * len(layers) + 2)))

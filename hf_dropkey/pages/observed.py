@@ -20,6 +20,8 @@ from ..saved import read_json
 
 
 DATA, PREDICTIONS, MISTAKES = "report_data.json", "predictions.csv", "mistakes"
+# what `hf-dropkey evaluate` writes into the folder of a model, and a part of it
+EVALUATION, ROBUSTNESS = "evaluation.json", "robustness"
 # longest side of a saved picture, in pixels
 PICTURE_SIDE = 224
 COLUMNS = ("row", "class", "predicted", "confidence")

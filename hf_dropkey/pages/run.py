@@ -22,7 +22,7 @@ from ..patching.report import DropKeyReport
 from ..saved import load_config, read_json, saved_class
 from ..version import __version__
 from . import figures, page
-from .observed import Observed, Predictions
+from .observed import EVALUATION, ROBUSTNESS, Observed, Predictions
 
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class Run:
         self.results = _json(folder / "all_results.json")
         self.metrics = measured(folder)
         self.observed = Observed.load(folder)
+        self.evaluation = _json(folder / EVALUATION)
         self.predictions = Predictions.load(folder, self.observed.classes if self.observed else [])
 
     def parts(self) -> Iterator[Iterator[page.Section]]:
@@ -80,6 +81,7 @@ class Run:
         yield self.result_sections()
         yield self.curve_sections()
         yield self.class_sections()
+        yield self.robustness_sections()
         yield self.figure_sections()
         yield self.dropkey_sections()
         yield self.setting_sections()
@@ -174,6 +176,36 @@ class Run:
             return page.paragraph("No image was classified wrongly." if not wrong else "Their pictures were not kept.")
         words = f"The {len(shown)} of {wrong:,} wrong predictions with the highest confidence: true class, predicted class."
         return page.paragraph(words) + page.pictures(shown)
+
+    def robustness_sections(self) -> Iterator[page.Section]:
+        """Accuracy on images made worse, if `hf-dropkey evaluate --robustness` measured it.
+
+        Raises:
+            ValueError: Its file is damaged.
+        """
+        if ROBUSTNESS not in self.evaluation:
+            return
+        try:
+            found = {
+                str(kind): [float(value) for value in values] for kind, values in self.evaluation[ROBUSTNESS].items()
+            }
+            clean, where = float(self.evaluation["accuracy"]), f"{self.evaluation['data']}, {self.evaluation['split']}"
+            images = int(self.evaluation["images"])
+            head = ("", *(f"strength {number}" for number in range(1, 1 + len(next(iter(found.values()))))))
+            rows = [(kind, *(f"{value:.4f}" for value in values)) for kind, values in found.items()]
+            drawn = figures.robustness(found, clean=clean)
+        except (AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.folder / EVALUATION} is damaged ({error!r}); delete it, and measure again with hf-dropkey evaluate "
+                "--robustness"
+            ) from error
+        mean = float(np.mean([value for values in found.values() for value in values]))
+        words = f"Accuracy {clean:.4f} as they are, {mean:.4f} on average over kinds and strengths ({images:,} images of {where})."
+        note = "Noise, blur, contrast and JPEG as in ImageNet-C, at the size that the model gets; the same for every model."
+        body = page.paragraph(words) + page.chart(drawn, "accuracy on images made worse, by strength")
+        yield page.Section(
+            "Robustness", body + page.details("All numbers", page.table(head, rows)) + page.paragraph(note, note=True)
+        )
 
     def figure_sections(self) -> Iterator[page.Section]:
         """Figures that the task drew."""
