@@ -89,7 +89,7 @@ def test_visitors_at_once_get_their_own_answers_and_the_model_stays(model: Class
 
     def visit(case: tuple[object, Settings]) -> list[Answer]:
         begin.wait(30)
-        return [model.answer(*case) for _ in range(3)]  # type: ignore[arg-type]  # an image
+        return [model.answer(*case) for _ in range(3)]
 
     with ThreadPoolExecutor(len(cases)) as visitors:
         found = list(visitors.map(visit, cases))

@@ -61,6 +61,8 @@ def page(url: str, home: Path) -> Iterator[Page]:
         browser.size(1200, 900)
         browser.go(url)
         browser.wait(f"document.querySelector('#see .answer') && {SENTENCE}")
+        # gradio puts the lower parts on the page later
+        browser.wait("document.querySelector('#ratio input[type=range]') && document.querySelector('#examples img')")
         yield browser
 
 

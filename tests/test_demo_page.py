@@ -10,8 +10,8 @@ from small_demos import RATIO, bad_files, noise, save_classifier
 from small_pages import client_of, served
 
 from hf_dropkey.demo.answers import Classifier, Settings
-from hf_dropkey.demo.page import COMPARE, SURE, TRAIN, Calls
 from hf_dropkey.demo.examples import Example
+from hf_dropkey.demo.page import COMPARE, SURE, TRAIN, Calls
 from hf_dropkey.demo.views import Views
 
 

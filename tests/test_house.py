@@ -133,7 +133,8 @@ FLOORS = (
     ("pages",),
     ("training",),
     ("classification", "detection", "hoi", "mesh", "segmentation"),
-    ("lab", "demo", "cli"),
+    ("lab", "demo"),
+    ("cli",),
     ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,7 +1,6 @@
 """Spaces are pushed in one commit, to a server that speaks the Hub's API."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -143,7 +143,8 @@ class Bodies:
 
     def __init__(self, folder: Path):
         self._pipeline: Any = load_bodies(str(folder))
-        self._faces = self._pipeline.model.mesh.body.faces.cpu().numpy()
+        model: Any = self._pipeline.model
+        self._faces = model.mesh.body.faces.cpu().numpy()
         self._lock = threading.Lock()
 
     def draw(self, image: Image.Image, threshold: float) -> Drawing:

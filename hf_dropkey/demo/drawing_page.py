@@ -1,6 +1,7 @@
 """The page of a model that is drawn (`drawers`): gradio's blocks."""
 
 from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def drawing_page(drawer: Drawer, examples: Sequence[Example], folder: Path, titl
             with gradio.Tab("See"):
                 see = gradio.HTML(first, elem_id="see")
             with gradio.Tab("Train it yourself"):
-                command = f"<pre>{drawing.escape(training_command(folder))}</pre>"
+                command = f"<pre>{escape(training_command(folder))}</pre>"
                 gradio.HTML(drawing.block(drawing.note("The command of this model, or one like it:"), command))
         remark = gradio.HTML("", elem_id="remark")
         gradio.HTML(drawing.block(drawing.heading("Another picture")))

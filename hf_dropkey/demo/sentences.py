@@ -49,10 +49,11 @@ def votes(answer: Answer) -> str:
         return "The ratio is 0: there are no masks that could disagree."
     winners = answer.by_mask.argmax(1).tolist()
     counts = sorted({number: winners.count(number) for number in winners}.items(), key=lambda one: -one[1])
-    first, *others = [f"{count} say {answer.names[number]}" for number, count in counts]
-    if not others:
-        return f"All {len(winners)} masks say {answer.names[counts[0][0]]}."
-    return f"{counts[0][1]} of {len(winners)} masks say {answer.names[counts[0][0]]}, {', '.join(others)}."
+    number, most = counts[0]
+    if most == len(winners):
+        return f"All {most} masks say {answer.names[number]}."
+    others = ", ".join(f"{count} say {answer.names[other]}" for other, count in counts[1:])
+    return f"{most} of {len(winners)} masks say {answer.names[number]}, {others}."
 
 
 def disagreements(answers: Sequence[Sequence[Answer]]) -> list[int]:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class Views:
     def training(self) -> str:
         """How the model was trained, or one like it is."""
         parts = [drawing.note("Install the package and train:"), "<pre>pip install 'hf_dropkey[train]'"]
-        parts += [f"\n{drawing.escape(training_command(folder))}" for folder in self.folders]
+        parts += [f"\n{escape(training_command(folder))}" for folder in self.folders]
         parts += ["</pre>", drawing.note("DropKey on a model of your own, in your own training loop:")]
         own = self.models[0].settings
         parts += [

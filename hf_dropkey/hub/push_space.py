@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
 
 from .contents import entries
 from .push import PushResult, api, check_target, clear_errors
@@ -63,23 +64,26 @@ def push_space(
     plan = plan_space(folder, token=token)
     if announce is not None:
         announce(plan)
-    space = {"repo_type": "space", "token": token}
+    space: dict[str, Any] = {"repo_type": "space", "token": token}
     with clear_errors(repo_id, f"{folder} was not pushed"):
-        repo_id = api.create_repo(repo_id, private=private, space_sdk="gradio", exist_ok=True, **space).repo_id  # type: ignore[arg-type]  # of one type each
+        repo_id = api.create_repo(repo_id, private=private, space_sdk="gradio", exist_ok=True, **space).repo_id
         if revision not in (None, "main"):
-            api.create_branch(repo_id, branch=str(revision), exist_ok=True, **space)  # type: ignore[arg-type]  # as above
+            api.create_branch(repo_id, branch=str(revision), exist_ok=True, **space)
         there = api.space_info(repo_id, revision=revision, token=token)
+        if private and not there.private:
+            raise ValueError(
+                f"{repo_id} already exists and is public; make it private in its settings, or leave out --private"
+            )
         names = {file.name for file in plan.files}
         old = [one.rfilename for one in there.siblings or [] if one.rfilename not in (*names, *KEPT)]
-        done = api.create_commit(
+        operations: list[Any] = [CommitOperationDelete(name) for name in old]
+        operations += [CommitOperationAdd(name, folder / name) for name in sorted(names)]
+        done: CommitInfo = api.create_commit(
             repo_id,
-            [
-                *map(CommitOperationDelete, old),
-                *(CommitOperationAdd(name, folder / name) for name in sorted(names)),
-            ],
+            operations,
             commit_message=commit_message,
             revision=revision,
             parent_commit=there.sha,
-            **space,  # type: ignore[arg-type]  # as above
+            **space,
         )
     return PushResult(repo_id, done, done.oid != there.sha, tuple(sorted(names)), ())
