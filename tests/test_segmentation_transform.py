@@ -65,9 +65,7 @@ def test_ignored_pixels_stay_ignored() -> None:
     assert (labels[:15] == 255).all() and (labels[17:] != 255).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("flip_probability", 1.5), ("crop_scale", 0.0), ("color_jitter", -0.1)]
-)
+@pytest.mark.parametrize(("name", "value"), [("flip_probability", 1.5), ("crop_scale", 0.0), ("color_jitter", -0.1)])
 def test_values_outside_their_range(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"--{name} {value} is outside"):
         MaskAugmentation(**{name: value})

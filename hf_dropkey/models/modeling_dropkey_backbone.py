@@ -87,9 +87,7 @@ class DropKeyBackboneMixin(BackboneMixin):
             )
             if name in self.out_features
         )
-        return BackboneOutput(
-            feature_maps=maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return BackboneOutput(feature_maps=maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def _padded(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The images, with zeros up to a whole number of patches; what is no batch of images is left to the base model."""

@@ -37,14 +37,13 @@ class PredictionArguments:
         metadata={"help": "Segmentation model: a folder or a hub id.", "aliases": ["--model_name_or_path"]}
     )
     images: list[str] = field(metadata={"help": "Image files, or folders of them."})
-    out: Path = field(
-        metadata={"help": f"Folder to write a mask and a picture for each image and {RESULTS} to."}
-    )
+    out: Path = field(metadata={"help": f"Folder to write a mask and a picture for each image and {RESULTS} to."})
     samples: int = field(
         default=20, metadata={"help": "Random masks of DropKey for the uncertainty of each pixel; 0: none."}
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Side in pixels of what the model sees. Default: as its image processor has it."}
+        default=None,
+        metadata={"help": "Side in pixels of what the model sees. Default: as its image processor has it."},
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
 
@@ -121,9 +120,7 @@ def save_mask(classes: NDArray[np.int64], count: int, file: Path) -> None:
     mask.save(file)
 
 
-def summary(
-    classes: NDArray[np.int64], spread: NDArray[np.float64] | None, names: list[str]
-) -> dict[str, Any]:
+def summary(classes: NDArray[np.int64], spread: NDArray[np.float64] | None, names: list[str]) -> dict[str, Any]:
     """The fraction of each class that is there, the largest first, and the mean uncertainty."""
     counts = np.bincount(classes.reshape(-1), minlength=len(names))
     order = [int(number) for number in np.argsort(-counts, kind="stable") if counts[number]]
