@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor
 
 from ..images.checks import read_image
 from ..images.folders import images_among
@@ -81,7 +81,7 @@ def predict(arguments: PredictionArguments) -> dict[str, dict[str, Any]]:
     """
     files = images_among(arguments.images)
     model = load_model(arguments.model, arguments.revision)
-    config: PreTrainedConfig = model.config
+    config: Any = model.config
     if arguments.samples and not any(module.dropkey_ratio for _, module in dropkey_modules(model)):
         raise ValueError(f"{arguments.model} has no DropKey, whose masks give the uncertainty; pass --samples 0")
     processor = AutoImageProcessor.from_pretrained(arguments.model, revision=arguments.revision, backend="pil")
