@@ -194,7 +194,7 @@ def folder_split(
             raise ValueError(f"{message}. Add masks, or leave such images out with --skip_bad_images")
         logger.warning("%s. They are left out.", message)
     left_out = set(without)
-    records = []
+    records: list[dict[str, Any]] = []
     for file in files:
         if str(file) not in left_out:
             width, height = file_size({"bytes": None, "path": str(images / file)}) or (1, 1)
