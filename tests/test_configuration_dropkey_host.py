@@ -274,5 +274,9 @@ def test_auto_backbone_loads_from_the_hub_and_from_a_folder(tmp_path: Path) -> N
     with serving() as hub:
         push = "import sys; from hf_dropkey import DropKeyViTBackbone as B; B.from_pretrained(sys.argv[1]).push_to_hub('tester/b')"
         hub.run(push, tmp_path, str(tmp_path / "made"))
-        code = PREAMBLE + "backbone = AutoBackbone.from_pretrained('tester/b', trust_remote_code=True)" + textwrap.dedent(checks)
+        code = (
+            PREAMBLE
+            + "backbone = AutoBackbone.from_pretrained('tester/b', trust_remote_code=True)"
+            + textwrap.dedent(checks)
+        )
         hub.run(code, tmp_path, "", str(tmp_path / "expected.pt"), package=False)

@@ -22,7 +22,10 @@ from transformers import Dinov2Config, Dinov2Model, ViTImageProcessorPil
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("training", "segmentation", "hoi", "mesh", "hub"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("training", "segmentation", "hoi", "mesh", "hub")),
+]
 PROGRAMS = ("hf-dropkey", "python", "bash", "pip", "accelerate", "torchrun", "export")
 # the start of a command: why it is not run here
 LEFT_OUT = {

@@ -35,9 +35,7 @@ from hf_dropkey import (
 
 SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "image_size": 32, "dropkey_ratio": 0.3}
 CONFIGS: dict[str, Any] = {
-    "vit": lambda **more: DropKeyViTConfig(
-        **SHAPE, num_hidden_layers=3, intermediate_size=64, patch_size=8, **more
-    ),
+    "vit": lambda **more: DropKeyViTConfig(**SHAPE, num_hidden_layers=3, intermediate_size=64, patch_size=8, **more),
     "t2t_vit": lambda **more: DropKeyT2TViTConfig(**SHAPE, num_hidden_layers=3, token_size=8, **more),
     "volo": lambda **more: DropKeyVoloConfig(
         **SHAPE, depths=[1, 2, 1], outlook_hidden_size=16, num_outlook_heads=2, stem_size=8, **more
@@ -165,11 +163,7 @@ def dropped_fractions(model: torch.nn.Module, backbone: Any, batch: dict[str, to
     def look(module: torch.nn.Module, inputs: Any, output: Any) -> None:
         seen.append(float((output[1] == 0).float().mean()))
 
-    hooks = [
-        module.register_forward_hook(look)
-        for module in backbone.modules()
-        if "dropkey_ratio" in vars(module)
-    ]
+    hooks = [module.register_forward_hook(look) for module in backbone.modules() if "dropkey_ratio" in vars(module)]
     model.train()(**batch)
     for hook in hooks:
         hook.remove()
@@ -229,9 +223,7 @@ def small_upernet(backbone: Any) -> UperNetConfig:
 @pytest.mark.parametrize("family", ["volo", "ceit"])
 def test_the_schedule_runs_over_the_sites_of_the_backbone(family: str) -> None:
     """The last of them has the final ratio, although the classifier has another site behind it."""
-    ratios = [
-        module.dropkey_ratio for module in backbone_of(family).modules() if "dropkey_ratio" in vars(module)
-    ]
+    ratios = [module.dropkey_ratio for module in backbone_of(family).modules() if "dropkey_ratio" in vars(module)]
     assert ratios == layer_ratios(len(ratios), 0.3, 0.0, "decreasing")
     assert len(ratios) == sum(backbone_of(family).config.stage_depths)
 

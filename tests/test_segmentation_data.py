@@ -84,7 +84,9 @@ def test_a_mask_of_another_size(folder: Path) -> None:
 
 def test_class_numbers_outside_the_names(folder: Path) -> None:
     write(folder, "c", np.full((6, 8), 7))
-    with pytest.raises(ValueError, match=r"c\.png \(has the values 7; the 3 classes are 0 to 2, and --ignore_index is 255"):
+    with pytest.raises(
+        ValueError, match=r"c\.png \(has the values 7; the 3 classes are 0 to 2, and --ignore_index is 255"
+    ):
         load(folder)
 
 
@@ -189,7 +191,10 @@ def test_arguments_of_the_data(given: dict[str, Any], told: str) -> None:
         ({"backbone": "vit", "model_name_or_path": "x"}, "--model_name_or_path x, --backbone vit: give one"),
         ({"backbone": "swin"}, "--backbone swin is not one of vit, t2t_vit, volo, ceit"),
         ({"model_name_or_path": "x", "hidden_size": 8}, "fixes the shape of the model; leave out --hidden_size 8"),
-        ({"backbone": "vit", "image_size": 50}, "--image_size 50 is not a multiple of the patches' 8 pixels; choose 48 or 56"),
+        (
+            {"backbone": "vit", "image_size": 50},
+            "--image_size 50 is not a multiple of the patches' 8 pixels; choose 48 or 56",
+        ),
         ({"backbone": "volo", "image_size": 8}, "not a multiple of the patches' 16 pixels; choose 16"),
         ({"backbone": "volo", "patch_size": 8}, "the patches of volo are 16 pixels"),
         ({"backbone": "vit", "num_hidden_layers": 2}, "--num_hidden_layers 2 is below 3"),

@@ -1,6 +1,7 @@
 """The segmentation job from arguments to a page, a resume to the bit, evaluation and prediction of what it saved."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from hf_dropkey.segmentation.scenes import make_scene
 from hf_dropkey.training.record import data_changes
 
 
-SMALL = (
+SMALL = shlex.split(
     "--dataset scenes --train_scenes 8 --validation_scenes 5 --scene_size 32 --backbone vit --image_size 32 "
     "--hidden_size 16 --num_attention_heads 2 --num_hidden_layers 3 --decoder_size 8 --dropkey_ratio 0.3 "
     "--use_cpu --report_to none --disable_tqdm true --learning_rate 0.001 --per_device_train_batch_size 4 "
     "--per_device_eval_batch_size 3 --draw_samples 3 --draw_images 2"
-).split()
+)
 
 
 def trained(folder: Path, *words: str) -> None:
@@ -123,7 +124,16 @@ def test_an_evaluation_gives_the_numbers_of_the_run(run: Path, tmp_path: Path) -
 
 def test_training_goes_on_from_a_saved_model_with_another_ratio(run: Path, tmp_path: Path) -> None:
     words = ["--dataset", "scenes", "--train_scenes", "4", "--scene_size", "32", "--model_name_or_path", str(run)]
-    words += ["--output_dir", str(tmp_path / "m"), "--use_cpu", "--report_to", "none", "--max_steps", "1", "--do_train"]
+    words += [
+        "--output_dir",
+        str(tmp_path / "m"),
+        "--use_cpu",
+        "--report_to",
+        "none",
+        "--max_steps",
+        "1",
+        "--do_train",
+    ]
     SegmentationJob.main([*words, "--dropkey_ratio", "0.15", "--report", "False"])
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["dropkey_ratio"] == config["backbone_config"]["dropkey_ratio"] == 0.15

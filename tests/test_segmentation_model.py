@@ -89,12 +89,13 @@ def test_a_classifier_and_a_plain_vit_become_backbones(tmp_path: Path) -> None:
 def small_pretrained(kind: str, folder: Path) -> Path:
     labels = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
     model: Any
+    config: Any
     processor: Any = SegformerImageProcessorPil(size={"height": 64, "width": 64})
     if kind == "segformer":
-        sizes = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}
+        sizes: Any = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}
         model = SegformerForSemanticSegmentation(SegformerConfig(**sizes, decoder_hidden_size=16, **labels))
     elif kind == "beit":
-        heads = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
+        heads: Any = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
         config = BeitConfig(**heads, image_size=64, patch_size=16, out_indices=[1, 2, 3, 4], **labels)
         config.use_auxiliary_head = False
         model = BeitForSemanticSegmentation(config)

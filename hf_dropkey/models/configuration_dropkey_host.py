@@ -68,7 +68,7 @@ class HostConfigMixin:
 
 
 @cache
-def _host_class(base: type) -> type:
+def _host_class(base: Any) -> type:
     return type(base.__name__, (HostConfigMixin, base), {"__module__": base.__module__})
 
 
@@ -108,7 +108,8 @@ def carry_backbone_code(model: Host) -> Host:
             f"{type(model).__name__} has no DropKey backbone whose code could be saved with it. Make it with a "
             "configuration of this package as backbone_config, such as DropKeyViTConfig."
         )
-    config.__class__ = _host_class(type(config))
+    kind: Any = type(config)
+    config.__class__ = _host_class(kind)
     return model
 
 
@@ -117,7 +118,7 @@ def _unknown_backbones(fields: Any) -> list[dict[str, Any]]:
     if not isinstance(fields, dict):
         return []
     found = [inner for value in fields.values() for inner in _unknown_backbones(value)]
-    auto_map, kind = fields.get("auto_map"), fields.get("model_type")
+    auto_map, kind = fields.get("auto_map"), str(fields.get("model_type"))
     if isinstance(auto_map, dict) and {"AutoConfig", "AutoBackbone"} <= set(auto_map):
         known = CONFIG_MAPPING[kind].__module__ if kind in CONFIG_MAPPING else REMOTE_PACKAGE
         # the installed package's class stays; another folder's does not read this folder

@@ -54,7 +54,7 @@ class DropKeyBackboneMixin(BackboneMixin):
         return indices
 
     @out_indices.setter
-    def out_indices(self, out_indices: list[int] | None) -> None:
+    def out_indices(self, out_indices: tuple[int, ...] | list[int] | None) -> None:
         self.config.out_indices = out_indices
 
     @can_return_tuple
@@ -73,23 +73,19 @@ class DropKeyBackboneMixin(BackboneMixin):
             ValueError: `pixel_values` is missing or has not four axes.
         """
         padded = self._padded(pixel_values)
-        kwargs["return_dict"] = True
-        kwargs["interpolate_pos_encoding"] = True  # type: ignore[typeddict-unknown-key]  # an argument of the base model
         # the base model's, past the placeholder of Transformers' mixin
         encode: Any = super(BackboneMixin, self).forward  # type: ignore[misc]  # as said
-        outputs = encode(padded, **kwargs)
+        outputs = encode(padded, **{**kwargs, "return_dict": True, "interpolate_pos_encoding": True})
         ends = [0, *accumulate(self.config.stage_depths)]
         grid = self.config.grid_of(*padded.shape[2:])
-        maps = tuple(
+        maps: Any = tuple(
             self._map(outputs.hidden_states[end], width, (grid[0] * scale, grid[1] * scale))
             for name, end, width, scale in zip(
                 self.config.stage_names, ends, self.num_features, self.stage_scales(), strict=True
             )
             if name in self.out_features
         )
-        return BackboneOutput(
-            feature_maps=maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return BackboneOutput(feature_maps=maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def _padded(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The images, with zeros up to a whole number of patches; what is no batch of images is left to the base model."""

@@ -151,10 +151,12 @@ class SegmentationDataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random choice of this many."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on a random choice of this many."})
     check_images: bool = field(
-        default=True, metadata={"help": "Read every image and mask once before training; else a bad one stops the run."}
+        default=True,
+        metadata={"help": "Read every image and mask once before training; else a bad one stops the run."},
     )
     skip_bad_images: bool = field(
-        default=False, metadata={"help": "Leave out images that cannot be used, or whose mask cannot, instead of stopping."}
+        default=False,
+        metadata={"help": "Leave out images that cannot be used, or whose mask cannot, instead of stopping."},
     )
     train_scenes: int = field(default=1000, metadata={"help": "Generated scenes to train on."})
     validation_scenes: int = field(default=200, metadata={"help": "Generated scenes to evaluate on."})
@@ -180,7 +182,7 @@ class SegmentationDataArguments:
             )
         if given and not self.class_names:
             raise ValueError(
-                '--class_names is missing: a JSON file with the names of the classes in the order of their numbers, such '
+                "--class_names is missing: a JSON file with the names of the classes in the order of their numbers, such "
                 'as ["background", "cat"]'
             )
         if not 0 <= self.ignore_index <= 255:
@@ -208,9 +210,7 @@ class SegmentationRunArguments:
 
     draw_images: int = field(
         default=6,
-        metadata={
-            "help": f"Validation images drawn in {FIGURE} with mask, prediction and uncertainty; 0: no figure."
-        },
+        metadata={"help": f"Validation images drawn in {FIGURE} with mask, prediction and uncertainty; 0: no figure."},
     )
     draw_samples: int = field(
         default=20, metadata={"help": "Random masks of DropKey for the drawn uncertainty, at least 2."}

@@ -136,9 +136,7 @@ def read_split(arguments: SegmentationDataArguments, role: str) -> SegmentationS
     if not images:
         raise ValueError(f"no data for the {role} split; give --{role}_images and --{role}_masks")
     names = read_class_names(Path(str(arguments.class_names)), arguments.ignore_index)
-    return folder_split(
-        Path(images), Path(masks), names, arguments.ignore_index, role, skip=arguments.skip_bad_images
-    )
+    return folder_split(Path(images), Path(masks), names, arguments.ignore_index, role, skip=arguments.skip_bad_images)
 
 
 def scene_split(role: str, count: int, size: int, ignore_index: int) -> SegmentationSplit:
@@ -196,7 +194,7 @@ def folder_split(
             raise ValueError(f"{message}. Add masks, or leave such images out with --skip_bad_images")
         logger.warning("%s. They are left out.", message)
     left_out = set(without)
-    records = []
+    records: list[dict[str, Any]] = []
     for file in files:
         if str(file) not in left_out:
             width, height = file_size({"bytes": None, "path": str(images / file)}) or (1, 1)
@@ -219,7 +217,9 @@ def read_class_names(file: Path, ignore_index: int) -> list[str]:
         ValueError: It is neither, names repeat, there are fewer than two, or the ignored value has a name.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"--class_names {file} is {'a folder' if file.exists() else 'not there'}; give a JSON file")
+        raise FileNotFoundError(
+            f"--class_names {file} is {'a folder' if file.exists() else 'not there'}; give a JSON file"
+        )
     try:
         found = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -236,9 +236,13 @@ def read_class_names(file: Path, ignore_index: int) -> list[str]:
         raise ValueError(f'--class_names {file} must hold a list of names, such as ["background", "cat"]')
     repeated = sorted({name for name in found if found.count(name) > 1})
     if repeated:
-        raise ValueError(f"--class_names {file} repeats {name_some(map(repr, repeated))}; give each class its own name")
+        raise ValueError(
+            f"--class_names {file} repeats {name_some(map(repr, repeated))}; give each class its own name"
+        )
     if len(found) < 2:
-        raise ValueError(f"--class_names {file} names {len(found)} class; segmentation needs two, such as a background")
+        raise ValueError(
+            f"--class_names {file} names {len(found)} class; segmentation needs two, such as a background"
+        )
     if ignore_index < len(found):
         raise ValueError(
             f"--ignore_index {ignore_index} is the number of {found[ignore_index]!r}; choose one from {len(found)} on, or "
@@ -298,7 +302,9 @@ def usable_masks(split: SegmentationSplit, *, skip: bool) -> SegmentationSplit:
         except ValueError as error:
             problems[row] = str(error)
     if problems:
-        message = f"{len(problems)} of {len(split)} masks of {split.name} cannot be used: {name_some(problems.values())}"
+        message = (
+            f"{len(problems)} of {len(split)} masks of {split.name} cannot be used: {name_some(problems.values())}"
+        )
         if not skip or len(problems) == len(split):
             raise ValueError(f"{message}. Repair them, or leave their images out with --skip_bad_images")
         logger.warning("%s. Their images are left out.", message)

@@ -81,7 +81,13 @@ def segmentations(examples: Sequence[Segmented], names: Sequence[str], *, title:
     if drawn is not None:
         figure.colorbar(drawn, ax=axes[:, -1].tolist(), fraction=0.06, pad=0.03)
     present = sorted(
-        {int(number) for one in examples for part in (one.truth, one.predicted) if part is not None for number in np.unique(part)}
+        {
+            int(number)
+            for one in examples
+            for part in (one.truth, one.predicted)
+            if part is not None
+            for number in np.unique(part)
+        }
         - {ignore_index}
     )
     handles = [Patch(color=colors(number), label=names[number]) for number in present[:NAMES_SHOWN]]

@@ -196,7 +196,7 @@ class SegmentationTrainer(GuardedTrainer):
         # they take any keyword argument and leave the number of items out, so `Trainer` must divide by the steps
         self.model_accepts_loss_kwargs = False
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]  # another number of items changes nothing
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """The model's own loss; Mask2Former's from the mask of each class."""

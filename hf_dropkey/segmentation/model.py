@@ -179,7 +179,9 @@ def image_side(config: Any, processor: Any, arguments: SegmentationModelArgument
     size = {name: value for name, value in dict(processor.size or {}).items() if value is not None}
     side = size.get("height") or size.get("shortest_edge") or getattr(config, "image_size", None)
     if not isinstance(side, int):
-        raise ValueError(f"neither the image processor nor the model of {arguments.model_name_or_path} says how large images are; give --image_size")
+        raise ValueError(
+            f"neither the image processor nor the model of {arguments.model_name_or_path} says how large images are; give --image_size"
+        )
     return side
 
 

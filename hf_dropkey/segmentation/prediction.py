@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor
 
 from ..images.checks import read_image
 from ..images.folders import images_among
@@ -37,14 +37,13 @@ class PredictionArguments:
         metadata={"help": "Segmentation model: a folder or a hub id.", "aliases": ["--model_name_or_path"]}
     )
     images: list[str] = field(metadata={"help": "Image files, or folders of them."})
-    out: Path = field(
-        metadata={"help": f"Folder to write a mask and a picture for each image and {RESULTS} to."}
-    )
+    out: Path = field(metadata={"help": f"Folder to write a mask and a picture for each image and {RESULTS} to."})
     samples: int = field(
         default=20, metadata={"help": "Random masks of DropKey for the uncertainty of each pixel; 0: none."}
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Side in pixels of what the model sees. Default: as its image processor has it."}
+        default=None,
+        metadata={"help": "Side in pixels of what the model sees. Default: as its image processor has it."},
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
 
@@ -82,7 +81,7 @@ def predict(arguments: PredictionArguments) -> dict[str, dict[str, Any]]:
     """
     files = images_among(arguments.images)
     model = load_model(arguments.model, arguments.revision)
-    config: PreTrainedConfig = model.config
+    config: Any = model.config
     if arguments.samples and not any(module.dropkey_ratio for _, module in dropkey_modules(model)):
         raise ValueError(f"{arguments.model} has no DropKey, whose masks give the uncertainty; pass --samples 0")
     processor = AutoImageProcessor.from_pretrained(arguments.model, revision=arguments.revision, backend="pil")
@@ -121,9 +120,7 @@ def save_mask(classes: NDArray[np.int64], count: int, file: Path) -> None:
     mask.save(file)
 
 
-def summary(
-    classes: NDArray[np.int64], spread: NDArray[np.float64] | None, names: list[str]
-) -> dict[str, Any]:
+def summary(classes: NDArray[np.int64], spread: NDArray[np.float64] | None, names: list[str]) -> dict[str, Any]:
     """The fraction of each class that is there, the largest first, and the mean uncertainty."""
     counts = np.bincount(classes.reshape(-1), minlength=len(names))
     order = [int(number) for number in np.argsort(-counts, kind="stable") if counts[number]]

@@ -1,7 +1,7 @@
 """Generated scenes: shapes on a ground with a pattern, and the class of every pixel. A pure function of seed and row.
 
-Shapes of four classes have any colour, size and turn, and lie over each other, so that form and not colour tells the
-class; a ring and a disc differ in the middle only.
+Shapes of four classes have any size and turn and lie over each other. Colours vary around one for a class, which
+squares and triangles have to themselves; discs and rings share theirs, so that form alone separates them.
 """
 
 import io
@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw
 
 
 SCENE_CLASSES = ("ground", "disc", "square", "triangle", "ring")
+COLORS = {"disc": (200, 60, 60), "ring": (200, 60, 60), "square": (50, 170, 70), "triangle": (60, 90, 210)}
+COLOR_SPREAD = 50
 SEEDS = {"train": 0, "validation": 1}
 # drawn so many times larger, then shrunk, so that edges are smooth
 OVERSAMPLING = 2
@@ -32,7 +34,8 @@ def make_scene(role: str, row: int, size: int) -> tuple[Image.Image, NDArray[np.
         number = int(generator.integers(1, len(SCENE_CLASSES)))
         center = (float(generator.uniform(0.15, 0.85)), float(generator.uniform(0.15, 0.85)))
         radius, turn = float(generator.uniform(0.12, 0.24)), float(generator.uniform(0, 2 * math.pi))
-        color = tuple(int(value) for value in generator.integers(0, 256, 3))
+        shifts = generator.integers(-COLOR_SPREAD, COLOR_SPREAD + 1, 3)
+        color = tuple(np.clip(shifts + COLORS[SCENE_CLASSES[number]], 0, 255).tolist())
         draw_shape(image, number, center, radius, turn, color)
         draw_shape(mask, number, center, radius, turn, number)
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BOX), dtype=np.float64)
@@ -41,9 +44,9 @@ def make_scene(role: str, row: int, size: int) -> tuple[Image.Image, NDArray[np.
 
 
 def ground(generator: np.random.Generator, size: int) -> Image.Image:
-    """Stripes of two colours that are near each other."""
-    first = generator.integers(40, 216, 3)
-    second = np.clip(first + generator.integers(-40, 41, 3), 0, 255)
+    """Stripes of two dull colours that are near each other."""
+    first = np.clip(generator.integers(60, 200) + generator.integers(-30, 31, 3), 0, 255)
+    second = np.clip(first + generator.integers(-30, 31, 3), 0, 255)
     angle, width = generator.uniform(0, math.pi), generator.uniform(0.08, 0.3) * size
     across = np.arange(size)[None] * math.cos(angle) + np.arange(size)[:, None] * math.sin(angle)
     stripe = (np.floor(across / width) % 2)[..., None]
