@@ -47,7 +47,7 @@ def test_other_overrides_are_errors(overrides: str, message: str) -> None:
 def test_an_unknown_field_of_a_recipe_is_an_error(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"dropkey_rate": 0.1}))
-    with pytest.raises(ValueError, match=r"recipe\.json has fields that are no arguments: \['dropkey_rate'\]"):
+    with pytest.raises(ValueError, match=r"recipe\.json has fields that are not arguments: \['dropkey_rate'\]"):
         parse_arguments(GROUPS, [str(recipe)])
 
 

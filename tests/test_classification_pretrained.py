@@ -2,15 +2,17 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file
-from stock_models import MODELS, SIDE, SMALL, SWIN, VIT, job, saved
+from stock_models import MODELS, SIDE, SMALL, SWIN, VIT, job, saved, words_of
 from transformers import AutoModelForImageClassification
 
 from hf_dropkey import apply_dropkey, layer_ratios
@@ -48,10 +50,10 @@ def test_a_pretrained_model_trains_with_dropkey_and_is_saved_for_others(name: st
     assert config["dropkey_ratio"] == 0.6 and len(config["id2label"]) == 10
     assert (run / "README.md").is_file() and (run / "preprocessor_config.json").is_file()
 
-    # a run that was killed after the first step
-    shutil.copytree(run / "checkpoint-1", tmp_path / "killed" / "checkpoint-1")
-    job(source, tmp_path / "killed", *words, "--resume_from_checkpoint", "auto").execute(["python", "train.py"])
-    whole, resumed = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "killed"))
+    # a run that was stopped after the first step
+    shutil.copytree(run / "checkpoint-1", tmp_path / "stopped" / "checkpoint-1")
+    job(source, tmp_path / "stopped", *words, "--resume_from_checkpoint", "auto").execute(["python", "train.py"])
+    whole, resumed = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "stopped"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
 
     # reloaded, it is evaluated as it was at the end, and classifies
@@ -70,6 +72,49 @@ def test_a_pretrained_model_trains_with_dropkey_and_is_saved_for_others(name: st
     report = apply_dropkey(again)
     assert len(report.sites) == (4 if "swin" in name else 3)
     check_measured(again, layer_ratios(len(report.sites), 0.6))
+
+
+def kill_after(checkpoint: Path, process: Any) -> None:
+    """Kills a run, as `kill -9` does, once a checkpoint is whole; fails if it ended before."""
+    deadline = time.monotonic() + forked.SECONDS
+    # written last
+    while not (checkpoint / "trainer_state.json").exists() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert forked.kill(process), "the run ended before it was killed; give it more steps"
+    assert (checkpoint / "trainer_state.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [("deit", ()), ("beit", ()), ("dinov2 with registers", ("--lora_r", "4")), ("swin", ())],
+)
+def test_a_run_whose_process_is_killed_ends_in_the_same_bits(
+    name: str, extra: tuple[str, ...], tmp_path: Path
+) -> None:
+    source, log = saved(name, tmp_path / "source"), tmp_path / "log"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def start(output: Path) -> Any:
+        # the same command starts the run and goes on with it
+        words = ("--max_steps", "12", "--save_steps", "2", "--logging_steps", "1", "--report", "False", *extra)
+        return forked.start(
+            "train_image_classification.py",
+            *words_of(source, output, *words, "--resume_from_checkpoint", "auto"),
+            log=log,
+        )
+
+    forked.finish(start(whole), log=log)
+    kill_after(killed / "checkpoint-4", start(killed))
+    weights = "adapter_model.safetensors" if extra else "model.safetensors"
+    assert not (killed / weights).exists()
+    forked.finish(start(killed), log=log)
+    assert "going on from" in log.read_text()
+    found, expected = (load_file(folder / weights) for folder in (killed, whole))
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    logs = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (killed, whole)]
+    again, once = ([one["loss"] for one in entries if "loss" in one] for entries in logs)
+    assert again == once and len(once) == 12
 
 
 def evaluation_rows(source: Path, folder: Path) -> dict[str, torch.Tensor]:

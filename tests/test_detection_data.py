@@ -135,8 +135,14 @@ STRUCTURE = {
     "category twice": (lambda c: c["categories"][0].update(id=3), r"categories' id must be unique, .*: '3'"),
     "name twice": (lambda c: c["categories"][0].update(name="cat"), r"categories' name must be unique, .*: 'cat'"),
     "annotation twice": (lambda c: c["annotations"][0].update(id=2), r"annotations' id must be unique, .*: '2'"),
-    "negative id": (lambda c: c["images"][0].update(id=-5), r"the id -5 in images is no whole number from 0 on"),
-    "no id": (lambda c: c["categories"][0].update(id=None), r"the id None in categories is no whole number from 0 on"),
+    "negative id": (
+        lambda c: c["images"][0].update(id=-5),
+        r"the id -5 in images is neither a whole number from 0 on",
+    ),
+    "no id": (
+        lambda c: c["categories"][0].update(id=None),
+        r"the id None in categories is neither a whole number from 0 on",
+    ),
     "no size": (lambda c: c["images"][0].update(width=0), r"image 5 is 0 wide and 30 high"),
 }
 
@@ -411,8 +417,8 @@ def test_annotations_without_a_box_are_named_or_left_out(files):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("area", "big", r"\(no area 1\).*area 'big' is no number"),
-        ("iscrowd", "no", r"iscrowd 'no' is no number"),
+        ("area", "big", r"\(no area 1\).*area 'big' is not a number"),
+        ("iscrowd", "no", r"iscrowd 'no' is not a number"),
         ("image_id", None, r"annotation 1 of image None: there is no image with this id"),
         ("category_id", [3], r"category_id \[3\] is not among the categories"),
         ("category_id", "cat", r"category_id 'cat' is not among the categories"),

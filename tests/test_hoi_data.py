@@ -289,10 +289,10 @@ def changed(change: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda one: one["hoi_annotation"][0].update(object_id=5), "object_id 5 is no place among 3 annotations"),
-        (lambda one: one["hoi_annotation"][0].update(object_id=-2), "object_id -2 is no place"),
-        (lambda one: one["hoi_annotation"][0].update(subject_id=9), "subject_id 9 is no place"),
-        (lambda one: one["hoi_annotation"][0].update(subject_id=-1), "subject_id -1 is no place"),
+        (lambda one: one["hoi_annotation"][0].update(object_id=5), "object_id 5 is not a place among 3 annotations"),
+        (lambda one: one["hoi_annotation"][0].update(object_id=-2), "object_id -2 is not a place"),
+        (lambda one: one["hoi_annotation"][0].update(subject_id=9), "subject_id 9 is not a place"),
+        (lambda one: one["hoi_annotation"][0].update(subject_id=-1), "subject_id -1 is not a place"),
         (lambda one: one["hoi_annotation"][0].update(subject_id=2), "subject_id 2 is a dog, not a person"),
         (lambda one: one["hoi_annotation"][0].update(category_id="kick"), "the verb 'kick' is not one of 29 verbs"),
         (lambda one: one["annotations"][1].update(category_id=12), "category_id 12 is not among the categories"),
@@ -378,7 +378,7 @@ def test_a_size_that_is_not_the_images_is_named(folder: Path) -> None:
     [
         ({"objects": None}, "no column 'objects'"),
         ({"interactions": [{"person": [0], "verb": [0]}]}, "it lacks .'object'."),
-        ({"interactions": [{"person": [0], "object": [4], "verb": [0]}]}, "object_id 4 is no place"),
+        ({"interactions": [{"person": [0], "object": [4], "verb": [0]}]}, "object_id 4 is not a place"),
         ({"interactions": [{"person": [1], "object": [0], "verb": [0]}]}, "is a .*, not a person"),
         ({"objects": [{"bbox": [[2, 3, 18, 27], [22, 20, 0, 8]], "category": ["person", "ball"]}]}, "leave no area"),
     ],

@@ -148,7 +148,7 @@ def test_bodies_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         make_body("my_bodies:wrong")
     with pytest.raises(ValueError, match="cannot be made: No module named 'absent'"):
         make_body("absent:make")
-    with pytest.raises(ValueError, match="--body smpl is no body"):
+    with pytest.raises(ValueError, match="--body smpl is not a body"):
         make_body("smpl")
 
 

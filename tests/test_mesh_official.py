@@ -128,6 +128,6 @@ def test_names_of_torchvisions_resnet() -> None:
         assert rename_resnet(official) == expected and expected in ours
     with pytest.raises(OfficialError, match="HRNet-W64.*--new_backbone"):
         backbone_weights({"backbone.stage2.0.branches.0.0.conv1.weight": torch.zeros(1)})
-    with pytest.raises(OfficialError, match="no ResNet of torchvision"):
+    with pytest.raises(OfficialError, match="is not a ResNet of torchvision"):
         backbone_weights({"backbone.blocks.0.weight": torch.zeros(1)})
     assert not backbone_weights({"backbone.fc.weight": torch.zeros(1)})

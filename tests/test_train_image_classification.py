@@ -270,7 +270,7 @@ def test_a_run_with_nothing_to_do_is_an_error(monkeypatch, tmp_path):
 
 def test_a_recipe_with_an_unknown_field_is_an_error(monkeypatch, tmp_path):
     recipe = recipe_in(tmp_path, dropkey_rate=0.1)
-    with pytest.raises(ValueError, match=r"has fields that are no arguments: \['dropkey_rate'\]"):
+    with pytest.raises(ValueError, match=r"has fields that are not arguments: \['dropkey_rate'\]"):
         here(monkeypatch, tmp_path, recipe)
 
 

@@ -60,7 +60,7 @@ def test_a_recipe_that_is_no_object_is_told(tmp_path: Path, content: bytes, told
         ("save_strategy", "sometimes", "which must be 'no' or "),
         ("train_dir", ["a" * 100], "which must be a string or null"),
         ("report_to", [1], "which must be .*a list"),
-        ("nosuch", 1, "no arguments"),
+        ("nosuch", 1, "not arguments"),
     ],
 )
 def test_a_field_of_another_type_is_told(tmp_path: Path, name: str, value: Any, told: str) -> None:

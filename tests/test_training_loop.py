@@ -84,7 +84,5 @@ def test_arguments_that_the_loop_does_not_follow_are_named(tmp_path: Path) -> No
         ValueError, match="this loop has no label_smoothing_factor, torch_compile.*; leave out --label"
     ):
         check_followed(arguments(tmp_path, label_smoothing_factor=0.1, torch_compile=True))
-    with pytest.raises(ValueError, match="keeps no best metric"):
-        check_followed(arguments(tmp_path, lr_scheduler_type="greedy"))
     with pytest.raises(ValueError, match="nothing to do; pass --do_train, --do_eval or both"):
         check_followed(TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))

@@ -106,7 +106,7 @@ def adapter_folder(source: str, revision: str) -> Path | None:
 
 
 def check_base(arguments: ModelArguments, folder: Path) -> None:
-    """Raises FileNotFoundError if an adapter's base model is a path where nothing is, ValueError if it is no whole model."""
+    """Raises FileNotFoundError if an adapter's base model is a path where nothing is, ValueError if it is not a whole model."""
     source = str(arguments.model_name_or_path)
     try:
         check_model_source(source)

@@ -111,7 +111,9 @@ def whole_ids(records: Sequence[dict[str, Any]], part: str, source: str) -> dict
     ids = [usual_id(record["id"]) for record in records]
     for record, number in zip(records, ids, strict=True):
         if not (is_whole(number) or (isinstance(number, str) and isinstance(record["id"], str))):
-            raise ValueError(f"{source}: the id {record['id']!r} in {part} is no whole number from 0 on, and no text")
+            raise ValueError(
+                f"{source}: the id {record['id']!r} in {part} is neither a whole number from 0 on nor text"
+            )
     check_unique(ids, f"{part}' id", source)
     if all(map(is_whole, ids)):
         return {number: number for number in ids}
@@ -160,7 +162,7 @@ def annotation_problem(
         return "no box", f"bbox {box!r} is not four finite numbers [x, y, width, height]"
     for key in ("area", "iscrowd"):
         if not is_number(annotation.get(key) or 0):
-            return f"no {key}", f"{key} {annotation[key]!r} is no number"
+            return f"no {key}", f"{key} {annotation[key]!r} is not a number"
     x, y, width, height = box
     if width <= 0 or height <= 0:
         return "empty box", f"bbox {list(box)} has width {width} and height {height}, both must be above 0"

@@ -160,7 +160,7 @@ def read_coco(folder: Path, file: Path, *, skip_bad_annotations: bool = False) -
 
     Raises:
         FileNotFoundError: The folder or the file is not there.
-        ValueError: The file is no JSON, lacks something, or has annotations that cannot be used.
+        ValueError: The file is not JSON, lacks something, or has annotations that cannot be used.
     """
     document = read_annotations(folder, file, "COCO's format")
     images, boxes, categories = checked_annotations(document, str(file), skip=skip_bad_annotations)

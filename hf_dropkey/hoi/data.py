@@ -558,7 +558,7 @@ class _Reader:
             if none_allowed and place == NO_OBJECT:
                 continue
             if not is_whole(place) or place >= len(annotations):
-                return "index out of range", f"{what} {place!r} is no place among {len(annotations)} annotations"
+                return "index out of range", f"{what} {place!r} is not a place among {len(annotations)} annotations"
             if place not in places:
                 return "unusable box", f"{what} {place} is a box that cannot be used"
         if plain_name(self.categories[annotations[person]["category_id"]]) != PERSON:
@@ -652,7 +652,7 @@ def read_rows(rows: datasets.Dataset, name: str, *, skip: bool) -> HoiSplit:
 
 
 def two_corners(box: Any) -> Any:
-    """[x, y, width, height] as [left, top, right, bottom]; what is no box stays as it is, for the check to name."""
+    """[x, y, width, height] as [left, top, right, bottom]; what is not a box stays as it is, for the check to name."""
     return [box[0], box[1], box[0] + box[2], box[1] + box[3]] if is_box(box) else box
 
 
@@ -676,7 +676,7 @@ def read_allowed(file: str | None, objects: int, verbs: int) -> NDArray[np.float
 
     Raises:
         FileNotFoundError: The file is not there.
-        ValueError: It is no matrix of that size.
+        ValueError: It is not a matrix of that size.
     """
     if file is None:
         return None
@@ -685,7 +685,7 @@ def read_allowed(file: str | None, objects: int, verbs: int) -> NDArray[np.float
     try:
         matrix = np.load(file, allow_pickle=False)
     except ValueError as error:
-        raise ValueError(f"{file} is no .npy file of numbers ({error})") from error
+        raise ValueError(f"{file} is not a .npy file of numbers ({error})") from error
     if matrix.shape != (verbs, objects):
         raise ValueError(
             f"{file} has the shape {matrix.shape}; needed is a row for each of {verbs} verbs and a column for each of "

@@ -157,6 +157,6 @@ def kernel_problems(contents: dict[str, bytes]) -> Iterator[str]:
         yield f"{name} is not there, though the kernel needs it"
     for name, content in sorted(contents.items()):
         if name not in expected:
-            yield f"{name} is no file of the kernel of hf_dropkey {__version__}"
+            yield f"{name} is not a file of the kernel of hf_dropkey {__version__}"
         elif content != expected[name]:
             yield f"{name} differs from the kernel of hf_dropkey {__version__}"

@@ -53,7 +53,7 @@ def make_body(name: str) -> Body:
     module, _, function = name.partition(":")
     if not function:
         raise ValueError(
-            f"--body {name} is no body. Choose procedural, anny, anny:TOPOLOGY, or module:function of yours."
+            f"--body {name} is not a body. Choose procedural, anny, anny:TOPOLOGY, or module:function of yours."
         )
     try:
         body = getattr(importlib.import_module(module), function)()
@@ -126,7 +126,9 @@ def backbone_config(model: MeshModelArguments) -> Any:
     config = AutoConfig.from_pretrained(str(model.backbone))
     names = list(getattr(config, "stage_names", []))
     if not names:
-        raise ValueError(f"--backbone {model.backbone} ({config.model_type}) is no backbone that AutoBackbone knows.")
+        raise ValueError(
+            f"--backbone {model.backbone} ({config.model_type}) is not a backbone that AutoBackbone knows."
+        )
     config.out_features = names[-2:] if model.system == "graphormer" else names[-1:]
     return config
 

@@ -139,7 +139,7 @@ def backbone_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     unknown = [name for name in named if not name.startswith("mesh.")]
     if unknown:
         raise OfficialError(
-            f"The CNN of this checkpoint is no ResNet of torchvision: {', '.join(unknown[:4])}, ... Pass --new_backbone "
+            f"The CNN of this checkpoint is not a ResNet of torchvision: {', '.join(unknown[:4])}, ... Pass --new_backbone "
             "True to convert the transformer alone."
         )
     return named

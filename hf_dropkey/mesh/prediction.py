@@ -97,7 +97,7 @@ def read_boxes(file: Path) -> dict[str, list[list[float]]]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"--boxes {file} is no JSON file: {error}.") from error
+        raise ValueError(f"--boxes {file} is not a JSON file: {error}.") from error
     if not isinstance(found, dict) or not all(isinstance(boxes, list) for boxes in found.values()):
         raise ValueError(f'--boxes {file} must be of the form {{"a.jpg": [[x, y, width, height]]}}.')
     return found
@@ -201,7 +201,7 @@ def predict(arguments: PredictionArguments) -> dict[str, Any]:
             with Image.open(file) as opened:
                 image = ImageOps.exif_transpose(opened).convert("RGB")
         except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{file} is no image that can be read: {error}.") from error
+            raise ValueError(f"{file} is not an image that can be read: {error}.") from error
         found = bodies(image, boxes=boxes.of(file, image))
         if not found:
             counts["images_without_persons"] += 1

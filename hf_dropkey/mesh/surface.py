@@ -178,6 +178,6 @@ def _onto_surface(vertices: np.ndarray, cones: Sequence[Cone], blend: float) -> 
             for axis in range(3)
         ]
         gradient = np.stack([(plus - minus) / (2 * tiny) for plus, minus in sides], 1)
-        # at a crease the distance is no smooth function, and a small step does
+        # at a crease the distance is not a smooth function, and a small step does
         vertices = vertices - gradient * (value / (gradient**2).sum(1).clip(0.25))[:, None]
     return vertices

@@ -352,7 +352,7 @@ def dropkey_attention(
         pattern: What is dropped together: "score" (the paper), "key", "token", "block" or "cross"; see
             `dropped_scores`.
         window: Side of a block, or length of each arm of a cross, in patches.
-        grid: Patch rows and columns behind the keys, for "block" and "cross"; keys in front of them are no patches.
+        grid: Patch rows and columns behind the keys, for "block" and "cross"; keys in front of them are not patches.
             Default the largest square that fits, which suits a class token.
         attention_mask: None; bool (True = attend) or additive float, broadcastable to `[B, H, N, M]`; padding `[B, M]` of
             bool or integers; or additive float `[N, M]`. Additive values at or below -1e4 hide a key.

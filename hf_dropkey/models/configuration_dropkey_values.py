@@ -55,7 +55,7 @@ def check_values(config: Any) -> None:
         value = getattr(config, name, "gelu")
         if value not in ACT2FN:
             raise ValueError(
-                f"`{name}` {value!r} is no activation of Transformers. Choose for example 'gelu' or 'relu'."
+                f"`{name}` {value!r} is not an activation of Transformers. Choose for example 'gelu' or 'relu'."
             )
 
 

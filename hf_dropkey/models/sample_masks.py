@@ -55,7 +55,7 @@ def sample_ids(ids: torch.Tensor | Sequence[int], *, epoch: int = 0, seed: int =
             model(**batch).loss.backward()
 
     Raises:
-        TypeError: The ids are no integers, or epoch or seed is none.
+        TypeError: The ids, the epoch or the seed are not integers.
         ValueError: The ids have another number of dimensions.
     """
     enter_block(ids, epoch=epoch, seed=seed)

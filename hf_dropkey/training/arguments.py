@@ -191,7 +191,7 @@ def parse_arguments(groups: Any, command: Sequence[str]) -> tuple[Any, ...]:
 
     Raises:
         FileNotFoundError: There is no such recipe.
-        ValueError: The recipe is no JSON object, or has a field that is no argument or of another type; or an argument
+        ValueError: The recipe is not a JSON object, or has a field that is not an argument or of another type; or an argument
             is unknown, or its value of another type.
     """
     parser = OneLineParser(groups)
@@ -235,7 +235,7 @@ class OneLineParser(HfArgumentParser):
 
 
 def _unknown(words: Sequence[str], known: Sequence[str]) -> str:
-    """What of a command line is no argument, with the nearest names there are."""
+    """What of a command line is not an argument, with the nearest names there are."""
     options = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not options:
         first = "a recipe comes first" if is_recipe(words[0]) else "values stand behind the name of their argument"
@@ -268,7 +268,7 @@ def read_recipe(file: Path, groups: Any) -> dict[str, Any]:
     hints = {entry.name: hint for group in groups for entry, hint in _hints(group) if entry.init}
     unknown = sorted(set(recipe) - set(hints))
     if unknown:
-        raise ValueError(f"the recipe {file} has fields that are no arguments: {unknown}; see --help")
+        raise ValueError(f"the recipe {file} has fields that are not arguments: {unknown}; see --help")
     for name, value in recipe.items():
         if not fits(value, hints[name]):
             raise ValueError(

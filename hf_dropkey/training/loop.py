@@ -107,7 +107,7 @@ def check_followed(training: TrainingArguments) -> None:
     missing = sorted(set(training.report_to or []) - available)
     if missing:
         raise ValueError(
-            f"--report_to {' '.join(missing)}: not installed, or no tracker of accelerate, which has "
+            f"--report_to {' '.join(missing)}: not installed, or not a tracker of accelerate, which has "
             f"{', '.join(sorted(available)) or 'none'} here; install it, or pass --report_to none"
         )
 
