@@ -217,7 +217,9 @@ def occlusion_figure(rows: Sequence[Row]) -> Figure:
     panels: dict[str, dict[str, Curve]] = {}
     for task in tasks(rows):
         tested = choose(rows, split="test", task=task)
-        cells = {name: wanted for name, wanted in compared_in(tested).items() if seeds_of(tested, "accuracy", **wanted)}
+        cells = {
+            name: wanted for name, wanted in compared_in(tested).items() if seeds_of(tested, "accuracy", **wanted)
+        }
         if cells:
             panels[task] = {
                 name: {
