@@ -5,6 +5,7 @@ Starting an interpreter and importing torch and Transformers takes longer than t
 
 import faulthandler
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
@@ -30,6 +31,22 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300.0
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["forked"])
+
+
+def preload() -> None:
+    """Starts the server that runs are forked from with this folder on its path.
+
+    Python 3.11 does not pass `sys.path` on, and leaves out without a word what it cannot import.
+    """
+    before = os.environ.get("PYTHONPATH")
+    here = str(Path(__file__).resolve().parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, *([before] if before else [])])
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def run_here(script: str, arguments: list[str], environment: Mapping[str, str], log: str) -> None:
@@ -67,6 +84,7 @@ def shard_on_cpu() -> None:
 def start(script: str, *arguments: str, log: Path, **environment: str) -> BaseProcess:
     """Starts a script of the repository; what it prints is appended to `log`."""
     settings = {"OMP_NUM_THREADS": "1", **environment}
+    preload()
     process = CONTEXT.Process(
         target=run_here, args=(str(ROOT / "scripts" / script), list(arguments), settings, str(log))
     )
