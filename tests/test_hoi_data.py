@@ -436,7 +436,7 @@ def test_allowed_combinations(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_allowed(str(tmp_path / "no.npy"), 80, 29)
     file.write_bytes(b"text")
-    with pytest.raises(ValueError, match="no .npy file"):
+    with pytest.raises(ValueError, match="not a .npy file"):
         read_allowed(str(file), 80, 117)
 
 

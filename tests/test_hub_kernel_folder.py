@@ -115,7 +115,12 @@ def test_check_trusts_the_folder_and_names_what_differs(tmp_path: Path) -> None:
     (tmp_path / "kernel" / "setup.py").write_text("")
     problems = check_release(tmp_path / "kernel").problems
     assert len(problems) == 4
-    for words in ("torch-cpu/attention.py differs", "more.py is no file of", "patterns.py is not there", "setup.py"):
+    for words in (
+        "torch-cpu/attention.py differs",
+        "more.py is not a file of",
+        "patterns.py is not there",
+        "setup.py",
+    ):
         assert any(words in problem for problem in problems), (words, problems)
 
 

@@ -23,5 +23,5 @@ def test_ratios_are_chosen_by_metrics_with_a_better_direction() -> None:
 def test_names_are_shown_in_full_or_as_they_are() -> None:
     assert full_name("nll") == "negative log-likelihood (nats)"
     assert full_name("accuracy_at_occlusion_0.25") == "accuracy, 25 % of patches hidden"
-    assert full_name("mean_iou") == "mean_iou"
+    assert full_name("some_score") == "some_score"
     assert METRICS["nll"].title == "NLL, nats" and METRICS["accuracy"].title == "Accuracy"

@@ -215,7 +215,7 @@ def test_predictions_that_cannot_be_made(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="outside the image of 90 x 60"):
         prediction.predict(PredictionArguments(str(trained), [file], tmp_path / "out", box=[200, 0, 10, 10]))
     (tmp_path / "c.png").write_bytes(b"none")
-    with pytest.raises(ValueError, match="c.png is no image"):
+    with pytest.raises(ValueError, match="c.png is not an image"):
         prediction.predict(PredictionArguments(str(trained), [tmp_path / "c.png"], tmp_path / "out"))
     with pytest.raises(FileNotFoundError, match="no such file"):
         image_files([tmp_path / "absent.png"])

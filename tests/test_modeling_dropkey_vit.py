@@ -395,6 +395,7 @@ def test_saving_twice_over_itself_and_deep_copies(tmp_path: Path) -> None:
     again = copy.deepcopy(DropKeyViTForImageClassification.from_pretrained(tmp_path))
     assert torch.equal(model(pixels()).logits, again(pixels()).logits)
     assert set(json.loads((tmp_path / "config.json").read_text())["auto_map"]) == {
+        "AutoBackbone",
         "AutoConfig",
         "AutoModel",
         "AutoModelForImageClassification",

@@ -118,7 +118,7 @@ def test_grouped_queries_and_causal_masks(padded: bool) -> None:
         inputs["attention_mask"] = tokens()["attention_mask"]
     model = llama()
     report = quiet(model, 0.4, schedule="constant", backend="eager")
-    assert {site.side for site in report.sites} == {"encoder"}
+    assert {site.side for site in report.sites} == {"decoder"}
     counts = count_drops(model, inputs, 40)
     for count in counts.values():
         assert count.deviation < 4.5

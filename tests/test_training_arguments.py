@@ -10,6 +10,7 @@ from hf_dropkey.classification.job import ClassificationJob
 from hf_dropkey.detection.job import DetectionJob
 from hf_dropkey.hoi.job import HoiJob
 from hf_dropkey.mesh.job import MeshJob
+from hf_dropkey.segmentation.job import SegmentationJob
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +86,6 @@ def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "hf_dropkey" / "recipes").glob("*.json")), ids=lambda file: file.name)
 def test_our_own_recipes_are_read(file: Path) -> None:
-    jobs: dict[str, Any] = {"detection": DetectionJob, "hoi": HoiJob, "mesh": MeshJob}
+    jobs: dict[str, Any] = {"detection": DetectionJob, "hoi": HoiJob, "mesh": MeshJob, "segmentation": SegmentationJob}
     job = jobs.get(file.name.split("_")[0], ClassificationJob)
     job.parse([str(file), "--use_cpu", "--output_dir", "unused"])
