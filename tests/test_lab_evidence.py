@@ -181,6 +181,21 @@ def test_a_pretrained_model_is_compared_with_itself_and_comes_first(rows: list[d
     assert "+0.030 ± 0.000, better" in text and "-0.020 ± 0.000, worse" in text
     assert text.endswith("It does not on DINOv2-small, LoRA, 60 images of flowers12.") and "digits (" in text
     assert report(read).index("DINOv2-small, 60 images") < report(read).index("| digits |")
+    assert "better than no regulariser nowhere" not in text
+    worse = [
+        {**one, "value": "0.1"} if one["regulariser"] == "dropkey" and one["metric"] == "accuracy" else one
+        for one in found
+    ]
+    assert "\n\nFine-tuning a pretrained model, DropKey is" not in in_short(by_start(rows + found))
+    assert "DropKey is better than no regulariser nowhere" in in_short(
+        by_start(
+            rows
+            + [
+                {**one, "value": "9"} if one["regulariser"] == "dropkey" and one["metric"] == "nll" else one
+                for one in worse
+            ]
+        )
+    )
     # rows that were read once are left as they are
     assert by_start(read) == read
     assert in_short(by_start(rows)) == in_words(rows)

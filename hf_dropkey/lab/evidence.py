@@ -356,7 +356,16 @@ def summary(rows: Sequence[Row]) -> str:
 def in_short(rows: Sequence[Row]) -> str:
     """The part of the README: the table of pretrained models, then in words where DropKey differs, and where not."""
     fine_tuned = pretrained(rows)
-    return f"{summary(fine_tuned)}\n\n{in_words(rows)}" if tested_places(fine_tuned) else in_words(rows)
+    places = tested_places(fine_tuned)
+    if not places:
+        return in_words(rows)
+    words = [
+        one.word for task, images in places.values() for one in against_none(rows, "DropKey", task, images).values()
+    ]
+    nowhere = (
+        "" if "better" in words else "Fine-tuning a pretrained model, DropKey is better than no regulariser nowhere. "
+    )
+    return f"{summary(fine_tuned)}\n\n{nowhere}{in_words(rows)}"
 
 
 def in_words(rows: Sequence[Row]) -> str:

@@ -21,6 +21,8 @@ with needed("plots"):
 
 Curve = Mapping[float, Interval]
 ONE_SEED = "one seed, no interval"
+# characters that fit over a panel
+PANEL_TITLE = 30
 
 
 def curves(
@@ -71,7 +73,7 @@ def curves(
                     alpha=0.2,
                     lw=0,
                 )
-        axis.set(title=place, xlabel=xlabel, ylabel=ylabel)
+        axis.set(title=textwrap.fill(place, PANEL_TITLE), xlabel=xlabel, ylabel=ylabel)
         axis.grid(visible=True, alpha=0.3)
     _finish(figure, title)
     return figure
@@ -109,7 +111,7 @@ def differences(panels: Mapping[str, Mapping[str, Interval]], *, xlabel: str, ti
             axis.errorbar(
                 one.mean, row, xerr=error, fmt="o", color=color, mfc=color if sure else "white", capsize=3, label=name
             )
-        axis.set(title=place, xlabel=xlabel)
+        axis.set(title=textwrap.fill(place, PANEL_TITLE), xlabel=xlabel)
         axis.grid(visible=True, axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), [f"{name} (no bar: one seed)" if name in single else name for name in names])
     axes[0].invert_yaxis()
