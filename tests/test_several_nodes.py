@@ -21,7 +21,7 @@ SCRIPT = str(ROOT / "scripts" / "train_image_classification.py")
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
-    reason = two_nodes.why_not()
+    reason = two_nodes.why_not(tmp_path)
     if reason is not None:
         pytest.skip(reason)
     with two_nodes.two_nodes(tmp_path) as both:

@@ -71,19 +71,6 @@ class Node:
             launcher.wait(timeout=60)
 
 
-def why_not() -> str | None:
-    """Why there cannot be two nodes here; None if there can."""
-    if shutil.which("ip") is None:
-        return "needs `ip` of iproute2"
-    name = f"dropkey-{os.getpid()}-try"
-    try:
-        ip("netns", "add", name)
-    except subprocess.CalledProcessError as error:
-        return f"may not make network namespaces: {error.stderr.strip()}"
-    ip("netns", "delete", name)
-    return None
-
-
 @contextmanager
 def two_nodes(folder: Path) -> Iterator[tuple[Node, Node]]:
     """Makes the nodes, and removes them with all that runs in them; their logs are in the folder."""
@@ -103,3 +90,16 @@ def two_nodes(folder: Path) -> Iterator[tuple[Node, Node]]:
         for node in made:
             node.kill()
             ip("netns", "delete", node.name)
+
+
+def why_not(folder: Path) -> str | None:
+    """Why there cannot be two nodes here; None if there can."""
+    if shutil.which("ip") is None:
+        return "needs `ip` of iproute2"
+    try:
+        with two_nodes(folder) as nodes:
+            for node in nodes:
+                ip("netns", "exec", node.name, "true")
+    except subprocess.CalledProcessError as error:
+        return f"may not make network namespaces ({' '.join(error.cmd)}: {error.stderr.strip()})"
+    return None
