@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,11 @@ def test_a_grid_runs_goes_on_and_looks_at_the_test_once(tmp_path: Path, run: Any
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_grid_leaves_no_process_and_no_half_cell(tmp_path: Path, sent: signal.Signals) -> None:
     write(tmp_path, {"max_steps": 100000})
-    process = subprocess.Popen(command(tmp_path), env=environment(tmp_path), stderr=subprocess.PIPE, text=True)
+    # a shell's jobs in the background ignore Ctrl+C, and what they start inherits that
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command(tmp_path), env=environment(tmp_path), stderr=subprocess.PIPE, text=True, preexec_fn=heeds
+    )
     weights = tmp_path / "weights" / "small"
     try:
         for _ in range(1200):
@@ -102,8 +107,12 @@ def test_a_stopped_grid_leaves_no_process_and_no_half_cell(tmp_path: Path, sent:
         assert second.returncode == 1 and "another run of this grid holds" in second.stderr
     finally:
         process.send_signal(sent)
-        # one that does not heed the signal would wait for the training
-        process.communicate(timeout=120)
+        try:
+            # one that does not heed the signal would wait for the training
+            process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
     for _ in range(300):
         if not any(map(alive, workers)):
             break

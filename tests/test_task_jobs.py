@@ -49,8 +49,9 @@ def launched(script: str, folder: Path, *words: str, processes: int) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+# not segmentation: UperNet's batch norms see the images of their own process, so that its gradients are others
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SMALL)
+@pytest.mark.parametrize("script", ["train_hoi", "train_body_mesh"])
 def test_two_processes_train_what_one_does(tmp_path: Path, script: str) -> None:
     # all images in every step, since two processes do not divide an epoch as one does
     batches = {"one": (1, "8"), "two": (2, "4")}

@@ -340,7 +340,7 @@ class ArchitectureSuite:
         model = self.build()
         model.save_pretrained(tmp_path / "model")
         auto_map = json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
-        assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForImageClassification"}
+        assert set(auto_map) == {"AutoBackbone", "AutoConfig", "AutoModel", "AutoModelForImageClassification"}
         expected = {
             "pixels": self.pixels(),
             "logits": model(self.pixels()).logits.detach(),
