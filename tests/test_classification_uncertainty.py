@@ -17,6 +17,9 @@ from hf_dropkey.cli import main
 from hf_dropkey.hub.push_plan import plan_push
 
 
+pytestmark = pytest.mark.usefixtures("auto_image_processor")
+
+
 @pytest.mark.parametrize("stock", [False, True], ids=["native", "stock"])
 def test_it_is_measured_on_evaluation_images(tmp_path: Path, stock: bool) -> None:
     folder = save_classifier(tmp_path, stock=stock)

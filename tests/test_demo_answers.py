@@ -19,6 +19,9 @@ from hf_dropkey.demo.answers import Answer, Classifier, Settings, by_uncertainty
 from hf_dropkey.models.dropkey import PATTERNS
 
 
+pytestmark = pytest.mark.usefixtures("auto_image_processor")
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["native", "stock"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Classifier:
     return Classifier(save_classifier(tmp_path_factory.mktemp("models") / "saved", stock=request.param))

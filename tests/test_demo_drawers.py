@@ -22,6 +22,9 @@ from hf_dropkey.demo.drawers import Bodies, Detector, Interactions, counted
 from hf_dropkey.demo.opening import kind_of, open_page
 
 
+pytestmark = pytest.mark.usefixtures("auto_image_processor")
+
+
 def save_detector(folder: Path) -> Path:
     torch.manual_seed(0)
     config = YolosConfig(

@@ -15,6 +15,9 @@ from hf_dropkey.demo.page import COMPARE, SURE, TRAIN, Calls
 from hf_dropkey.demo.views import Views
 
 
+pytestmark = pytest.mark.usefixtures("auto_image_processor")
+
+
 REMARK, SEE, NUMBERS = 0, 1, 3
 
 

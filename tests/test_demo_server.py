@@ -66,6 +66,7 @@ def test_a_folder_without_weights_is_refused(folder: Path, tmp_path: Path) -> No
         open_page([folder] * 3, None)
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_a_damaged_file_of_uncertainties_is_said(folder: Path, tmp_path: Path) -> None:
     copied = save_classifier(tmp_path / "saved")
     (copied / "uncertainty_results.json").write_text(json.dumps({"split": "test"}))

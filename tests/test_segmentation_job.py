@@ -23,6 +23,9 @@ from hf_dropkey.segmentation.scenes import make_scene
 from hf_dropkey.training.record import data_changes
 
 
+pytestmark = pytest.mark.usefixtures("auto_image_processor")
+
+
 SMALL = shlex.split(
     "--dataset scenes --train_scenes 8 --validation_scenes 5 --scene_size 32 --backbone vit --image_size 32 "
     "--hidden_size 16 --num_attention_heads 2 --num_hidden_layers 3 --decoder_size 8 --dropkey_ratio 0.3 "

@@ -50,6 +50,7 @@ def built(dropkey: Any = None, **given: Any) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize("backbone", ["vit", "t2t_vit", "volo", "ceit"])
+@pytest.mark.usefixtures("auto_image_processor")
 def test_from_scratch_on_every_backbone(backbone: str) -> None:
     model, config, arguments = built(backbone=backbone, **SHAPE)
     pixels = torch.randn(2, 3, 32, 32)
@@ -116,6 +117,7 @@ def small_pretrained(kind: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["segformer", "beit", "mask2former"])
+@pytest.mark.usefixtures("auto_image_processor")
 def test_pretrained_models_drop_keys_and_score_pixels(kind: str, tmp_path: Path) -> None:
     model, config, arguments = built(model_name_or_path=str(small_pretrained(kind, tmp_path)))
     SegmentationDropKeyArguments(dropkey_ratio=0.3).apply(model)
@@ -130,6 +132,7 @@ def test_pretrained_models_drop_keys_and_score_pixels(kind: str, tmp_path: Path)
     assert 0 <= spread.min() <= spread.max() <= np.log(3) + 1e-6
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_mask2former_s_scores_are_those_of_its_image_processor(tmp_path: Path) -> None:
     model, _, _ = built(model_name_or_path=str(small_pretrained("mask2former", tmp_path)))
     pixels = torch.randn(2, 3, 64, 64)

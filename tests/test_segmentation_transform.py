@@ -17,6 +17,7 @@ def dataset(**more: Any) -> SegmentationDataset:
     return SegmentationDataset(scene_split("train", 6, 48, 255), processor, 32, range(5), **more)
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_rows_have_one_size_and_the_model_s_numbers() -> None:
     plain = dataset()
     row = plain[2]
@@ -28,6 +29,7 @@ def test_rows_have_one_size_and_the_model_s_numbers() -> None:
     assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["rows"].tolist() == [0, 1]
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_draws_depend_on_seed_epoch_and_image() -> None:
     varied = dataset(augmentation=MaskAugmentation(crop_scale=0.3, color_jitter=0.4), seed=1)
     again = dataset(augmentation=MaskAugmentation(crop_scale=0.3, color_jitter=0.4), seed=1)
@@ -51,6 +53,7 @@ def test_image_and_mask_change_together() -> None:
         assert agree.mean() > 0.85
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_ignored_pixels_stay_ignored() -> None:
     marked = dataset()
     mask = marked.split.mask
