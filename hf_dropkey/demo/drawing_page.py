@@ -11,7 +11,7 @@ from ..extras import needed
 from . import drawing
 from .drawers import Drawer
 from .examples import Example
-from .page import THUMBNAIL
+from .page import gallery_of
 from .sentences import training_command
 from .uploads import read_upload
 
@@ -38,18 +38,7 @@ def drawing_page(drawer: Drawer, examples: Sequence[Example], folder: Path, titl
                 gradio.HTML(drawing.block(drawing.note("The command of this model, or one like it:"), command))
         remark = gradio.HTML("", elem_id="remark")
         gradio.HTML(drawing.block(drawing.heading("Another picture")))
-        gallery = gradio.Gallery(
-            [drawing.enlarged(example.image, THUMBNAIL) for example in examples],
-            label="Examples",
-            show_label=False,
-            height="auto",
-            allow_preview=False,
-            interactive=False,
-            object_fit="contain",
-            buttons=[],
-            format="png",
-            elem_id="examples",
-        )
+        gallery = gallery_of(gradio, examples)
         upload = gradio.UploadButton("Send a picture of your own", elem_id="upload")
         threshold = gradio.Slider(
             0.0,

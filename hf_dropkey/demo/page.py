@@ -1,6 +1,6 @@
 """The page of a classifier: gradio's blocks around `views`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from ..extras import needed
 from ..models.dropkey import PATTERNS
 from . import drawing
 from .answers import LARGEST_RATIO, Settings
+from .examples import Example
 from .uploads import read_upload
 from .views import Views
 
@@ -53,18 +54,7 @@ def page(views: Views, title: str) -> Any:
                 gradio.HTML(views.training(), elem_id="training")
         remark = gradio.HTML("", elem_id="remark")
         gradio.HTML(drawing.block(drawing.heading("Another picture")))
-        gallery = gradio.Gallery(
-            [drawing.enlarged(example.image, THUMBNAIL) for example in views.examples],
-            label="Examples",
-            show_label=False,
-            height="auto",
-            allow_preview=False,
-            interactive=False,
-            object_fit="contain",
-            buttons=[],
-            format="png",
-            elem_id="examples",
-        )
+        gallery = gallery_of(gradio, views.examples)
         # any kind of file, so that a wrong one gets our sentence
         upload = gradio.UploadButton("Send a picture of your own", elem_id="upload")
         with gradio.Row():
@@ -112,6 +102,22 @@ def _selecting(calls: "Calls", event_class: type) -> Callable[..., Any]:
 
     selected.__annotations__["event"] = event_class
     return selected
+
+
+def gallery_of(gradio: Any, examples: Sequence[Example]) -> Any:
+    """The examples to choose from, inside gradio's blocks."""
+    return gradio.Gallery(
+        [drawing.enlarged(example.image, THUMBNAIL) for example in examples],
+        label="Examples",
+        show_label=False,
+        height="auto",
+        allow_preview=False,
+        interactive=False,
+        object_fit="contain",
+        buttons=[],
+        format="png",
+        elem_id="examples",
+    )
 
 
 @dataclass(frozen=True)

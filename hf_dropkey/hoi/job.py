@@ -3,10 +3,9 @@
 import json
 import logging
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from ..models.configuration_dropkey_hoi import HOI_TASK
 from ..models.pairs_dropkey_hoi import pair_arrays
 from ..training.arguments import BoxAugmentationArguments, RunArguments
 from ..training.detr import DetrTrainer
-from ..training.job import TrainingJob, only_evaluate, public_name
+from ..training.job import EvaluationJob, TrainingJob, public_name
 from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import (
@@ -181,19 +180,10 @@ class HoiJob(TrainingJob[HoiData]):
 
 
 @dataclass
-class HoiEvaluation(HoiJob):
+class HoiEvaluation(EvaluationJob[HoiData], HoiJob):
     """Scores a saved model on annotated images; nothing is trained."""
 
-    @classmethod
-    def parse(cls, command: Sequence[str]) -> Self:
-        """As `TrainingJob.parse`, for evaluation alone.
-
-        Raises:
-            ValueError: There is no model, or training was requested.
-        """
-        job = super().parse(command)
-        only_evaluate(job.training, job.model.model_name_or_path, "hoi")
-        return job
+    NAME = "hoi"
 
 
 def check_queries(split: HoiSplit, queries: int) -> None:

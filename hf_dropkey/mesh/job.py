@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from ..hub.trainer import output_folder
 from ..images.augmentation import AugmentationEpoch
 from ..images.sources import EVALUATION_SPLITS
 from ..training.arguments import DropKeyArguments, RampArguments, RunArguments
-from ..training.job import TrainingJob, only_evaluate, public_name
+from ..training.job import EvaluationJob, TrainingJob, public_name
 from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import (
@@ -152,19 +152,10 @@ class MeshJob(TrainingJob[MeshData]):
 
 
 @dataclass
-class MeshEvaluation(MeshJob):
+class MeshEvaluation(EvaluationJob[MeshData], MeshJob):
     """Measures a saved model beside the mean body; nothing is trained."""
 
-    @classmethod
-    def parse(cls, command: Sequence[str]) -> Self:
-        """As `TrainingJob.parse`, for evaluation alone.
-
-        Raises:
-            ValueError: There is no model, or training was requested.
-        """
-        job = super().parse(command)
-        only_evaluate(job.training, job.model.model_name_or_path, "mesh")
-        return job
+    NAME = "mesh"
 
 
 def load_mesh_data(

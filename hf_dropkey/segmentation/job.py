@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ..inference import eval_mode, monte_carlo_predict
 from ..models.configuration_dropkey_host import dropkey_backbones
 from ..patching.apply import dropkey_modules
 from ..training.arguments import BoxAugmentationArguments, RunArguments
-from ..training.job import TrainingJob, only_evaluate, public_name
+from ..training.job import EvaluationJob, TrainingJob, public_name
 from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import (
@@ -171,19 +171,10 @@ class SegmentationJob(TrainingJob[SegmentationData]):
 
 
 @dataclass
-class SegmentationEvaluation(SegmentationJob):
+class SegmentationEvaluation(EvaluationJob[SegmentationData], SegmentationJob):
     """Scores a saved model on images with masks; nothing is trained."""
 
-    @classmethod
-    def parse(cls, command: Sequence[str]) -> Self:
-        """As `TrainingJob.parse`, for evaluation alone.
-
-        Raises:
-            ValueError: There is no model, or training was requested.
-        """
-        job = super().parse(command)
-        only_evaluate(job.training, job.model.model_name_or_path, "segmentation")
-        return job
+    NAME = "segmentation"
 
 
 class SegmentationTrainer(GuardedTrainer):

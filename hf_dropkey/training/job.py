@@ -336,6 +336,33 @@ class TrainingJob(ABC, Generic[Data]):
         cls.parse(arguments).execute(started_command())
 
 
+class EvaluationJob(TrainingJob[Data]):
+    """In front of a task's `TrainingJob` among the bases of a class: scores a saved model; nothing is trained.
+
+    Attributes:
+        NAME: The task's name in `hf-dropkey train --task`.
+    """
+
+    NAME: ClassVar[str]
+
+    @classmethod
+    def parse(cls, command: Sequence[str]) -> Self:
+        """As `TrainingJob.parse`, for evaluation alone.
+
+        Raises:
+            ValueError: There is no model, or training was requested.
+        """
+        # a task's group of arguments `model` says where the model is
+        job: Any = super().parse(command)
+        if job.training.do_train:
+            raise ValueError(f"--do_train is of hf-dropkey train --task {cls.NAME}; leave it out to measure a model")
+        if not job.model.model_name_or_path:
+            raise ValueError("give the model to measure with --model_name_or_path")
+        job.training.do_eval = True
+        evaluation: Self = job
+        return evaluation
+
+
 def started_command() -> list[str]:
     """The command line of this process, as a reader of the model card would start it: a script from a clone, hf-dropkey, or a module."""
     program = Path(sys.argv[0])
@@ -373,16 +400,3 @@ def write_card(trainer: GuardedTrainer, facts: dict[str, Any]) -> None:
 def public_name(source: str | None) -> str | None:
     """The model that a run started from, as a card shows it: a local path is cut to its last part."""
     return Path(source).resolve().name if source is not None and Path(source).is_dir() else source
-
-
-def only_evaluate(training: TrainingArguments, model: str | None, task: str) -> None:
-    """Turns the arguments of a training job into those of one that measures a saved model.
-
-    Raises:
-        ValueError: There is no model, or training was requested.
-    """
-    if training.do_train:
-        raise ValueError(f"--do_train is of hf-dropkey train --task {task}; leave it out to measure a model")
-    if not model:
-        raise ValueError("give the model to measure with --model_name_or_path")
-    training.do_eval = True
