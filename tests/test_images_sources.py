@@ -9,7 +9,7 @@ from PIL import Image
 
 from hf_dropkey.classification.arguments import DataArguments
 from hf_dropkey.classification.data import load_image_data
-from hf_dropkey.images.sources import changed_data, data_fingerprint, near_names
+from hf_dropkey.images.sources import changed_data, data_fingerprint, data_name, hub_or_data_name, near_names
 
 
 ROWS = [("cat/0.png", "cat", 10), ("dog/0.png", "dog", 11)]
@@ -77,3 +77,22 @@ def test_images_in_a_table_are_distinguished_by_their_bytes(tmp_path: Path) -> N
         arguments = DataArguments(train_file=str(table), validation_file=str(table))
         sizes.append(load_image_data(arguments, training=True).fingerprint()["train"])
     assert changed_data(*sizes) == ["files of other sizes, so other images"]
+
+
+def test_data_is_called_by_its_last_part_and_a_split_with_the_folder_it_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "jane"))
+    for path, name in {
+        "flowers": "flowers",
+        "flowers/train": "flowers/train",
+        "flowers/Validation.parquet": "flowers/Validation.parquet",
+        # whose home it is stays private
+        "jane/train": "train",
+        "jane/cats/train": "cats/train",
+    }.items():
+        assert data_name(tmp_path / path) == name
+    monkeypatch.chdir(tmp_path)
+    assert data_name("/train") == "train" and hub_or_data_name("org/train") == "org/train"
+    (tmp_path / "org" / "train").mkdir(parents=True)
+    assert hub_or_data_name(str(tmp_path / "org" / "train")) == "org/train"

@@ -2,12 +2,11 @@
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from ..images.augmentation import Augmentation
 from ..images.mixing import Mixing
-from ..images.sources import EVALUATION_SPLITS
+from ..images.sources import EVALUATION_SPLITS, data_name, hub_or_data_name
 from ..training.arguments import DropKeyArguments
 from .families import FAMILIES
 
@@ -267,15 +266,13 @@ class DataArguments:
         """The public name of the data: of a local path the last part, so that no local path is published."""
         files = (self.train_dir, self.validation_dir, self.train_file, self.validation_file)
         path = next((file for file in files if file), None)
-        if path is None and self.dataset_name and Path(self.dataset_name).is_dir():
-            path = self.dataset_name
-        return Path(path).resolve().name if path else self.dataset_name or DIGITS
+        return data_name(path) if path else hub_or_data_name(self.dataset_name or DIGITS)
 
     @property
     def evaluation_name(self) -> str | None:
         """The public name of the data to evaluate on, where it has a file or folder of its own; else None."""
         path = None if self.hold_out_validation else self.validation_dir or self.validation_file
-        return Path(path).resolve().name if path and (self.train_dir or self.train_file) else None
+        return data_name(path) if path and (self.train_dir or self.train_file) else None
 
     @property
     def is_digits(self) -> bool:

@@ -228,7 +228,8 @@ class ClassificationJob(TrainingJob[ImageData]):
     @property
     def dataset_id(self) -> str | None:
         """The data set's id on the Hub; None for others."""
-        return self.data.dataset_name if self.data.dataset_name == self.data.name and not self.data.is_digits else None
+        name = self.data.dataset_name
+        return None if self.data.is_digits or name != self.data.name or Path(name).is_dir() else name
 
     def settings(self) -> dict[str, str]:
         """All settings that determine the trained weights, as JSON values; data files by name and content hash."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..images.sources import EVALUATION_SPLITS
+from ..images.sources import EVALUATION_SPLITS, data_name, hub_or_data_name
 from ..training.arguments import DropKeyArguments
 
 
@@ -175,12 +175,8 @@ class DetectionDataArguments:
         """What to call the data where others read it: of a local path only the last part."""
         path = self.train_annotations or self.validation_annotations
         if path:
-            return Path(path).stem
-        return (
-            Path(self.dataset_name).resolve().name
-            if self.dataset_name and Path(self.dataset_name).is_dir()
-            else (self.dataset_name or "")
-        )
+            return data_name(Path(path).with_suffix(""))
+        return hub_or_data_name(self.dataset_name or "")
 
 
 @dataclass

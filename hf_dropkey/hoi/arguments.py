@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..images.sources import EVALUATION_SPLITS
+from ..images.sources import EVALUATION_SPLITS, data_name, hub_or_data_name
 from ..training.arguments import DropKeyArguments
 
 
@@ -199,11 +199,10 @@ class HoiDataArguments:
         """What to call the data where others read it: of a local path only the last part."""
         path = self.train_annotations or self.validation_annotations
         if path:
-            return Path(path).stem
+            return data_name(Path(path).with_suffix(""))
         if self.dataset:
             return f"generated {self.dataset}"
-        folder = self.dataset_name and Path(self.dataset_name).is_dir()
-        return Path(self.dataset_name or "").resolve().name if folder else (self.dataset_name or "")
+        return hub_or_data_name(self.dataset_name or "")
 
 
 @dataclass

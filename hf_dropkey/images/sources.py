@@ -18,6 +18,7 @@ with needed("train"):
 
 
 EVALUATION_SPLITS = ("validation", "valid", "test")
+SPLIT_NAMES = {"train", "training", "val", "eval", "evaluation", *EVALUATION_SPLITS}
 CHOICE_SEED = 0
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 DIGEST_LENGTH = 16
@@ -128,6 +129,22 @@ def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         if part in before and part in now and before[part] != now[part]
     ]
     return words
+
+
+def data_name(path: str | Path) -> str:
+    """What others read of a local file or folder of data: its last part, so that no local path is published.
+
+    A part that only names a split ("train", "val") comes with the folder it is in, unless that is somebody's home.
+    """
+    here = Path(path).resolve()
+    if here.stem.lower() not in SPLIT_NAMES or here.parent in (Path.home(), Path(here.anchor)):
+        return here.name
+    return f"{here.parent.name}/{here.name}"
+
+
+def hub_or_data_name(name: str) -> str:
+    """The id of a data set on the Hub as it is, of a local folder its `data_name`."""
+    return data_name(name) if Path(name).is_dir() else name
 
 
 def image_name(path: str | None, row: int) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..images.sources import EVALUATION_SPLITS
+from ..images.sources import EVALUATION_SPLITS, hub_or_data_name
 
 
 FIGURE = "predictions.png"
@@ -136,7 +136,7 @@ class MeshDataArguments:
     @property
     def name(self) -> str:
         """What cards and messages call the data."""
-        return self.dataset_name or "generated people"
+        return hub_or_data_name(self.dataset_name or "generated people")
 
 
 @dataclass

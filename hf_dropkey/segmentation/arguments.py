@@ -1,9 +1,9 @@
 """The arguments of a segmentation job: model, DropKey, data, what is drawn."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..images.sources import data_name
 from ..training.arguments import DropKeyArguments
 
 
@@ -199,7 +199,7 @@ class SegmentationDataArguments:
         """What to call the data where others read it: of a local path only the last part."""
         if self.dataset:
             return self.dataset
-        return Path(str(self.train_images or self.validation_images)).resolve().name
+        return data_name(str(self.train_images or self.validation_images))
 
 
 @dataclass
