@@ -127,7 +127,7 @@ def test_an_unknown_cell_is_an_error(make_grid: Any, changes: dict[str, Any], me
 
 def test_a_grid_without_a_field_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text(json.dumps({name: GRID[name] for name in GRID if name != "seeds"}))
-    with pytest.raises(ValueError, match=r"half.json lacks seeds; a grid has about, cells, models"):
+    with pytest.raises(ValueError, match=r"half.json lacks seeds; a grid has about, cells, held_out_images"):
         Grid.load(tmp_path / "half.json")
 
 
@@ -160,6 +160,14 @@ def test_cells_are_trained_once_and_measured_on_either_split(make_grid: Any, tmp
     # other images, but the same training images
     values = [{row["metric"]: row["value"] for row in found} for found in (again, tested)]
     assert values[0]["nll"] != values[1]["nll"] and values[0]["train_nll"] == values[1]["train_nll"]
+
+
+def test_a_grid_may_measure_few_held_out_images_in_16_bits_and_tests_all(make_grid: Any, tmp_path: Path) -> None:
+    grid = make_grid(held_out_images=12, recipe_fields={"bf16": True})
+    few, all_of_them = (rows_of(grid, [grid.cells[0]], tmp_path, split=split) for split in ("validation", "test"))
+    assert {row["images"] for row in few} == {"12"} and {row["images"] for row in all_of_them} == {"40"}
+    with pytest.raises(ValueError, match="has held_out_images 0; pass a whole number from 1 on"):
+        make_grid(held_out_images=0)
 
 
 def test_held_out_test_and_training_images_are_different_ones(make_grid: Any, tmp_path: Path) -> None:

@@ -156,6 +156,7 @@ class Grid:
         cells: The cells, each once.
         select_by: The metric of the held-out images by which ratios are chosen.
         occlusion_patch: Side in pixels of the patches that occlusion hides.
+        held_out_images: At most so many held-out images are measured; the test takes all. None: as the recipe says.
         about: For readers: command, machine, time and expected result.
     """
 
@@ -166,6 +167,7 @@ class Grid:
     cells: tuple[Cell, ...]
     select_by: str
     occlusion_patch: int
+    held_out_images: int | None = None
     about: str = field(default="", compare=False)
 
     @classmethod
@@ -181,7 +183,7 @@ class Grid:
         """
         found = json.loads(file.read_text(encoding="utf-8"))
         wanted = {entry.name for entry in fields(cls)} - {"name"} | {"seeds"}
-        wrong = sorted(wanted ^ set(found))
+        wrong = sorted((wanted ^ set(found)) - {"held_out_images"})
         if wrong:
             missing = [name for name in wrong if name in wanted]
             raise ValueError(
@@ -190,6 +192,11 @@ class Grid:
             )
         if not isinstance(found["seeds"], list):
             raise ValueError(f"the grid {file} has the seeds {found['seeds']!r}; pass a list, such as [0, 1, 2]")
+        held_out = found.get("held_out_images")
+        if held_out is not None and (not isinstance(held_out, int) or held_out < 1):
+            raise ValueError(
+                f"the grid {file} has held_out_images {held_out!r}; pass a whole number from 1 on, or none"
+            )
         if found["select_by"] not in SELECTABLE:
             raise ValueError(
                 f"the grid {file} selects by {found['select_by']!r}; every cell has {', '.join(SELECTABLE)}"
@@ -429,7 +436,10 @@ def measure(
     evaluated = found
     if split == "test":
         evaluated = data_to_test(job.data).with_label_names(names)
-    pixel_values, labels = tensors(evaluated.evaluation, job, evaluated)
+    measured = evaluated.evaluation
+    if split == "validation" and grid.held_out_images is not None:
+        measured = measured.select(range(min(grid.held_out_images, len(measured))))
+    pixel_values, labels = tensors(measured, job, evaluated)
     pixel_values = pixel_values.to(job.training.device)
     rows = []
     for cell in cells:
@@ -438,11 +448,13 @@ def measure(
         else:
             assert found.train is not None
             seen = tensors(found.train, job, found)
-            train = metrics_of(predict_logits(model, seen[0].to(pixel_values.device)), seen[1])
-            metrics = metrics_of(predict_logits(model, pixel_values), labels)
+            # as the trainer evaluates
+            with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=job.training.bf16):
+                train = metrics_of(predict_logits(model, seen[0].to(pixel_values.device)), seen[1])
+                metrics = metrics_of(predict_logits(model, pixel_values), labels)
+                occluded = occlusion_accuracy(model, pixel_values, labels, patch=grid.occlusion_patch)
             metrics |= {f"train_{name}": train[name] for name in ("accuracy", "nll")}
             metrics["accuracy_gap"] = train["accuracy"] - metrics["accuracy"]
-            occluded = occlusion_accuracy(model, pixel_values, labels, patch=grid.occlusion_patch)
             metrics |= {f"accuracy_at_occlusion_{fraction:g}": value for fraction, value in occluded.items()}
             metrics |= {name: facts[name] for name in ("train_seconds", "parameters") if name in facts}
         shared = {"epochs": f"{facts['epochs']:g}", "split": split, "images": str(len(labels))}

@@ -14,9 +14,9 @@ OCCLUDED_FRACTIONS = (0.25, 0.5, 0.75)
 
 
 def predict_logits(model: nn.Module, pixel_values: torch.Tensor, *, batch_size: int = 256) -> torch.Tensor:
-    """Logits `[B, C]` of images `[B, channels, H, W]` in eval mode, without gradients; restores the modes."""
+    """Float32 logits `[B, C]` of images `[B, channels, H, W]` in eval mode, without gradients; restores the modes."""
     with eval_mode(model), torch.inference_mode():
-        return torch.cat([model(pixel_values=part).logits for part in pixel_values.split(batch_size)])
+        return torch.cat([model(pixel_values=part).logits.float() for part in pixel_values.split(batch_size)])
 
 
 def occlude(pixel_values: torch.Tensor, fraction: float, *, patch: int, seed: int = 0) -> torch.Tensor:
