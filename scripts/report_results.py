@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PREFACE = """# Does DropKey help?
 
 A pretrained DINOv2-small, fine-tuned on 60 photographs of flowers, five a class; and small vision transformers from
-scratch on little data. All on a CPU: the effect of a setting here says little about large models on large data. Made by `python scripts/report_results.py` from [results.csv](results.csv), whose rows
+scratch on little data. All on a CPU: the effect of a setting here says little about large models on large data. Made by
+`python scripts/report_results.py` from [results.csv](results.csv), whose rows
 `python scripts/run_experiments.py scripts/grids/<task>.json` made.
 
 How to read it. A value is a mean over seeds ± half of its 95 % confidence interval (Student's t); a difference is taken

@@ -363,7 +363,9 @@ def in_short(rows: Sequence[Row]) -> str:
         one.word for task, images in places.values() for one in against_none(rows, "DropKey", task, images).values()
     ]
     nowhere = (
-        "" if "better" in words else "Fine-tuning a pretrained model, DropKey is better than no regulariser nowhere. "
+        ""
+        if "better" in words
+        else "In no fine-tuning of a pretrained model here is DropKey better than no regulariser. "
     )
     return f"{summary(fine_tuned)}\n\n{nowhere}{in_words(rows)}"
 
