@@ -76,6 +76,7 @@ def test_a_search_writes_a_recipe_that_trains_to_the_same_result(
     assert not job.data.hold_out_validation and job.output == folder / "best"
 
 
+@pytest.mark.slow
 def test_an_equal_search_has_the_same_trials_and_a_complete_one_runs_none(words: list[str], tmp_path: Path) -> None:
     assert main(["search", *words, "--trials", "2"]) == 0
     before = results(tmp_path / "found")

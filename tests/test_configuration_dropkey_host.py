@@ -245,6 +245,7 @@ def test_the_release_check_trusts_what_carries_its_code(tmp_path: Path) -> None:
         assert report.trusted, str(report)
 
 
+@pytest.mark.slow
 def test_auto_backbone_loads_from_the_hub_and_from_a_folder(tmp_path: Path) -> None:
     """`AutoBackbone.from_pretrained` of Transformers takes repositories only; a folder goes through its configuration."""
     torch.manual_seed(0)

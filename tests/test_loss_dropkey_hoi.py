@@ -174,6 +174,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pairs on one process", "empty"])
 def test_two_processes_have_the_loss_of_one(tmp_path: Path, kind: str) -> None:
     processes = [

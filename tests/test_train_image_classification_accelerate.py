@@ -67,6 +67,7 @@ def assert_same_weights(one: Path, other: Path, name: str = "model.safetensors")
     assert all(np.array_equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_the_trainer(trained, tmp_path):
     other = run(TRAINER, tmp_path, "trainer")
     assert len(history(trained, "loss")) == 9
