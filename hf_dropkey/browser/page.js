@@ -4,6 +4,8 @@
 import { certainty, order, percent, sentence, softmax, votes } from "./certainty.js";
 
 const CLASSES_SHOWN = 3;
+// pixels; what is smaller is shown as squares
+const TINY = 112;
 const LARGEST_SEED = 2 ** 31 - 1;
 const SVG = "http://www.w3.org/2000/svg";
 const one = (id) => document.getElementById(id);
@@ -33,7 +35,7 @@ async function start() {
   for (const example of settings.examples) {
     const picture = await (await asked(example.file)).blob();
     addExample(picture, example.name);
-    if (job === 0) choose(picture, example.name);
+    if (job === 0) choose(picture, example.name, true);
   }
 }
 
@@ -87,17 +89,18 @@ function addExample(picture, name) {
   const image = document.createElement("img");
   image.src = URL.createObjectURL(picture);
   image.alt = name;
+  image.addEventListener("load", () => image.classList.toggle("tiny", image.naturalWidth < TINY));
   button.type = "button";
   button.append(image);
-  button.addEventListener("click", () => choose(picture, name));
+  button.addEventListener("click", () => choose(picture, name, true));
   one("examples").append(button);
 }
 
-function choose(file, name) {
+function choose(file, name, example = false) {
   const seed = chosenSeed();
   if (seed === null) return;
   job += 1;
-  worker.postMessage({ kind: "show", job, file, name, seed });
+  worker.postMessage({ kind: "show", job, file, name, seed, example });
 }
 
 function otherMasks() {
@@ -167,7 +170,7 @@ function drawSeen({ width, height, data }, name) {
   [canvas.width, canvas.height] = [width, height];
   canvas.getContext("2d").putImageData(new ImageData(data, width, height), 0, 0);
   canvas.setAttribute("aria-label", name);
-  canvas.classList.toggle("tiny", Math.max(width, height) < 112);
+  canvas.classList.toggle("tiny", Math.max(width, height) < TINY);
 }
 
 function drawAnswer() {

@@ -65,7 +65,7 @@ export function checkSize(width, height, name) {
 
 function ofPng(view, name) {
   if (view.getUint8(24) > 8) {
-    throw new BadPicture(`${name} has more than 8 bits per channel, whose range no two programs agree on. Convert it to 8 bits.`);
+    throw new BadPicture(`${name} has more than 8 bits per channel, which this page does not read. Convert it to 8 bits.`);
   }
   return [view.getUint32(16), view.getUint32(20)];
 }

@@ -59,7 +59,7 @@ async function graphFile() {
 }
 
 /** Another picture. One that cannot be used changes nothing. */
-async function show({ job, file, name, seed }) {
+async function show({ job, file, name, seed, example }) {
   newestSeed = seed;
   const remarks = await checked(file, name);
   const decoded = await pixels(file, name);
@@ -69,7 +69,7 @@ async function show({ job, file, name, seed }) {
   if (job < pictureJob) return;
   pictureJob = job;
   picture = found.values;
-  remarks.push(...seenRemarks(decoded));
+  if (!example) remarks.push(...seenRemarks(decoded));
   postMessage({ kind: "seen", job, name, seed: newestSeed, seen: found.seen, values: found.values, remarks });
   await predictions({ job, seed: newestSeed });
 }

@@ -33,8 +33,8 @@ from .references import defined_classes, json_problems
 from .released_code import code_difference, compare_code
 from .space_folder import APP, MODEL, REQUIREMENTS, is_space_folder, space_problems
 from .static_folder import GRAPH, PAGE_FILES, is_static_folder, static_problems
-from .weights_check import header, loading_problems, weights_problems
 from .web_runtime import PACKAGE, SHA256, VERSION
+from .weights_check import header, loading_problems, weights_problems
 
 
 HARMLESS_NAMES = (*PUSHED_NAMES, ".gitignore")

@@ -1,11 +1,11 @@
 """The folder of a page that computes in the browser alone, which is a static Space too: what it holds, and whether it still does.
 
-    index.html, style.css, *.js     the page, from hf_dropkey/browser/
-    ort/                            onnxruntime-web, one pinned release
-    model_monte_carlo.onnx          the graph that drops keys
-    settings.json                   how images are prepared, classes, examples
-    examples/                       pictures
-    README.md                       the settings of the Space
+index.html, style.css, *.js     the page, from hf_dropkey/browser/
+ort/                            onnxruntime-web, one pinned release
+model_monte_carlo.onnx          the graph that drops keys
+settings.json                   how images are prepared, classes, examples
+examples/                       pictures
+README.md                       the settings of the Space
 """
 
 import json

@@ -23,7 +23,7 @@ FILES = {
         "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
     ),
 }
-SHA256 = {name: digest for name, digest in FILES.values()}
+SHA256 = dict(FILES.values())
 # the package refers to its licence and does not bring it
 LICENSE_FILE = "ort/LICENSE"
 LICENSE = """MIT License
@@ -78,7 +78,9 @@ def fetch(folder: Path) -> Path:
     """
     npm = shutil.which("npm")
     if npm is None:
-        raise FileNotFoundError(f"the page needs {PACKAGE} {VERSION}, and npm, which fetches it, is not installed. {NEXT}")
+        raise FileNotFoundError(
+            f"the page needs {PACKAGE} {VERSION}, and npm, which fetches it, is not installed. {NEXT}"
+        )
     command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--ignore-scripts", "--prefer-offline", "--loglevel=error"]
     try:
         done = subprocess.run(
