@@ -36,6 +36,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "node"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stock", "dropkey"), [(False, True), (True, True), (True, False)])
 def test_a_page_is_written_with_the_graph_of_the_model(
     stock: bool, dropkey: bool, tmp_path: Path, runtime: Path, capsys: pytest.CaptureFixture[str]

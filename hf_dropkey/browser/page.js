@@ -203,8 +203,8 @@ function dots({ probabilities, std }, byMask) {
     const line = 44 + row * place;
     const name = settings.classes[number];
     drawing.append(
-      words(name.length > 34 ? `${name.slice(0, 33)}…` : name, { x: left, y: line - 19, "font-size": 12, "font-weight": 600 }),
-      words(`${percent(probabilities[number])} ± ${(100 * std[number]).toFixed(0)}`, { x: right, y: line - 19, "font-size": 11, "text-anchor": "end" }),
+      words(name.length > 34 ? `${name.slice(0, 33)}…` : name, { x: left, y: line - 19, "font-size": 13, "font-weight": 600 }),
+      words(`${percent(probabilities[number])} ± ${(100 * std[number]).toFixed(0)}`, { x: right, y: line - 19, "font-size": 12.5, "text-anchor": "end" }),
       shape("line", { x1: left, x2: right, y1: line, y2: line, class: "axis" }),
     );
     byMask.forEach((masked, mask) => {
@@ -215,7 +215,7 @@ function dots({ probabilities, std }, byMask) {
   });
   for (const part of [0, 25, 50, 75, 100]) {
     const x = left + ((right - left) * part) / 100;
-    drawing.append(words(`${part} %`, { x, y: height - 6, "font-size": 9.5, "text-anchor": "middle" }));
+    drawing.append(words(`${part} %`, { x, y: height - 6, "font-size": 12, "text-anchor": "middle" }));
   }
   return drawing;
 }
