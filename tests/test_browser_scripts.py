@@ -54,7 +54,8 @@ def test_the_page_is_these_files() -> None:
 
 def test_pictures_are_resized_as_pillow_does_it_to_the_bit(folder: Path) -> None:
     sizes = [((97, 61), (32, 32)), ((8, 8), (12, 12)), ((33, 50), (33, 17)), ((50, 33), (20, 33)), ((5, 300), (40, 7))]
-    cases, expected = [], []
+    cases: list[list[Any]] = []
+    expected = []
     for resampling, name in RESAMPLINGS.items():
         for size, target in sizes:
             for mode in ("RGB", "L"):

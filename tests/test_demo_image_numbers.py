@@ -38,8 +38,8 @@ def test_a_crop_is_that_of_the_processor(height: int, width: int) -> None:
 class Inverted(ViTImageProcessorPil):
     """Does something that its settings do not say."""
 
-    def rescale(self, image: Any, scale: float, **more: Any) -> Any:
-        return 1 - super().rescale(image, scale, **more)
+    def rescale(self, image: Any, scale: float, *arguments: Any, **more: Any) -> Any:
+        return 1 - super().rescale(image, scale, *arguments, **more)
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,9 @@ def test_it_is_readable_on_a_phone(browser: Page, pages: dict[str, Shown], name:
     browser.wait("document.documentElement.scrollWidth <= 390")
     small = "[...document.querySelectorAll('main *')].filter(one => one.innerText && parseFloat(getComputedStyle(one).fontSize) < 12).length"
     assert browser.run(small) == 0
-    drawn = "[...document.querySelectorAll('#dots text')].map(one => one.getAttribute('font-size') * one.getScreenCTM().a)"
+    drawn = (
+        "[...document.querySelectorAll('#dots text')].map(one => one.getAttribute('font-size') * one.getScreenCTM().a)"
+    )
     assert min(browser.run(drawn)) >= 12
     wide = "[...document.querySelectorAll('main *')].filter(one => one.getBoundingClientRect().right > 390).length"
     assert browser.run(wide) == 0

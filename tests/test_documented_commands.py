@@ -67,7 +67,11 @@ CHEAP = {
     "hf-dropkey look": "--use_cpu --samples 2 --passes 2 --images_shown 1 --figures maps drops",
 }
 # names that stand for the reader's own
-NAMES = {"facebook/dinov2-small": "hub/dinov2-small", "you/my-model": "tester/my-model", "you/my-demo": "tester/my-demo"}
+NAMES = {
+    "facebook/dinov2-small": "hub/dinov2-small",
+    "you/my-model": "tester/my-model",
+    "you/my-demo": "tester/my-demo",
+}
 
 
 def commands(page: str) -> Iterator[str]:

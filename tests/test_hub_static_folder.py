@@ -30,7 +30,7 @@ print(json.dumps([main(["push", "page", "tester/page", "--space"]), main(["push"
 def write(folder: Path) -> Path:
     """A page's folder with small contents in place of the graph and what runs it."""
     graph = b"graph"
-    settings = {"graph": {"file": GRAPH, "sha256": hashlib.sha256(graph).hexdigest()}}
+    settings: dict[str, Any] = {"graph": {"file": GRAPH, "sha256": hashlib.sha256(graph).hexdigest()}}
     settings |= {"examples": [{"file": "examples/01.png", "name": "a"}]}
     contents: dict[str, bytes] = {**page_contents(), **RUNTIME, GRAPH: graph, "ort/LICENSE": b"MIT License\n"}
     contents |= {

@@ -187,8 +187,14 @@ class Classifier:
 
     def export(self, out: Path, image_size: tuple[int, int]) -> ExportedGraph:
         """Writes the model's graphs, as `export_graph` does with `monte_carlo`, at the ratio and the pattern of `settings`."""
+        device = self._root.device
         with self._lock, self._set(self.settings):
-            return export_graph(self._root, out, image_size=image_size, monte_carlo=True)
+            # graphs are compared with the model in onnxruntime on the CPU
+            self._root.to("cpu")
+            try:
+                return export_graph(self._root, out, image_size=image_size, monte_carlo=True)
+            finally:
+                self._root.to(device)
 
     def _inputs(self, image: Image.Image) -> dict[str, torch.Tensor]:
         return next(self._pictures(image).batches([0], 1, self._root.device))

@@ -65,7 +65,8 @@ class ImageNumbers:
             pixels = _middle(pixels, self.crop["height"], self.crop["width"])
         values = (pixels.astype(np.float64) * self.rescale_factor).astype(np.float32)
         if self.normalize is not None:
-            values = (values - np.float32(self.normalize["mean"])) / np.float32(self.normalize["std"])
+            mean, std = (np.array(self.normalize[name], dtype=np.float32) for name in ("mean", "std"))
+            values = (values - mean) / std
         return values.transpose(2, 0, 1)
 
 
