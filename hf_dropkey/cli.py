@@ -329,6 +329,8 @@ def demo(arguments: Namespace) -> int:
         from .demo.space import space_of
         from .hub.download import model_files
 
+        if arguments.static_page is not None or arguments.onnxruntime_web is not None:
+            raise ValueError("--static_page and --space_folder are two kinds of folder; give one of them")
         if len(arguments.targets) > 1:
             raise ValueError(f"--space_folder shows one model, got {len(arguments.targets)}; give one")
         written = space_of(
@@ -341,7 +343,32 @@ def demo(arguments: Namespace) -> int:
         return 0
     if arguments.package:
         raise ValueError("--package is of a Space; pass --space_folder, or leave it out")
+    if arguments.static_page is not None:
+        return _static_page(arguments)
+    if arguments.onnxruntime_web is not None:
+        raise ValueError("--onnxruntime_web is of a page in the browser; pass --static_page, or leave it out")
     serve(arguments.targets, port=arguments.port, host=arguments.host, images=arguments.images)
+    return 0
+
+
+def _static_page(arguments: Namespace) -> int:
+    """Writes a page that computes in the browser alone."""
+    from .demo.static_page import static_page_of
+    from .hub.download import model_files
+
+    if len(arguments.targets) > 1:
+        raise ValueError(f"--static_page shows one model, got {len(arguments.targets)}; give one")
+    written = static_page_of(
+        model_files(arguments.targets[0]),
+        arguments.static_page,
+        images=arguments.images,
+        runtime=arguments.onnxruntime_web,
+    )
+    megabytes = sum(written.values()) / 1e6
+    print(
+        f"{arguments.static_page}: {len(written)} files, {megabytes:.0f} MB, for any web server, such as python -m "
+        f"http.server --bind 127.0.0.1 --directory {arguments.static_page}; hf-dropkey push --space uploads it"
+    )
     return 0
 
 

@@ -200,6 +200,18 @@ def _demo(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--space_folder", type=Path, metavar="OUT", help="write the folder of a Space with this page; serve nothing"
     )
+    parser.add_argument(
+        "--static_page",
+        type=Path,
+        metavar="OUT",
+        help="write a page that computes in the browser alone, for any web server or a static Space; serve nothing",
+    )
+    parser.add_argument(
+        "--onnxruntime_web",
+        type=Path,
+        metavar="FILE",
+        help="archive of `npm pack`, or folder, with what runs the graph of such a page; default: npm fetches it",
+    )
     _package(parser)
 
 

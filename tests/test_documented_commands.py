@@ -24,10 +24,10 @@ from transformers import Dinov2Config, Dinov2Model, ViTImageProcessorPil
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("training", "segmentation", "hoi", "mesh", "hub")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("training", "segmentation", "hoi", "mesh", "hub", "demo")),
 ]
 PROGRAMS = ("hf-dropkey", "python", "bash", "pip", "accelerate", "torchrun", "export")
-# the start of a command: why it is not run here
+# the start of a command, or the whole one with "$" behind it: why it is not run here
 LEFT_OUT = {
     "pip install": "installs; tests/test_installation.py",
     "bash scripts/": "CI runs it",
@@ -41,6 +41,13 @@ LEFT_OUT = {
     "hf-dropkey train --task mesh --do_train": "needs one's own body; tests/test_mesh_job.py",
     "hf-dropkey predict --task mesh --model_name_or_path runs/people --images photos": "needs PekingU/rtdetr_r18vd",
     "hf-dropkey train --task segmentation": "needs nvidia/mit-b0; tests/test_segmentation_model.py",
+    "hf-dropkey demo runs/mine --static_page": "needs npm; tests/test_demo_static_page_browser.py",
+    "python -m http.server": "serves until it is interrupted; tests/test_demo_static_page_browser.py",
+    "hf-dropkey check my-page": "needs the page; tests/test_hub_static_folder.py",
+    "hf-dropkey push my-page": "needs the page; tests/test_hub_static_folder.py",
+    "hf-dropkey demo runs/mine$": "serves until it is interrupted; tests/test_demo_browser.py",
+    "hf-dropkey demo runs/mine runs/other": "serves until it is interrupted; tests/test_demo_browser.py",
+    "hf-dropkey demo runs/mine --images": "serves until it is interrupted; tests/test_demo_browser.py",
     "hf-dropkey check ./their-folder": "needs a digest of one's own; tests/test_hub_release_check.py",
 }
 BRIEF = "--max_steps 2 --use_cpu --report_to none --max_eval_samples 8"
@@ -60,7 +67,11 @@ CHEAP = {
     "hf-dropkey look": "--use_cpu --samples 2 --passes 2 --images_shown 1 --figures maps drops",
 }
 # names that stand for the reader's own
-NAMES = {"facebook/dinov2-small": "hub/dinov2-small", "you/my-model": "tester/my-model"}
+NAMES = {
+    "facebook/dinov2-small": "hub/dinov2-small",
+    "you/my-model": "tester/my-model",
+    "you/my-demo": "tester/my-demo",
+}
 
 
 def commands(page: str) -> Iterator[str]:
@@ -80,7 +91,7 @@ def documented() -> list[str]:
 
 def started(command: str, table: dict[str, str]) -> str | None:
     """The entry of a table whose key a command starts with, the longest key first."""
-    keys = sorted((key for key in table if command.startswith(key)), key=len, reverse=True)
+    keys = sorted((key for key in table if f"{command}$".startswith(key)), key=len, reverse=True)
     return table[keys[0]] if keys else None
 
 
@@ -129,11 +140,12 @@ def test_a_command_is_found_as_it_is_written() -> None:
     page = "text `hf-dropkey no`\n```\nhf-dropkey a \\\n    --b c  # why\nprint(1)\n```\n```python\npython no\n```\n"
     assert list(commands(page)) == ["hf-dropkey a --b c"]
     assert len(documented()) > 25 and any(command.startswith("hf-dropkey report") for command in documented())
+    assert started("a b", {"a$": "no", "a b$": "yes"}) == "yes" and started("a b c", {"a b$": "no"}) is None
     assert started("hf-dropkey train --task detection --x", CHEAP) == CHEAP["hf-dropkey train --task detection"]
 
 
 def test_what_is_left_out_is_documented() -> None:
-    gone = [start for start in LEFT_OUT if not any(command.startswith(start) for command in documented())]
+    gone = [start for start in LEFT_OUT if not any(f"{command}$".startswith(start) for command in documented())]
     assert set(gone) <= {"python tests/", "hf-dropkey train --task mesh --do_train"}, gone
 
 

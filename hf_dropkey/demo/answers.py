@@ -20,6 +20,7 @@ from transformers import AutoImageProcessor
 from ..classification.adapters import load_classifier
 from ..classification.pictures import Pictures
 from ..classification.uncertainty import SAMPLES, MeasuredUncertainty
+from ..export.graphs import ExportedGraph, export_graph
 from ..images.classes import class_names
 from ..inference import MonteCarloMoments, dropkey_seed, eval_mode
 from ..inspection.analysis import VISIBLE, rollout_map
@@ -119,6 +120,8 @@ class Classifier:
         name: Name of the folder.
         settings: The model's own ratio and pattern, with seed 0.
         has_dropkey: Whether the model has DropKey settings; else `settings` has a usual ratio.
+        processor: Its image processor.
+        channels: Of its images.
         measured: Uncertainty on evaluation images, None if the folder does not have it.
     """
 
@@ -133,8 +136,8 @@ class Classifier:
         self._root: Any = transformers_model(self.model)
         processor = AutoImageProcessor.from_pretrained(folder)
         # configurations without this field are of models for colour images
-        self._channels = int(getattr(self._root.config, "num_channels", 3))
-        self._processor = processor
+        self.channels = int(getattr(self._root.config, "num_channels", 3))
+        self.processor = processor
         self.names = tuple(class_names(self._root.config, str(folder)))
         self.measured = MeasuredUncertainty.load(folder)
         self._lock = threading.Lock()
@@ -170,18 +173,34 @@ class Classifier:
         Nor was it for settings other than the model's own.
         """
         own = answer.settings.ratio == self.settings.ratio and answer.settings.pattern == self.settings.pattern
-        measured = self.measured
+        measured = self.measured_with_own_settings
         if measured is None or not own or answer.settings.ratio == 0:
             return None
-        if (measured.ratio, measured.pattern) != (self.settings.ratio, self.settings.pattern):
-            return None
         return measured.rank(answer.mutual_information)
+
+    @property
+    def measured_with_own_settings(self) -> MeasuredUncertainty | None:
+        """Uncertainty on evaluation images at the ratio and the pattern of `settings`, None if it was not measured."""
+        found = self.measured
+        own = found is not None and (found.ratio, found.pattern) == (self.settings.ratio, self.settings.pattern)
+        return found if own else None
+
+    def export(self, out: Path, image_size: tuple[int, int]) -> ExportedGraph:
+        """Writes the model's graphs, as `export_graph` does with `monte_carlo`, at the ratio and the pattern of `settings`."""
+        device = self._root.device
+        with self._lock, self._set(self.settings):
+            # graphs are compared with the model in onnxruntime on the CPU
+            self._root.to("cpu")
+            try:
+                return export_graph(self._root, out, image_size=image_size, monte_carlo=True)
+            finally:
+                self._root.to(device)
 
     def _inputs(self, image: Image.Image) -> dict[str, torch.Tensor]:
         return next(self._pictures(image).batches([0], 1, self._root.device))
 
     def _pictures(self, image: Image.Image) -> Pictures:
-        return Pictures([{"image": image}], ["image"], None, self._processor, self._channels)
+        return Pictures([{"image": image}], ["image"], None, self.processor, self.channels)
 
     def _set(self, settings: Settings) -> Any:
         final = min(self._final_ratio, settings.ratio)

@@ -1,5 +1,6 @@
 """Example images of a page: those that are named, those beside the model, the digits, or scikit-learn's photographs."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ FROM_PHOTOGRAPHS = (
     "The examples are the sample photographs of scikit-learn, from Flickr: a temple by danielbuechele and a flower by vultilion "
     "(CC BY 2.0)."
 )
-FROM_FILES = "The examples were chosen by whoever uploaded this Space."
+FROM_FILES = "The examples were chosen by whoever uploaded this page."
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,21 @@ def origin_of(folders: Sequence[Path], images: Path | None) -> Path | str:
     if own is not None:
         return own
     return "digits" if any(RunFacts.load(folder).dataset == "digits" for folder in folders) else "photographs"
+
+
+def origin_text(folders: Sequence[Path], images: Path | None) -> str:
+    """Where the examples come from, with their licence, one sentence."""
+    return {"digits": FROM_DIGITS, "photographs": FROM_PHOTOGRAPHS}.get(str(origin_of(folders, images)), FROM_FILES)
+
+
+def example_files(examples: Sequence[Example]) -> dict[str, bytes]:
+    """The examples as PNG files, by names that keep their order."""
+    found = {}
+    for number, example in enumerate(examples, 1):
+        content = io.BytesIO()
+        example.image.save(content, "PNG")
+        found[f"{number:02}.png"] = content.getvalue()
+    return found
 
 
 def read_folder(folder: Path) -> list[Example]:

@@ -10,6 +10,7 @@ from .contents import entries
 from .push import PushResult, api, check_target, clear_errors
 from .push_plan import PlannedFile, PushPlan, check_no_secrets
 from .release_check import check_release
+from .static_folder import INDEX, known_files
 
 
 # of the Hub; it must say which files are large
@@ -23,16 +24,19 @@ def plan_space(folder: Path, *, token: str | bool | None = None) -> PushPlan:
         FileNotFoundError, ValueError: It is not the folder of a Space, holds a secret, or something is wrong with it.
     """
     report = check_release(folder)
-    if not report.is_space:
+    if not report.is_space and not report.is_static:
         raise ValueError(
-            f"{folder} is not the folder of a Space; hf-dropkey demo MODEL --space_folder {folder} writes one"
+            f"{folder} is not the folder of a Space; hf-dropkey demo MODEL --space_folder {folder} writes one, and "
+            "--static_page one that computes in the browser"
         )
     # a repository of the package is the sender's to trust
     wrong = [problem for problem in report.problems if "this check has not seen" not in problem]
     if wrong:
         raise ValueError(f"{folder} was not pushed: {'; '.join(wrong)}. Nothing was sent")
     found = entries(folder)
-    check_no_secrets(folder, found, token)
+    # of a public package, to the byte: words in it that look like a secret are none
+    public = known_files({entry.name: entry for entry in found}) if report.is_static else set()
+    check_no_secrets(folder, [entry for entry in found if entry.name not in public], token)
     return PushPlan(folder, tuple(PlannedFile(entry.name, entry.size) for entry in found), ())
 
 
@@ -49,7 +53,7 @@ def push_space(
     """Uploads the folder of a Space in one commit, which also deletes what the repository has beside it.
 
     Args:
-        folder: Of `write_space`.
+        folder: Of `write_space`, or a page that computes in the browser.
         repo_id: "owner/name", created if it is not there.
         revision: Branch, created if it is not there.
         private: Whether a new repository is private.
@@ -65,8 +69,9 @@ def push_space(
     if announce is not None:
         announce(plan)
     space: dict[str, Any] = {"repo_type": "space", "token": token}
+    sdk = "static" if INDEX in {file.name for file in plan.files} else "gradio"
     with clear_errors(repo_id, f"{folder} was not pushed"):
-        repo_id = api.create_repo(repo_id, private=private, space_sdk="gradio", exist_ok=True, **space).repo_id
+        repo_id = api.create_repo(repo_id, private=private, space_sdk=sdk, exist_ok=True, **space).repo_id
         if revision not in (None, "main"):
             api.create_branch(repo_id, branch=str(revision), exist_ok=True, **space)
         there = api.space_info(repo_id, revision=revision, token=token)

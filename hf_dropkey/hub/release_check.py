@@ -32,6 +32,8 @@ from .push_plan import PUSHED, PUSHED_NAMES
 from .references import defined_classes, json_problems
 from .released_code import code_difference, compare_code
 from .space_folder import APP, MODEL, REQUIREMENTS, is_space_folder, space_problems
+from .static_folder import GRAPH, PAGE_FILES, is_static_folder, static_problems
+from .web_runtime import PACKAGE, SHA256, VERSION
 from .weights_check import header, loading_problems, weights_problems
 
 
@@ -74,6 +76,7 @@ class ReleaseReport:
         digest: One hash of all names and contents of a folder, "sha256:..."; None for a repository.
         is_kernel: Whether it is a kernel (`scripts/build_kernel.py`), which has code but no weights.
         is_space: Whether it is the folder of a Space (`hf-dropkey demo --space_folder`), with a model inside.
+        is_static: Whether it is a page that computes in the browser (`hf-dropkey demo --static_page`).
     """
 
     target: str
@@ -85,6 +88,7 @@ class ReleaseReport:
     digest: str | None = None
     is_kernel: bool = False
     is_space: bool = False
+    is_static: bool = False
 
     @property
     def trusted(self) -> bool:
@@ -106,6 +110,9 @@ class ReleaseReport:
             )
             if self.is_space:
                 rest = "app.py starts the demo of the package that requirements.txt pins; the weights fill the model"
+            if self.is_static:
+                code = f"the page is that of hf_dropkey {self.version}, and what runs its graph is {PACKAGE} {VERSION}"
+                rest = "which model the graph was made of was not checked"
             yield f"trusted: {code}; {rest}; nothing else can run"
             if self.commit:
                 trust = ", trust_remote_code=True" if self.identical else ""
@@ -114,6 +121,9 @@ class ReleaseReport:
                 yield f"digest: {self.digest} (compare later with --digest)"
             return
         yield from (f"problem: {problem}" for problem in self.problems)
+        if self.is_static:
+            yield f"{len(self.problems)} problems, so do not open it"
+            return
         permission = "allow_all_kernels" if self.is_kernel else "trust_remote_code"
         yield f"{code}; {len(self.problems)} problems, so do not load it with {permission}=True"
         for difference in self.diffs.values():
@@ -158,6 +168,8 @@ def check_release(
         return _checked_kernel(target, files, digest)
     if commit is None and is_space_folder(names):
         return _checked_space(Path(target), files, digest)
+    if commit is None and is_static_folder(names):
+        return _checked_static(target, files, digest)
     python = {name: entry for name, entry in kept.items() if name.endswith(".py")}
     code = compare_code({name: digest_of(entry) for name, entry in python.items()})
     classes = {
@@ -219,6 +231,19 @@ def _checked_space(folder: Path, files: Mapping[str, Entry], digest: str | None)
     identical = tuple(f"{MODEL}/{name}" for name in model.identical)
     diffs = {f"{MODEL}/{name}": text for name, text in model.diffs.items()}
     return ReleaseReport(str(folder), None, model.version, identical, tuple(problems), diffs, made, is_space=True)
+
+
+def _checked_static(target: Path | str, files: Mapping[str, Entry], digest: str | None) -> ReleaseReport:
+    """The result for a page that computes in the browser: its code and its runtime to the byte, data that cannot run."""
+    kept = {name: entry for name, entry in files.items() if not entry.leaves}
+    problems = list(static_problems(kept))
+    for name, entry in files.items():
+        if name not in (*PAGE_FILES, *SHA256, GRAPH) or entry.leaves:
+            problems += _file_problems(name, entry)
+    made = folder_digest(list(kept.values()))
+    if digest is not None and made.removeprefix("sha256:") != digest.removeprefix("sha256:"):
+        problems.append(f"the digest is {made}, not {digest}: the folder has changed since")
+    return ReleaseReport(str(target), None, __version__, (), tuple(problems), {}, made, is_static=True)
 
 
 def _located(target: Path | str, revision: str | None, token: str | bool | None) -> tuple[Path, str | None, list[str]]:

@@ -159,7 +159,7 @@ def texts_of(entry: Entry) -> Iterator[str]:
         while block := opened.read(BLOCK):
             content = before + block
             # runs of text between zeros and other bytes
-            if kind in (".safetensors", ".png", ".jpg", ".jpeg", ".model") or entry.size > TEXT_LIMIT:
+            if kind in (".safetensors", ".onnx", ".png", ".jpg", ".jpeg", ".model") or entry.size > TEXT_LIMIT:
                 yield from _readable(content)
             else:
                 yield from decoded(content)

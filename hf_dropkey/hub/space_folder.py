@@ -97,8 +97,7 @@ def write_space(
         FileExistsError: `out` has files.
         FileNotFoundError, ValueError: As `plan_push`; or the package is not pinned.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is not an empty folder; choose a new one")
+    check_new(out)
     requirement = pinned_requirement(package)
     plan = plan_push(model)
     settings = {"title": title, "emoji": "🔑", "colorFrom": "blue", "colorTo": "yellow", **SETTINGS, "pinned": False}
@@ -120,6 +119,12 @@ def write_space(
         path.write_bytes(content)
         written.append(path)
     return written
+
+
+def check_new(out: Path) -> None:
+    """Raises FileExistsError for a folder that has files."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is not an empty folder; choose a new one")
 
 
 def is_space_folder(names: list[str]) -> bool:
@@ -145,7 +150,7 @@ def space_problems(contents: Mapping[str, bytes]) -> Iterator[str]:
     elif "@" in lines[0]:
         # a release is one of the registry's; a repository is whoever owns it
         yield from _other_repository(lines[0])
-    found = _front_matter(contents.get(README, b"").decode("utf-8", "replace"))
+    found = front_matter(contents.get(README, b"").decode("utf-8", "replace"))
     for name, expected in SETTINGS.items():
         if found.get(name) != expected:
             yield f"{README} has {name} {found.get(name)!r}, where the Space of hf_dropkey {__version__} has {expected!r}"
@@ -160,7 +165,8 @@ def _other_repository(line: str) -> Iterator[str]:
         )
 
 
-def _front_matter(text: str) -> dict[str, object]:
+def front_matter(text: str) -> dict[str, object]:
+    """The settings at the top of a README.md; empty without."""
     found = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
     try:
         settings = yaml.safe_load(found[1]) if found else None

@@ -43,6 +43,7 @@ class Page:
         self.requests: list[str] = []
         self.errors: list[str] = []
         self.session: str | None = None
+        self.workers: list[str] = []
 
     def open(self) -> None:
         """Makes the tab."""
@@ -51,13 +52,21 @@ class Page:
         for domain in ("Page", "Network", "Runtime", "DOM"):
             self.call(f"{domain}.enable")
 
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One call of the protocol."""
+    def watch_workers(self) -> None:
+        """Notes what the page's workers ask for and their errors too; `workers` has their sessions."""
+        self.call("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=True, flatten=True)
+
+    def _send(self, method: str, parameters: dict[str, Any], session: str | None) -> int:
         number = next(self._numbers)
         message: dict[str, Any] = {"id": number, "method": method, "params": parameters}
-        if self.session is not None:
-            message["sessionId"] = self.session
+        if session is not None:
+            message["sessionId"] = session
         os.write(self._writes, json.dumps(message).encode() + b"\0")
+        return number
+
+    def call(self, method: str, *, session: str | None = None, **parameters: Any) -> dict[str, Any]:
+        """One call of the protocol, to the page unless another session is named."""
+        number = self._send(method, parameters, session or self.session)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             found = self._next(deadline)
@@ -89,6 +98,12 @@ class Page:
             self.requests.append(event["params"]["url"])
         elif event.get("method") == "Runtime.exceptionThrown":
             self.errors.append(json.dumps(event["params"]["exceptionDetails"])[:500])
+        elif event.get("method") == "Target.attachedToTarget" and self.session is not None:
+            # a worker, which waits until it is watched; nobody waits for the answers
+            worker = event["params"]["sessionId"]
+            self.workers.append(worker)
+            for method in ("Network.enable", "Runtime.enable", "Runtime.runIfWaitingForDebugger"):
+                self._send(method, {}, worker)
 
     def size(self, width: int, height: int, *, mobile: bool = False) -> None:
         """Sets the size of the view in pixels."""
@@ -98,9 +113,11 @@ class Page:
         """Opens an address."""
         self.call("Page.navigate", url=url)
 
-    def run(self, expression: str) -> Any:
-        """The value of an expression in JavaScript."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+    def run(self, expression: str, *, session: str | None = None) -> Any:
+        """The value of an expression in JavaScript, in the page unless the session of a worker is named."""
+        found = self.call(
+            "Runtime.evaluate", session=session, expression=expression, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in found:
             raise RuntimeError(f"{expression}: {found['exceptionDetails']}")
         return found["result"].get("value")
@@ -151,12 +168,13 @@ class Page:
 
 
 @contextmanager
-def chromium(program: str, home: Path) -> Iterator[Page]:
+def chromium(program: str, home: Path, *more: str) -> Iterator[Page]:
     """A running browser with one tab; ends it, by its process, at the end of the block.
 
     Args:
         program: Of the browser.
         home: Folder for its files.
+        more: Arguments of the program.
     """
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()
@@ -172,6 +190,7 @@ def chromium(program: str, home: Path) -> Iterator[Page]:
         "--no-proxy-server",
         f"--user-data-dir={home / 'profile'}",
         "--remote-debugging-pipe",
+        *more,
     ]
     # above 4, so that none is written over
     given = [fcntl.fcntl(number, fcntl.F_DUPFD, 10) for number in (theirs_in, theirs_out)]

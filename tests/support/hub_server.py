@@ -70,11 +70,12 @@ class Commit:
 
 @dataclass
 class Repository:
-    """A repository: its commits by hash, and the commits of each branch, oldest first."""
+    """A repository: its commits by hash, and the commits of each branch, oldest first; of a Space, what it runs in."""
 
     private: bool
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, list[Commit]] = field(default_factory=dict)
+    sdk: str | None = None
 
     def add(self, branch: str, message: str, files: dict[str, File]) -> Commit:
         """Puts a commit on a branch."""
@@ -256,7 +257,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo in self.hub.repositories:
             raise Refusal(409, "You already created this model repo", body={"error": "exists", "url": url})
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
-        created = self.hub.repositories[repo] = Repository(private)
+        created = self.hub.repositories[repo] = Repository(private, sdk=asked.get("sdk"))
         created.add("main", "initial commit", {".gitattributes": File(b"*.safetensors filter=lfs\n", False)})
         self._answer({"url": url})
 
