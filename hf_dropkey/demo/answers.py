@@ -173,7 +173,12 @@ class Classifier:
         measured = self.measured
         if measured is None or not own or answer.settings.ratio == 0:
             return None
-        if (measured.ratio, measured.pattern) != (self.settings.ratio, self.settings.pattern):
+        # fewer masks estimate a smaller mutual information
+        if (measured.ratio, measured.pattern, measured.samples) != (
+            self.settings.ratio,
+            self.settings.pattern,
+            SAMPLES,
+        ):
             return None
         return measured.rank(answer.mutual_information)
 
