@@ -22,7 +22,7 @@ CLASSES = ("a", "b", "c")
 
 def small_pretrained(kind: str, folder: Path) -> Path:
     """Saves a model of a kind and its image processor, for images of 64 x 64 pixels."""
-    labels = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    labels: Any = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
     model: Any
     config: Any
     processor: Any = SegformerImageProcessorPil(size={"height": 64, "width": 64})
@@ -40,8 +40,8 @@ def small_pretrained(kind: str, folder: Path) -> Path:
             out_features=["stage1", "stage2", "stage3", "stage4"],
         )  # fmt: skip
         sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "num_attention_heads": 2}
-        layers = {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 5, "train_num_points": 64}
-        widths = {"encoder_feedforward_dim": 32, "dim_feedforward": 32}
+        layers: Any = {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 5, "train_num_points": 64}
+        widths: Any = {"encoder_feedforward_dim": 32, "dim_feedforward": 32}
         config = Mask2FormerConfig(backbone_config=swin, **sizes, **layers, **widths, **labels)
         model = Mask2FormerForUniversalSegmentation(config)
         processor = Mask2FormerImageProcessorPil(size={"height": 64, "width": 64})
