@@ -63,13 +63,16 @@ from .models.sample_masks import number_layers, sample_ids
 from .patching import (
     DropKeyReport,
     DropPathReport,
+    PatchDropoutReport,
     apply_drop_path,
     apply_dropkey,
+    apply_patch_dropout,
     dropkey,
     dropkey_active,
     dropkey_disabled,
     remove_drop_path,
     remove_dropkey,
+    remove_patch_dropout,
 )
 from .version import __version__
 
@@ -172,9 +175,11 @@ __all__ = [
     "HoiPipeline",
     "HubTrainer",
     "MonteCarloPrediction",
+    "PatchDropoutReport",
     "__version__",
     "apply_drop_path",
     "apply_dropkey",
+    "apply_patch_dropout",
     "carry_backbone_code",
     "default_backend",
     "disable_fast_masks",
@@ -196,6 +201,7 @@ __all__ = [
     "push_folder",
     "remove_drop_path",
     "remove_dropkey",
+    "remove_patch_dropout",
     "sample_ids",
     "save_adapter_settings",
 ]

@@ -4,7 +4,8 @@
     python scripts/run_experiments.py scripts/grids/digits.json --test
 
 The first command trains all cells and measures them on a held-out part of the training images. The second one chooses
-the ratio of each kind of cell by these numbers, and measures the chosen cells on the test images, once. Both skip
+the ratio of each kind of cell by these numbers, and measures the chosen cells on the test images, once; with `corruptions`
+in the grid also on test images with noise, blur, less contrast and JPEG, which may be added to a grid later. Both skip
 finished cells: after an interruption the same command continues. Weights stay in --output_dir; a cell whose folder is
 gone is trained again. Rows go to a CSV file that tables, figures and cards are made from; losing cells stay in it.
 """
@@ -30,7 +31,7 @@ from filelock import FileLock, Timeout
 from transformers import HfArgumentParser
 
 from hf_dropkey.hub.cards import shown_command
-from hf_dropkey.lab.grids import Cell, Grid, chosen_cells, job_of, measure, missing_cells
+from hf_dropkey.lab.grids import Cell, Grid, chosen_cells, job_of, measure, missing_cells, new_rows
 from hf_dropkey.lab.rows import COLUMNS, choose, read_rows, warnings
 from hf_dropkey.lab.timing import append_rows, check_columns, commit, origin
 
@@ -179,9 +180,17 @@ def run(grid: Grid, arguments: GridArguments) -> int:
                     failed += 1
                     print(f"FAILED {running[future][0].name}: {type(error).__name__}: {error}", flush=True)
                     continue
-                ordered = [{name: {**row, **source, "git_sha": at(row)}[name] for name in COLUMNS} for row in found]
+                try:
+                    found_new = new_rows(rows, found)
+                except ValueError as error:
+                    failed += 1
+                    print(f"FAILED {running[future][0].name}: {error}", flush=True)
+                    continue
+                ordered = [
+                    {name: {**row, **source, "git_sha": at(row)}[name] for name in COLUMNS} for row in found_new
+                ]
                 append_rows(arguments.results, ordered)
-                show(number, len(groups), ordered, seconds, time.monotonic() - start)
+                show(number, len(groups), found, seconds, time.monotonic() - start)
         except BaseException:
             # the results of the workers would not be recorded
             pool.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Mixing, erasing, RandAugment and stochastic depth from the command line, in a run that resumes to the same bits."""
+"""Mixing, erasing, RandAugment, stochastic depth and patch dropout from the command line, in a run that resumes to the same bits."""
 
 import json
 import shutil
@@ -25,7 +25,16 @@ EVERYTHING: tuple[str, ...] = (
     "--augment",
     "randaugment",
 )
-EVERYTHING += ("--drop_path_rate", "0.3", "--label_smoothing_factor", "0.1", "--gradient_accumulation_steps", "2")
+EVERYTHING += (
+    "--drop_path_rate",
+    "0.3",
+    "--patch_dropout",
+    "0.5",
+    "--label_smoothing_factor",
+    "0.1",
+    "--gradient_accumulation_steps",
+    "2",
+)
 EVERYTHING += ("--per_device_train_batch_size", "4")
 
 
@@ -103,6 +112,27 @@ def test_a_run_with_added_stochastic_depth_is_saved_and_taken_up(tmp_path: Path)
         again.check()
         model = again.make_model(again.load())
         assert getattr(model.config, "dropkey_drop_path_rate", None) == expected
+
+
+@pytest.mark.usefixtures("auto_image_processor")
+def test_a_run_with_patch_dropout_is_saved_and_taken_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = saved("vit", tmp_path / "source")
+    caplog.set_level("INFO")
+    job(source, tmp_path / "run", "--patch_dropout", "0.5").execute(["train"])
+    assert "patch dropout on ViTForImageClassification: a fraction 0.5 of the patches" in caplog.text
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dropkey_patch_dropout_rate"] == 0.5
+    assert "patch dropout: fraction of the patches" in (tmp_path / "run" / "README.md").read_text()
+    for words, expected in (((), 0.5), (("--patch_dropout", "0.25"), 0.25), (("--patch_dropout", "0"), None)):
+        again = job(tmp_path / "run", tmp_path / "again", *words)
+        again.check()
+        model = again.make_model(again.load())
+        assert getattr(model.config, "dropkey_patch_dropout_rate", None) == expected
+    with pytest.raises(ValueError, match=r"--patch_dropout 1.0 is outside \[0, 1\); choose"):
+        job(source, tmp_path / "run", "--patch_dropout", "1.0")
+    swin = job(saved("swin", tmp_path / "swin"), tmp_path / "run", "--patch_dropout", "0.5")
+    swin.check()
+    with pytest.raises(ValueError, match=r"--patch_dropout 0.5 cannot be had: .* windows of the grid"):
+        swin.make_model(swin.load())
 
 
 def test_families_from_scratch_take_the_same_arguments(tmp_path: Path) -> None:

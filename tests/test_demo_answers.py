@@ -16,6 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from hf_dropkey import dropkey_active, dropkey_seed, layer_ratios
 from hf_dropkey.classification.uncertainty import MeasuredUncertainty
 from hf_dropkey.demo.answers import Answer, Classifier, Settings, by_uncertainty
+from hf_dropkey.demo.sentences import rank_note
 from hf_dropkey.models.dropkey import PATTERNS
 
 
@@ -106,13 +107,21 @@ def test_visitors_at_once_get_their_own_answers_and_the_model_stays(model: Class
 def test_the_rank_is_of_the_models_own_settings(model: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = model.answer(noise(), model.settings)
     assert model.rank(answer) is None
+    note = "was not measured: hf-dropkey evaluate --model_name_or_path saved --uncertainty"
+    assert note in str(rank_note(model, answer))
     low, high = answer.mutual_information / 2, answer.mutual_information * 2
     measured = MeasuredUncertainty("test", 20, RATIO, "score", (low, low, low, high))
     monkeypatch.setattr(model, "measured", measured)
     assert model.rank(answer) == 0.75
     assert model.rank(replace(answer, settings=Settings(0.1, "score"))) is None
-    monkeypatch.setattr(model, "measured", replace(measured, ratio=0.1))
-    assert model.rank(answer) is None
+    assert rank_note(model, answer) is None
+    other = replace(answer, settings=Settings(0.1, "score"))
+    assert "at the model's own ratio 0.4 and pattern score only" in str(rank_note(model, other))
+    for change in ({"ratio": 0.1}, {"samples": 10}):
+        monkeypatch.setattr(model, "measured", replace(measured, **change))
+        assert model.rank(answer) is None and "saved --uncertainty" in str(rank_note(model, answer))
+    monkeypatch.setattr(model, "has_dropkey", False)
+    assert rank_note(model, answer) is None
 
 
 def test_a_model_without_dropkey_gets_a_usual_ratio(tmp_path: Path) -> None:

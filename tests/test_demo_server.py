@@ -71,7 +71,7 @@ def test_a_damaged_file_of_uncertainties_is_said(folder: Path, tmp_path: Path) -
     copied = save_classifier(tmp_path / "saved")
     (copied / "uncertainty_results.json").write_text(json.dumps({"split": "test"}))
     with pytest.raises(
-        ValueError, match="uncertainty_results.json is damaged .* delete it, hf-dropkey evaluate writes"
+        ValueError, match="uncertainty_results.json is damaged .* delete it, hf-dropkey evaluate --uncertainty writes"
     ):
         open_page([copied], None)
 

@@ -204,6 +204,7 @@ def test_the_public_names() -> None:
     }
     patching = {"DropKeyReport", "apply_dropkey", "remove_dropkey", "dropkey", "dropkey_active", "dropkey_disabled"}
     patching |= {"DropPathReport", "apply_drop_path", "remove_drop_path"}
+    patching |= {"PatchDropoutReport", "apply_patch_dropout", "remove_patch_dropout"}
     inference = {"MonteCarloPrediction", "monte_carlo_predict", "export_plain", "layer_ratios", "default_backend"}
     inference |= {"DropKeyONNX", "dropkey_seed", "export_graph", "load_classifier", "metric_path"}
     inference |= {"save_adapter_settings"}

@@ -7,6 +7,7 @@ import pytest
 from hf_dropkey.intervals import Interval, difference, interval
 from hf_dropkey.lab.evidence import (
     at_equal_ratios,
+    by_corruption,
     by_ratio,
     by_regulariser,
     by_start,
@@ -21,7 +22,8 @@ from hf_dropkey.lab.evidence import (
     verdict,
 )
 from hf_dropkey.lab.judgement import judged
-from hf_dropkey.lab.rows import COLUMNS
+from hf_dropkey.lab.robustness import UNDER
+from hf_dropkey.lab.rows import COLUMNS, choose
 
 
 def row(metric: str, value: float, seed: int, **changes: Any) -> dict[str, str]:
@@ -57,9 +59,30 @@ def rows() -> list[dict[str, str]]:
     return found
 
 
+def corrupted(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The same rows and, for those of the test, accuracies under the corruptions."""
+    found = list(rows)
+    for place, kind in enumerate(UNDER):
+        for one in choose(rows, split="test", metric="accuracy", alignment="none"):
+            found.append({**one, "metric": UNDER[kind], "value": f"{float(one['value']) - 0.1 * place:.6g}"})
+    return found
+
+
 def lines(table: str) -> dict[str, list[str]]:
     cells = [[part.strip() for part in line.strip("|").split("|")] for line in table.splitlines() if "---" not in line]
     return {line[0]: line[1:] for line in cells}
+
+
+def test_corruptions_have_a_table_where_they_were_measured(rows: list[dict[str, str]]) -> None:
+    assert "contrast" not in report(rows)
+    found = corrupted(rows)
+    assert "### Noise, blur, contrast, JPEG: test images, means over five strengths" in report(found)
+    table = lines(by_corruption(found, "digits"))
+    assert list(table)[1:] == ["none", "attention dropout 0.1", "DropKey 0.1"]
+    for place in range(4):
+        accuracy = interval([value - 0.1 * place for value in (0.82, 0.84, 0.81)])
+        assert table["DropKey 0.1"][1 + place] == f"{accuracy.mean:.3f} ± {accuracy.half:.3f}"
+        assert table["DropKey 0.1"][5 + place].startswith("+0.020 ± 0.000")
 
 
 def test_the_regularisers_are_compared_at_their_chosen_ratio(rows: list[dict[str, str]]) -> None:

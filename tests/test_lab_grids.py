@@ -14,6 +14,7 @@ from small_grids import GRID, ORIGIN, RECIPE
 
 from hf_dropkey.classification.arguments import DataArguments
 from hf_dropkey.classification.sources import png_bytes
+from hf_dropkey.cli import main
 from hf_dropkey.lab.grids import (
     BEGUN,
     DONE,
@@ -24,8 +25,10 @@ from hf_dropkey.lab.grids import (
     job_of,
     measure,
     missing_cells,
+    new_rows,
     train_cell,
 )
+from hf_dropkey.lab.robustness import UNDER
 from hf_dropkey.lab.rows import COLUMNS, choose, read_rows
 from hf_dropkey.lab.timing import append_rows
 
@@ -118,6 +121,7 @@ def test_a_cell_says_what_the_train_script_is_an_error() -> None:
         ({"cells": []}, "lists no cell"),
         ({"select_by": "f1"}, "selects by 'f1'; every cell has accuracy, nll, ece"),
         ({"task": None, "more": 1}, "unknown fields more"),
+        ({"corruptions": "noise"}, "has the corruptions 'noise'; pass true or false"),
     ],
 )
 def test_an_unknown_cell_is_an_error(make_grid: Any, changes: dict[str, Any], message: str) -> None:
@@ -127,7 +131,9 @@ def test_an_unknown_cell_is_an_error(make_grid: Any, changes: dict[str, Any], me
 
 def test_a_grid_without_a_field_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text(json.dumps({name: GRID[name] for name in GRID if name != "seeds"}))
-    with pytest.raises(ValueError, match=r"half.json lacks seeds; a grid has about, cells, held_out_images"):
+    with pytest.raises(
+        ValueError, match=r"half.json lacks seeds; a grid has about, cells, corruptions, held_out_images"
+    ):
         Grid.load(tmp_path / "half.json")
 
 
@@ -168,6 +174,48 @@ def test_a_grid_may_measure_few_held_out_images_in_16_bits_and_tests_all(make_gr
     assert {row["images"] for row in few} == {"12"} and {row["images"] for row in all_of_them} == {"40"}
     with pytest.raises(ValueError, match="has held_out_images 0; pass a whole number from 1 on"):
         make_grid(held_out_images=0)
+
+
+def test_corruptions_are_measured_of_the_usual_cells_and_may_be_added_later(make_grid: Any, tmp_path: Path) -> None:
+    cells = [
+        {"regulariser": "none"},
+        {"regulariser": "dropkey", "ratio": 0.5, "alignment": ["none", "monte-carlo"]},
+        {"regulariser": "dropkey", "ratio": 0.5, "pattern": "key"},
+        {"regulariser": "none", "train_images": 32},
+    ]
+    grid = make_grid(seeds=[0], cells=cells)
+    usual = [cell for cell in grid.cells if cell.is_usual]
+    assert [cell.regulariser for cell in usual] == ["none", "dropkey"]
+    before = [row for cells in grid.groups(grid.cells) for row in rows_of(grid, cells, tmp_path, split="test")]
+    assert not missing_cells(grid, before, "test") and not any("under" in row["metric"] for row in before)
+    asks = replace(grid, corruptions=True)
+    assert (
+        missing_cells(asks, before, "validation") == list(grid.cells) and missing_cells(asks, before, "test") == usual
+    )
+    found = [row for cell in usual for row in rows_of(asks, [cell], tmp_path, split="test")]
+    new = new_rows(before, found)
+    assert len(new) == 2 * 4 and {row["metric"] for row in new} == set(UNDER.values())
+    assert not missing_cells(asks, [*before, *new], "test") and new_rows([*before, *new], found) == []
+    assert not any("under" in row["metric"] for row in rows_of(asks, usual[:1], tmp_path))
+    other = [{**row, "value": "0.125"} if row["metric"] == "accuracy" else row for row in before]
+    with pytest.raises(ValueError, match=r"the accuracy was 0.125 .* and is .* now, so that these are other weights"):
+        new_rows(other, found)
+    # the mean over the strengths of what `hf-dropkey evaluate --robustness` measures
+    folder = tmp_path / "runs" / usual[0].name
+    words = [
+        "--model_name_or_path",
+        str(folder),
+        "--dataset_name",
+        "digits",
+        "--max_eval_samples",
+        "40",
+        "--robustness",
+    ]
+    assert main(["evaluate", *words, "--use_cpu", "--output_file", str(tmp_path / "evaluation.json")]) == 0
+    measured = json.loads((tmp_path / "evaluation.json").read_text())["robustness"]
+    values = {row["metric"]: float(row["value"]) for row in choose(new, regulariser="none")}
+    for kind, metric in UNDER.items():
+        assert values[metric] == pytest.approx(sum(measured[kind]) / 5, abs=1e-5)
 
 
 def test_held_out_test_and_training_images_are_different_ones(make_grid: Any, tmp_path: Path) -> None:

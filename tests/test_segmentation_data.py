@@ -173,7 +173,7 @@ def test_generated_scenes() -> None:
         ({}, "there is no data; give --train_images and --train_masks"),
         ({"train_images": "a"}, "--train_masks is missing beside a"),
         ({"train_images": "a", "train_masks": "b"}, "--class_names is missing"),
-        ({"dataset": "scenes", "train_images": "a", "train_masks": "b"}, "two sources of data"),
+        ({"dataset": "scenes", "train_images": "a", "train_masks": "b"}, "several sources of data"),
         ({"dataset": "scenes", "ignore_index": 300}, "--ignore_index 300 is outside 0 to 255"),
         ({"dataset": "scenes", "train_scenes": 0}, "--train_scenes 0 is below 1"),
         ({"dataset": "scenes", "scene_size": 8}, "--scene_size 8 is below 32"),

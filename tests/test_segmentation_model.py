@@ -7,17 +7,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_segmenters import KINDS, small_pretrained
 from transformers import (
-    BeitConfig,
-    BeitForSemanticSegmentation,
     BertConfig,
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessorPil,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    SegformerImageProcessorPil,
-    SwinConfig,
     ViTConfig,
     ViTModel,
 )
@@ -87,36 +80,7 @@ def test_a_classifier_and_a_plain_vit_become_backbones(tmp_path: Path) -> None:
         SegmentationModelArguments(backbone_name_or_path="x", hidden_size=8)
 
 
-def small_pretrained(kind: str, folder: Path) -> Path:
-    labels = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
-    model: Any
-    config: Any
-    processor: Any = SegformerImageProcessorPil(size={"height": 64, "width": 64})
-    if kind == "segformer":
-        sizes: Any = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}
-        model = SegformerForSemanticSegmentation(SegformerConfig(**sizes, decoder_hidden_size=16, **labels))
-    elif kind == "beit":
-        heads: Any = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
-        config = BeitConfig(**heads, image_size=64, patch_size=16, out_indices=[1, 2, 3, 4], **labels)
-        config.use_auxiliary_head = False
-        model = BeitForSemanticSegmentation(config)
-    else:
-        swin = SwinConfig(
-            embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, image_size=64,
-            out_features=["stage1", "stage2", "stage3", "stage4"],
-        )  # fmt: skip
-        sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "num_attention_heads": 2}
-        layers = {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 5, "train_num_points": 64}
-        widths = {"encoder_feedforward_dim": 32, "dim_feedforward": 32}
-        config = Mask2FormerConfig(backbone_config=swin, **sizes, **layers, **widths, **labels)
-        model = Mask2FormerForUniversalSegmentation(config)
-        processor = Mask2FormerImageProcessorPil(size={"height": 64, "width": 64})
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("kind", ["segformer", "beit", "mask2former"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("auto_image_processor")
 def test_pretrained_models_drop_keys_and_score_pixels(kind: str, tmp_path: Path) -> None:
     model, config, arguments = built(model_name_or_path=str(small_pretrained(kind, tmp_path)))

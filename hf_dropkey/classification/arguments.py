@@ -87,6 +87,13 @@ class ModelArguments:
             "added to a model that has none."
         },
     )
+    patch_dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Fraction of the patches of each image that training leaves out, [0, 1), of models whose tokens are a plain "
+            "sequence, such as ViT. Default: what the model remembers, else 0."
+        },
+    )
     config_overrides: dict | str | None = field(
         default=None,
         metadata={"help": 'Other fields of the configuration as JSON, such as {"mix_token": true, "depths": [2, 4]}.'},
@@ -99,8 +106,11 @@ class ModelArguments:
         """Reads --config_overrides.
 
         Raises:
-            ValueError: It is not a JSON object, or both a pretrained model and one from scratch are configured.
+            ValueError: It is not a JSON object, --patch_dropout is outside its range, or both a pretrained model and one from
+                scratch are configured.
         """
+        if self.patch_dropout is not None and not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"--patch_dropout {self.patch_dropout} is outside [0, 1); choose for example 0.5")
         if isinstance(self.config_overrides, str):
             try:
                 self.config_overrides = json.loads(self.config_overrides)

@@ -24,7 +24,8 @@ from .data import ImageData, load_image_data
 from .metrics import evaluation_metrics
 from .transform import CorruptedTransform, ImageTransform, collate_images
 from .uncertainty import FILE as UNCERTAINTY
-from .uncertainty import measure_uncertainty
+from .uncertainty import HELP as UNCERTAINTY_HELP
+from .uncertainty import measure_uncertainty, unmeasurable
 
 
 @dataclass
@@ -47,6 +48,7 @@ class EvaluationArguments:
             "twenty evaluations more."
         },
     )
+    uncertainty: bool = field(default=False, metadata={"help": UNCERTAINTY_HELP})
     output_file: str | None = field(
         default=None,
         metadata={"help": "JSON file to write. Default: evaluation.json in the model's folder, or here for a hub id."},
@@ -61,12 +63,20 @@ def main(command: Sequence[str]) -> None:
     arguments, data_arguments = parse_arguments(ARGUMENTS, command)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel("WARN")
+    folder = Path(arguments.model_name_or_path)
+    if arguments.uncertainty and not folder.is_dir():
+        raise ValueError(
+            f"--uncertainty writes {UNCERTAINTY} beside the model, and {folder} is not a folder; save the model into one, or "
+            "leave --uncertainty out"
+        )
     model, processor = load(arguments)
+    reason = unmeasurable(model) if arguments.uncertainty else None
+    if reason is not None:
+        raise ValueError(f"--uncertainty cannot be measured for {folder}: {reason}; leave it out")
     data = load_image_data(data_arguments, training=False).with_label_names(
         class_names(model.config, arguments.model_name_or_path)
     )
     measured = measure(model, processor, data, arguments)
-    folder = Path(arguments.model_name_or_path)
     result: dict[str, Any] = {
         "model": folder.resolve().name if folder.is_dir() else arguments.model_name_or_path,
         "data": data_arguments.name,
@@ -85,12 +95,10 @@ def main(command: Sequence[str]) -> None:
     file = Path(arguments.output_file or (folder if folder.is_dir() else Path()) / EVALUATION)
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written to {file}")
-    if folder.is_dir():
+    if arguments.uncertainty:
         size = arguments.per_device_eval_batch_size
-        uncertainty = measure_uncertainty(model, data, collate_images, batch_size=size)
-        if uncertainty is not None:
-            uncertainty.save(folder)
-            print(f"written to {folder / UNCERTAINTY}: how uncertain the model is, for `hf-dropkey demo`")
+        measure_uncertainty(model, data, collate_images, batch_size=size).save(folder)
+        print(f"written to {folder / UNCERTAINTY}: how uncertain the model is, for `hf-dropkey demo`")
     if arguments.robustness and file == folder / EVALUATION and (folder / REPORT).is_file():
         print(f"and to {write_report(folder)}")
 

@@ -32,9 +32,9 @@ from .data import ImageData, load_image_data
 from .metrics import classification_metrics
 from .mistakes import KeptPredictions, save_predictions
 from .model import check_loss, fit_classes, is_native, made_size, make_config, make_image_processor, make_model
-from .pretrained import add_drop_path, head_modules, pretrained_model
+from .pretrained import add_drop_path, add_patch_dropout, head_modules, pretrained_model
 from .transform import ImageTransform, collate_images, transform_rows
-from .uncertainty import save_uncertainty
+from .uncertainty import MeasuringArguments, save_uncertainty
 
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class ClassificationJob(TrainingJob[ImageData]):
     augmentation_arguments: AugmentationArguments
     fine_tuning: FineTuningArguments
     lora: LoraArguments
+    measuring: MeasuringArguments
     run: RunArguments
     training: TrainingArguments
 
@@ -111,6 +112,7 @@ class ClassificationJob(TrainingJob[ImageData]):
             ValueError, FileNotFoundError: As `make_config`, `check_loss` and `make_image_processor`.
         """
         check_attention(self.model.attn_implementation)
+        self.measuring.check(self.training)
         digits = self.data.is_digits
         self.fine_tuning.check(source=self.model.model_name_or_path, lora=self.lora.lora_r is not None)
         self.lora.check(source=self.model.model_name_or_path, trains=self.training.do_train)
@@ -146,6 +148,7 @@ class ClassificationJob(TrainingJob[ImageData]):
             model = add_lora(model, self.lora, source=source, revision=revision, trained=new)
         # behind adapters, whose outputs are parts of the branches
         add_drop_path(model, self.model.drop_path_rate)
+        add_patch_dropout(model, self.model.patch_dropout)
         return model
 
     def make_trainer(self, model: PreTrainedModel, data: ImageData) -> GuardedTrainer:
@@ -193,15 +196,16 @@ class ClassificationJob(TrainingJob[ImageData]):
         names = ("augment", "random_erasing", "mixup", "cutmix", "mixing_probability")
         return {**asdict(self.fine_tuning), **{name: getattr(augmentation, name) or 0 for name in names}}
 
-    def observe(self, trainer: GuardedTrainer, data: ImageData) -> Observed:
-        """As `TrainingJob.observe`, with every prediction of the last evaluation and pictures of the worst mistakes.
+    def draw(self, trainer: GuardedTrainer, data: ImageData) -> None:
+        """Writes how uncertain the model is on evaluation images, if that was requested."""
+        if self.measuring.uncertainty and trainer.is_world_process_zero():
+            self.output.mkdir(parents=True, exist_ok=True)
+            save_uncertainty(self.output, trainer, data)
 
-        Of an evaluated model that drops keys, `uncertainty_results.json` too.
-        """
+    def observe(self, trainer: GuardedTrainer, data: ImageData) -> Observed:
+        """As `TrainingJob.observe`, with every prediction of the last evaluation and pictures of the worst mistakes."""
         mistakes = save_predictions(self.output, self.kept, data)
         classes = data.label_names if self.kept.kept is not None else []
-        if self.kept.kept is not None:
-            save_uncertainty(self.output, trainer, data)
         return replace(super().observe(trainer, data), classes=classes, mistakes=mistakes)
 
     def fingerprint(self, data: ImageData) -> Fingerprint:

@@ -26,6 +26,8 @@ from ..models.modeling_dropkey import resize_position_grid
 from ..models.modeling_dropkey_features import DropKeyFeaturesForImageClassification
 from ..patching.drop_path import FIELD as DROP_PATH_FIELD
 from ..patching.drop_path import OWN_FIELD, apply_drop_path
+from ..patching.patch_dropout import FIELD as PATCH_DROPOUT_FIELD
+from ..patching.patch_dropout import apply_patch_dropout
 from ..patching.sites import transformers_model
 from .arguments import ClassificationDropKeyArguments, ModelArguments
 
@@ -164,6 +166,27 @@ def add_drop_path(model: PreTrainedModel, rate: float | None) -> None:
         logger.info("%s", apply_drop_path(model, chosen))
     except ValueError as error:
         raise ValueError(f"--drop_path_rate {chosen} cannot be had: {error}") from error
+
+
+def add_patch_dropout(model: PreTrainedModel, rate: float | None) -> None:
+    """Adds patch dropout to a model, as `apply_patch_dropout`, and logs the report.
+
+    Args:
+        model: The model, or a `PeftModel`.
+        rate: The fraction of the patches, [0, 1); None: what the model's configuration remembers.
+
+    Raises:
+        ValueError: The rate is outside [0, 1), or the model has no plain sequence of patches.
+    """
+    own: Any = transformers_model(model)
+    chosen = getattr(own.config, PATCH_DROPOUT_FIELD, None) if rate is None else rate
+    if not chosen:
+        vars(own.config).pop(PATCH_DROPOUT_FIELD, None)
+        return
+    try:
+        logger.info("%s", apply_patch_dropout(model, chosen))
+    except ValueError as error:
+        raise ValueError(f"--patch_dropout {chosen} cannot be had: {error}") from error
 
 
 def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -222,7 +222,7 @@ class ClassificationSearch:
         if output.is_dir() and not any(output.glob("checkpoint-*")) and not (output / FOLDER / COMPLETE).is_file():
             # killed before its first checkpoint
             shutil.rmtree(output)
-        page = ["--report", str(self.arguments.keep_trials)]
+        page = ["--report", str(self.arguments.keep_trials), "--uncertainty", "False"]
         words = [*self.words, *trial_words(settings), *EACH_TRIAL, *page, "--output_dir", str(output)]
         job = TrialJob.parse(words)
         job.images, job.pruning = self.images, PruneCallback(trial, self.metric)

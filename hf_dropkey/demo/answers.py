@@ -180,10 +180,11 @@ class Classifier:
 
     @property
     def measured_with_own_settings(self) -> MeasuredUncertainty | None:
-        """Uncertainty on evaluation images at the ratio and the pattern of `settings`, None if it was not measured."""
-        found = self.measured
-        own = found is not None and (found.ratio, found.pattern) == (self.settings.ratio, self.settings.pattern)
-        return found if own else None
+        """Uncertainty on evaluation images over `SAMPLES` masks with `settings`, None if it was not measured."""
+        found, own = self.measured, self.settings
+        # fewer masks estimate a smaller mutual information
+        wanted = (own.ratio, own.pattern, SAMPLES)
+        return found if found and (found.ratio, found.pattern, found.samples) == wanted else None
 
     def export(self, out: Path, image_size: tuple[int, int]) -> ExportedGraph:
         """Writes the model's graphs, as `export_graph` does with `monte_carlo`, at the ratio and the pattern of `settings`."""

@@ -149,9 +149,9 @@ def legend() -> str:
     )
 
 
-def see(answer: Answer, words: str, *, image: str) -> str:
-    """The first view: the answer, where the model looks, what each layer loses."""
-    parts = [sentence(words)]
+def see(answer: Answer, words: str, *, image: str, remark: str | None = None) -> str:
+    """The first view: the answer with a remark on it, where the model looks, what each layer loses."""
+    parts = [sentence(words)] + ([] if remark is None else [note(remark)])
     if answer.rollout is None:
         parts += [captioned(picture(enlarged(answer.seen, LARGE), image), "the image as the model sees it")]
         parts += [note(f"Attention cannot be shown: {answer.unreadable}")]

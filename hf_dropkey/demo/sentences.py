@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..hub.cards import RunFacts
 from ..saved import read_json
-from .answers import Answer
+from .answers import Answer, Classifier
 
 
 def answer_sentence(answer: Answer, rank: float | None, split: str = "test") -> str:
@@ -22,6 +22,19 @@ def answer_sentence(answer: Answer, rank: float | None, split: str = "test") -> 
         return f"{sure}, without a mask: at the ratio 0 no key is dropped"
     spread = f"{sure} ± {100 * answer.std[answer.best]:.0f} over {masks} masks"
     return spread if rank is None else f"{spread}; {_rank_clause(rank, split)}"
+
+
+def rank_note(model: Classifier, answer: Answer) -> str | None:
+    """Why an answer has no rank among evaluation images, and how it gets one; None where it has one, or cannot."""
+    if len(answer.by_mask) == 1 or not model.has_dropkey or model.rank(answer) is not None:
+        return None
+    own = model.settings
+    if model.measured is not None and (answer.settings.ratio, answer.settings.pattern) != (own.ratio, own.pattern):
+        return f"It is compared with evaluation images at the model's own ratio {own.ratio:g} and pattern {own.pattern} only."
+    return (
+        "How this compares with other images was not measured: hf-dropkey evaluate --model_name_or_path "
+        f"{model.name} --uncertainty, with evaluation data, does so."
+    )
 
 
 def short_answer(answer: Answer) -> str:

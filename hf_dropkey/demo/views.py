@@ -11,7 +11,7 @@ from PIL import Image
 from . import drawing
 from .answers import Answer, Classifier, Settings, by_uncertainty
 from .examples import Example
-from .sentences import answer_sentence, disagreements, short_answer, training_command, votes
+from .sentences import answer_sentence, disagreements, rank_note, short_answer, training_command, votes
 
 
 # settings whose examples are kept; a visitor who draws the slider would otherwise fill the memory
@@ -63,7 +63,8 @@ class Views:
             "pattern": settings.pattern,
             "seed": settings.seed,
         }
-        return drawing.see(answer, words, image=name), self._dots(answer, words), numbers
+        seen = drawing.see(answer, words, image=name, remark=rank_note(model, answer))
+        return seen, self._dots(answer, words), numbers
 
     def _dots(self, answer: Answer, words: str) -> str:
         parts = [drawing.sentence(words), drawing.note(votes(answer))]

@@ -31,7 +31,7 @@ from ..images.annotated import (
     usable_images,
 )
 from ..images.checks import name_some
-from ..images.sources import EVALUATION_SPLITS, check_known, data_fingerprint, load_named
+from ..images.sources import check_known, data_fingerprint, load_named, split_names
 from .annotations import TEXT_ID, checked_annotations
 from .arguments import DetectionDataArguments
 
@@ -175,13 +175,7 @@ def hub_splits(arguments: DetectionDataArguments) -> dict[str, Callable[[], Dete
         ValueError: A split that the arguments name is not there, or one serves both ends.
     """
     splits = load_named(str(arguments.dataset_name), arguments.dataset_config_name)
-    usual = next((name for name in EVALUATION_SPLITS if name in splits), None)
-    names = {"train": arguments.train_split_name, "validation": arguments.eval_split_name or usual}
-    for option, name in (("--train_split_name", names["train"]), ("--eval_split_name", arguments.eval_split_name)):
-        if name is not None and name not in splits:
-            raise ValueError(f"no split {name!r} among {list(splits)}; choose with {option}")
-    if names["train"] == names["validation"]:
-        raise ValueError(f"split {names['train']!r} is for training and evaluation; choose another --eval_split_name")
+    names = split_names(splits, arguments.train_split_name, arguments.eval_split_name)
     return {
         role: partial(
             read_rows,
@@ -190,7 +184,6 @@ def hub_splits(arguments: DetectionDataArguments) -> dict[str, Callable[[], Dete
             skip_bad_annotations=arguments.skip_bad_annotations,
         )
         for role, name in names.items()
-        if name is not None
     }
 
 

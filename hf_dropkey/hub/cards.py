@@ -62,6 +62,7 @@ SETTINGS = {
     "dropkey_pattern": "dropped together",
     "dropkey_window": "window, in patches",
     "dropkey_drop_path_rate": "drop path: largest rate of a layer",
+    "dropkey_patch_dropout_rate": "patch dropout: fraction of the patches",
 }
 CITATION = """@inproceedings{li2023dropkey,
   title     = {DropKey for Vision Transformer},

@@ -56,6 +56,18 @@ METRICS |= {
     )
     for fraction in (0.25, 0.5, 0.75)
 }
+# means over the five strengths of `images/corruptions.py`
+METRICS |= {
+    f"accuracy_under_{kind}": MetricName(
+        f"accuracy, {words}, mean over five strengths", f"accuracy, {words}", f"accuracy, {words}", True
+    )
+    for kind, words in (
+        ("noise", "noisy images"),
+        ("blur", "blurred images"),
+        ("contrast", "images of less contrast"),
+        ("jpeg", "JPEG images"),
+    )
+}
 METRICS |= {
     f"{prefix}{key}": MetricName(f"{full}{of} (mm)", f"{label}{of}, mm", f"{label}{of}", False)
     for prefix, of in (("", ""), ("mean_body_", " of the mean body"))

@@ -58,6 +58,26 @@ def load_named(name: str, config: str | None) -> datasets.DatasetDict:
     return load_as_text(found, builder, data_files=files) if is_csv(found) else found
 
 
+def split_names(splits: Mapping[str, Any], train: str, evaluation: str | None) -> dict[str, str]:
+    """The names of the splits to train on ("train") and to evaluate on ("validation"), where there is one.
+
+    Args:
+        splits: A data set's.
+        train: The split to train on.
+        evaluation: The split to evaluate on; None: the first of `EVALUATION_SPLITS` that there is.
+
+    Raises:
+        ValueError: A named split is not there, or one serves both ends.
+    """
+    for option, name in (("--train_split_name", train), ("--eval_split_name", evaluation)):
+        if name is not None and name not in splits:
+            raise ValueError(f"no split {name!r} among {list(splits)}; choose with {option}")
+    chosen = evaluation or next((name for name in EVALUATION_SPLITS if name in splits), None)
+    if train == chosen:
+        raise ValueError(f"split {train!r} is for training and evaluation; choose another --eval_split_name")
+    return {"train": train} | ({} if chosen is None else {"validation": chosen})
+
+
 def is_csv(splits: datasets.DatasetDict) -> bool:
     """Whether a data set was read from CSV files."""
     return any(split.info.builder_name == "csv" for split in splits.values())

@@ -10,7 +10,7 @@ from ..hub.metric_names import METRICS
 from ..intervals import Interval, difference, interval
 from .figures import Curve, curves, differences
 from .judgement import Judgement, judged
-from .robustness import OCCLUDED_FRACTIONS
+from .robustness import OCCLUDED_FRACTIONS, UNDER
 from .rows import CELL_COLUMNS, Row, by_cell, choose, warnings
 from .tables import markdown
 
@@ -180,6 +180,12 @@ def by_occlusion(rows: Sequence[Row], task: str) -> str:
         if seeds_of(tested, "accuracy", **wanted)
     ]
     return markdown(["accuracy", *(f"{fraction:.0%} of patches hidden" for fraction in OCCLUDED)], lines)
+
+
+def by_corruption(rows: Sequence[Row], task: str) -> str:
+    """Test images made worse, each number a mean over five strengths: the regularisers at their chosen ratios."""
+    tested = choose(rows, split="test", task=task)
+    return comparison(tested, named_ratios(tested, compared_in(tested)), "none", tuple(UNDER.values()))
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -400,6 +406,9 @@ def report(rows: Sequence[Row]) -> str:
             if choose(found, split="test", task=task, alignment=("monte-carlo", "fine-tune")):
                 parts += ["### Alignments: test images", by_alignment(found, task)]
             parts += ["### Hidden patches: test images", by_occlusion(found, task)]
+            if choose(found, split="test", task=task, metric=tuple(UNDER.values())):
+                parts += ["### Noise, blur, contrast, JPEG: test images, means over five strengths"]
+                parts += [by_corruption(found, task)]
         for metric in ("accuracy", "nll", "ece"):
             parts += [f"### {METRICS[metric].label} by ratio: held-out images", by_ratio(found, task, metric)]
         for column in ("schedule", "pattern"):

@@ -23,14 +23,14 @@ from ..classification.arguments import DataArguments
 from ..classification.data import ImageData, load_image_data
 from ..classification.job import ClassificationJob
 from ..classification.model import fit_classes, image_size
-from ..classification.transform import ImageTransform, collate_images
+from ..classification.transform import CorruptedTransform, ImageTransform, collate_images
 from ..extras import needed
 from ..hub.cards import shown_command
 from ..hub.metric_names import METRICS
 from ..inference import monte_carlo_predict
 from ..models.dropkey import PATTERNS, SCHEDULES
 from ..training.checkpoints import last_whole, prepare_output_folder
-from .robustness import metrics_of, occlusion_accuracy, predict_logits
+from .robustness import UNDER, corruption_accuracy, metrics_of, occlusion_accuracy, predict_logits
 from .rows import CELL_COLUMNS, Row, by_cell, choose
 from .timing import commit
 
@@ -52,6 +52,10 @@ BEGUN, DONE = "begun.json", "experiment.json"
 # metrics of every cell
 SELECTABLE = ("accuracy", "nll", "ece")
 UNITS = {"nll": "nats", "train_nll": "nats", "train_seconds": "s", "parameters": "count"}
+
+
+# fields that a grid may lack
+OPTIONAL = {"corruptions", "held_out_images"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +120,13 @@ class Cell:
         return replace(self, alignment=NONE) if self.alignment == MONTE_CARLO else self
 
     @property
+    def is_usual(self) -> bool:
+        """Whether it is of all images and, where it has DropKey, of the usual kind: one of those that are compared first."""
+        usual = {"schedule": SCHEDULES[0], "pattern": PATTERNS[0]}
+        plain = all(getattr(self, name) in (NONE, value) for name, value in usual.items())
+        return plain and self.alignment == NONE and self.train_images == ALL_IMAGES
+
+    @property
     def name(self) -> str:
         """The name of the folder, one for all cells that share weights."""
         words = [str(value) for name, value in asdict(self.trained).items() if name != "seed" and value != NONE]
@@ -157,6 +168,7 @@ class Grid:
         select_by: The metric of the held-out images by which ratios are chosen.
         occlusion_patch: Side in pixels of the patches that occlusion hides.
         held_out_images: At most so many held-out images are measured; the test takes all. None: as the recipe says.
+        corruptions: Whether the usual cells are also measured on test images that are made worse.
         about: For readers: command, machine, time and expected result.
     """
 
@@ -168,6 +180,7 @@ class Grid:
     select_by: str
     occlusion_patch: int
     held_out_images: int | None = None
+    corruptions: bool = False
     about: str = field(default="", compare=False)
 
     @classmethod
@@ -176,14 +189,14 @@ class Grid:
 
         `cells` is a list of objects, each a product: every field has a list of values, or one. Defaults of DropKey
         cells are `schedule` "decreasing" and `pattern` "score"; without `model` it is all models. `seeds` holds for
-        all cells.
+        all cells. `corruptions` may be left out.
 
         Raises:
             ValueError: A field is missing or unknown, a cell is unknown, or there are no cells.
         """
         found = json.loads(file.read_text(encoding="utf-8"))
         wanted = {entry.name for entry in fields(cls)} - {"name"} | {"seeds"}
-        wrong = sorted((wanted ^ set(found)) - {"held_out_images"})
+        wrong = sorted((wanted ^ set(found)) - (OPTIONAL - set(found)))
         if wrong:
             missing = [name for name in wrong if name in wanted]
             raise ValueError(
@@ -197,6 +210,8 @@ class Grid:
             raise ValueError(
                 f"the grid {file} has held_out_images {held_out!r}; pass a whole number from 1 on, or none"
             )
+        if not isinstance(found.get("corruptions", False), bool):
+            raise ValueError(f"the grid {file} has the corruptions {found['corruptions']!r}; pass true or false")
         if found["select_by"] not in SELECTABLE:
             raise ValueError(
                 f"the grid {file} selects by {found['select_by']!r}; every cell has {', '.join(SELECTABLE)}"
@@ -251,10 +266,43 @@ class Grid:
 
 
 def missing_cells(grid: Grid, rows: Sequence[Row], split: str) -> list[Cell]:
-    """The cells of a grid without rows of a split."""
+    """The cells of a grid without rows of a split, or without those of the corruptions that it requests."""
     names = (*CELL_COLUMNS, "seed")
-    done = {tuple(row[name] for name in names) for row in choose(rows, experiment=grid.name, split=split)}
-    return [cell for cell in grid.cells if tuple(cell.columns(grid)[name] for name in names) not in done]
+    found = choose(rows, experiment=grid.name, split=split)
+    done = {tuple(row[name] for name in names) for row in found}
+    corrupted = {tuple(row[name] for name in names) for row in found if row["metric"] in UNDER.values()}
+    return [
+        cell
+        for cell in grid.cells
+        if tuple(cell.columns(grid)[name] for name in names)
+        not in (corrupted if measures_corruptions(grid, cell, split) else done)
+    ]
+
+
+def measures_corruptions(grid: Grid, cell: Cell, split: str) -> bool:
+    """Whether a cell is also measured on images that are made worse."""
+    return grid.corruptions and split == "test" and cell.is_usual
+
+
+def new_rows(rows: Sequence[Row], found: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Those of the rows that were found for numbers that `rows` do not have; what they have must be the same.
+
+    Raises:
+        ValueError: A number was measured before, as another one, so that new rows would not belong to those weights.
+    """
+    names = (*CELL_COLUMNS, "seed", "split", "metric")
+    known = {tuple(row[name] for name in names): row["value"] for row in rows}
+    new = []
+    for row in found:
+        before = known.get(tuple(row[name] for name in names))
+        if before is None:
+            new.append(row)
+        elif row["metric"] == "accuracy" and float(before) != float(row["value"]):
+            raise ValueError(
+                f"the accuracy was {before} when this cell was measured before, and is {row['value']} now, so that these are other "
+                "weights; to measure more of the grid, save it under another name"
+            )
+    return new
 
 
 def chosen_cells(grid: Grid, rows: Sequence[Row]) -> list[Cell]:
@@ -404,11 +452,18 @@ def data_to_test(data: DataArguments) -> ImageData:
     return found
 
 
-def tensors(rows: Dataset, job: ClassificationJob, data: ImageData) -> tuple[torch.Tensor, torch.Tensor]:
+def tensors(
+    rows: Dataset, job: ClassificationJob, data: ImageData, transform: ImageTransform | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """All images of some rows as inputs of the model, `[B, channels, H, W]`, and their labels `[B]`."""
-    transform = ImageTransform(job.processor, label_ids=data.label_ids, num_channels=job.config.num_channels)
+    transform = transform or ImageTransform(job.processor, **takes(job, data))
     batch = collate_images(rows.with_transform(transform).__getitems__(list(range(len(rows)))))
     return batch["pixel_values"], batch["labels"]
+
+
+def takes(job: ClassificationJob, data: ImageData) -> dict[str, Any]:
+    """What a transform of images takes beside the processor."""
+    return {"label_ids": data.label_ids, "num_channels": job.config.num_channels}
 
 
 def measure(
@@ -441,6 +496,8 @@ def measure(
         measured = measured.select(range(min(grid.held_out_images, len(measured))))
     pixel_values, labels = tensors(measured, job, evaluated)
     pixel_values = pixel_values.to(job.training.device)
+    # as the trainer evaluates
+    precision = torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=job.training.bf16)
     rows = []
     for cell in cells:
         if cell.alignment == MONTE_CARLO:
@@ -448,8 +505,7 @@ def measure(
         else:
             assert found.train is not None
             seen = tensors(found.train, job, found)
-            # as the trainer evaluates
-            with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=job.training.bf16):
+            with precision:
                 train = metrics_of(predict_logits(model, seen[0].to(pixel_values.device)), seen[1])
                 metrics = metrics_of(predict_logits(model, pixel_values), labels)
                 occluded = occlusion_accuracy(model, pixel_values, labels, patch=grid.occlusion_patch)
@@ -457,6 +513,15 @@ def measure(
             metrics["accuracy_gap"] = train["accuracy"] - metrics["accuracy"]
             metrics |= {f"accuracy_at_occlusion_{fraction:g}": value for fraction, value in occluded.items()}
             metrics |= {name: facts[name] for name in ("train_seconds", "parameters") if name in facts}
+            if measures_corruptions(grid, cell, split):
+
+                def corrupted(kind: str, strength: int) -> torch.Tensor:
+                    transform = CorruptedTransform(kind, strength, job.processor, **takes(job, evaluated))
+                    return tensors(evaluated.evaluation, job, evaluated, transform)[0].to(pixel_values.device)
+
+                with precision:
+                    under = corruption_accuracy(model, corrupted, labels)
+                metrics |= {UNDER[kind]: value for kind, value in under.items()}
         shared = {"epochs": f"{facts['epochs']:g}", "split": split, "images": str(len(labels))}
         # not recorded by older releases
         shared["git_sha"] = facts.get("git_sha", "unknown")

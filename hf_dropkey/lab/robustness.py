@@ -1,4 +1,6 @@
-"""Robustness of a classifier: logits of many images, also with patches hidden, and their metrics."""
+"""Robustness of a classifier: logits of many images, also with patches hidden or made worse, and their metrics."""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -6,11 +8,14 @@ from torch import nn
 from transformers import EvalPrediction
 
 from ..classification.metrics import classification_metrics
+from ..images.corruptions import CORRUPTIONS, STRENGTHS
 from ..inference import eval_mode
 
 
 # fractions of the patches of an image that are hidden
 OCCLUDED_FRACTIONS = (0.25, 0.5, 0.75)
+# metrics on images that are made worse, by kind
+UNDER = {kind: f"accuracy_under_{kind}" for kind in CORRUPTIONS}
 
 
 def predict_logits(model: nn.Module, pixel_values: torch.Tensor, *, batch_size: int = 256) -> torch.Tensor:
@@ -63,3 +68,22 @@ def occlusion_accuracy(
         ]
         for fraction in OCCLUDED_FRACTIONS
     }
+
+
+def corruption_accuracy(
+    model: nn.Module, corrupted: Callable[[str, int], torch.Tensor], labels: torch.Tensor
+) -> dict[str, float]:
+    """Accuracy on images that are made worse, by kind: the mean over the five strengths.
+
+    Args:
+        model: The classifier.
+        corrupted: Gives the images `[B, channels, H, W]` of a kind and a strength of `images/corruptions.py`.
+        labels: `[B]`.
+    """
+    found = {
+        kind: [
+            metrics_of(predict_logits(model, corrupted(kind, strength)), labels)["accuracy"] for strength in STRENGTHS
+        ]
+        for kind in CORRUPTIONS
+    }
+    return {kind: sum(values) / len(values) for kind, values in found.items()}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from ..images.sources import data_name
+from ..images.sources import EVALUATION_SPLITS, data_name, hub_or_data_name
 from ..training.arguments import DropKeyArguments
 
 
@@ -141,9 +141,40 @@ class SegmentationDataArguments:
     )
     validation_images: str | None = field(default=None, metadata={"help": "Folder of the images to evaluate on."})
     validation_masks: str | None = field(default=None, metadata={"help": "Folder of their masks."})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of folders: a data set of the hub or in a folder, with the columns `image` and `label` (or "
+            "`pixel_values`, `annotation`), and an id2label.json."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    train_split_name: str = field(default="train", metadata={"help": "Split of the data set to train on."})
+    eval_split_name: str | None = field(
+        default=None, metadata={"help": f"Split to evaluate on. Default: the first of {', '.join(EVALUATION_SPLITS)}."}
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Instead of folders: a parquet file with such columns, or a glob pattern for several."},
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "The same, for evaluation."})
+    image_column_name: str | None = field(default=None, metadata={"help": "Default: found by its usual name."})
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the masks. Default: found by its usual name."}
+    )
     class_names: str | None = field(
         default=None,
-        metadata={"help": 'JSON file of the class names in the order of their numbers: ["road", "car", ...].'},
+        metadata={
+            "help": 'JSON file of the class names in the order of their numbers: ["road", "car", ...]. Default: id2label.json '
+            "of --dataset_name."
+        },
+    )
+    do_reduce_labels: bool = field(
+        default=False,
+        metadata={
+            "help": "Masks number the classes from 1, and 0 is a pixel without one, as in ADE20K: subtract 1, 0 becomes "
+            "--ignore_index."
+        },
     )
     ignore_index: int = field(
         default=IGNORE_INDEX, metadata={"help": "Value of pixels that are neither trained on nor scored, 0 to 255."}
@@ -172,15 +203,8 @@ class SegmentationDataArguments:
             if bool(images) != bool(masks):
                 missing = f"--{split}_{'masks' if images else 'images'}"
                 raise ValueError(f"{missing} is missing beside {images or masks}; give both")
-        given = any(images for images, _ in folders.values())
-        if self.dataset and (given or self.class_names):
-            raise ValueError(f"--dataset {self.dataset} and files are two sources of data; keep one")
-        if not self.dataset and not given:
-            raise ValueError(
-                "there is no data; give --train_images and --train_masks (and --validation_images, --validation_masks), or "
-                "--dataset scenes"
-            )
-        if given and not self.class_names:
+        self._check_sources()
+        if not (self.dataset or self.dataset_name or self.class_names):
             raise ValueError(
                 "--class_names is missing: a JSON file with the names of the classes in the order of their numbers, such "
                 'as ["background", "cat"]'
@@ -194,12 +218,44 @@ class SegmentationDataArguments:
         if self.scene_size < 32:
             raise ValueError(f"--scene_size {self.scene_size} is below 32, too small for its shapes")
 
+    def _check_sources(self) -> None:
+        """Raises ValueError unless there is one source of data."""
+        folders, files = self.train_images or self.validation_images, self.train_file or self.validation_file
+        named = {
+            "dataset": self.dataset,
+            "dataset_name": self.dataset_name,
+            "train_images" if self.train_images else "validation_images": folders,
+            "train_file" if self.train_file else "validation_file": files,
+        }
+        given = [f"--{name} {value}" for name, value in named.items() if value]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are several sources of data; keep one")
+        if not given:
+            raise ValueError(
+                "there is no data; give --train_images and --train_masks (and --validation_images, --validation_masks), "
+                "--dataset_name, --train_file, or --dataset scenes"
+            )
+        if self.dataset and (self.class_names or self.do_reduce_labels):
+            what = "--class_names" if self.class_names else "--do_reduce_labels"
+            raise ValueError(f"{what} is for data of your own, and --dataset {self.dataset} is complete; leave it out")
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the data are rows with images, not folders and not generated."""
+        return bool(self.dataset_name or self.train_file or self.validation_file)
+
+    @property
+    def evaluation_path(self) -> str | None:
+        """The folder or the files of the images to evaluate on; None for a data set with splits."""
+        return self.validation_images or self.validation_file
+
     @property
     def name(self) -> str:
         """What to call the data where others read it: of a local path only the last part."""
         if self.dataset:
             return self.dataset
-        return data_name(str(self.train_images or self.validation_images))
+        path = self.train_images or self.train_file or self.evaluation_path
+        return data_name(path) if path else hub_or_data_name(str(self.dataset_name))
 
 
 @dataclass

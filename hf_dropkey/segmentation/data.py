@@ -1,7 +1,7 @@
 """Images with a class for every pixel, from where people keep them: read and checked.
 
-`load_segmentation_data` takes folders of images and of masks, PNG files whose values are class numbers, or generates
-scenes. Every image and mask is checked before training time is spent.
+`load_segmentation_data` takes folders of images and of masks, PNG files whose values are class numbers, or rows of a data set
+with both (`rows.py`), or generates scenes. Every image and mask is checked before training time is spent.
 """
 
 import io
@@ -20,16 +20,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers.utils.logging import tqdm
 
-from ..images.annotated import AnnotatedImages, choose, file_cell, file_size, usable_images
+from ..images.annotated import AnnotatedImages, choose, file_cell, file_size, row_cell, usable_images
 from ..images.checks import READER_ERRORS, name_some
 from ..images.folders import image_endings, visible_files
 from ..images.sources import check_known, data_fingerprint
 from .arguments import SegmentationDataArguments
+from .rows import class_file, mask_row_cell, readers, records_of, usual_columns
 from .scenes import SCENE_CLASSES, drawn_scene
 
 
 logger = logging.getLogger(__name__)
 
+ROLES = ("train", "validation")
 # one channel of whole numbers; "P" holds numbers of a palette, which are the classes
 MASK_MODES = ("1", "L", "P", "I", "I;16")
 
@@ -42,11 +44,13 @@ class SegmentationSplit(AnnotatedImages):
         mask_cell: Gives the undecoded mask, `{"bytes": ..., "path": ...}`, of an image record.
         names: Class names of the numbers in the masks.
         ignore_index: Value of pixels without a class.
+        reduce: Whether the masks' 0 is a pixel without a class, and their 1 is the first class.
     """
 
     mask_cell: Callable[[dict[str, Any]], dict[str, Any]]
     names: list[str]
     ignore_index: int
+    reduce: bool = False
 
     def mask(self, row: int) -> NDArray[np.int64]:
         """The class number of each pixel of an image, or `ignore_index`, `[height, width]`.
@@ -55,8 +59,15 @@ class SegmentationSplit(AnnotatedImages):
             ValueError: The mask cannot be used; names it.
         """
         record = self.images[row]
+        cell = self.mask_cell(record)
         return read_mask(
-            self.mask_cell(record), (record["width"], record["height"]), len(self.names), self.ignore_index
+            cell,
+            (record["width"], record["height"]),
+            len(self.names),
+            self.ignore_index,
+            reduce=self.reduce,
+            # bytes of a row may come with a path that leads nowhere
+            where=f"the mask of {record['file_name']}" if "row" in record else None,
         )
 
     def annotations_as_text(self, row: int) -> str:
@@ -110,10 +121,13 @@ def load_segmentation_data(
         ValueError: A split is missing, or masks, names or images cannot be used.
     """
     wanted = {"train": training, "validation": evaluation}
+    readers = split_readers(arguments)
     splits: dict[str, SegmentationSplit] = {}
     for role in [role for role, needed in wanted.items() if needed]:
+        if role not in readers:
+            raise ValueError(f"no data for the {role} split; {_how_to_give(arguments, role)}")
         limit = arguments.max_train_samples if role == "train" else arguments.max_eval_samples
-        split = choose(read_split(arguments, role), limit)
+        split = choose(readers[role](), limit)
         split = usable_images(split, check=arguments.check_images, skip=arguments.skip_bad_images)
         if arguments.check_images:
             split = usable_masks(split, skip=arguments.skip_bad_images)
@@ -122,21 +136,69 @@ def load_segmentation_data(
     return SegmentationData(splits.get("train"), splits.get("validation"), names, list(range(len(names))))
 
 
-def read_split(arguments: SegmentationDataArguments, role: str) -> SegmentationSplit:
-    """A split as the arguments name it; images and masks are not decoded.
+def split_readers(arguments: SegmentationDataArguments) -> dict[str, Callable[[], SegmentationSplit]]:
+    """How to read each split that the arguments name; images and masks are not decoded.
 
     Raises:
-        FileNotFoundError: A folder or the file of names is not there.
-        ValueError: The split is not named, or a mask is missing.
+        FileNotFoundError: The file of names is not there.
+        ValueError: The names or the splits cannot be used.
     """
+    ignore = arguments.ignore_index
     if arguments.dataset:
-        count = arguments.train_scenes if role == "train" else arguments.validation_scenes
-        return scene_split(role, count, arguments.scene_size, arguments.ignore_index)
-    images, masks = (getattr(arguments, f"{role}_{what}") for what in ("images", "masks"))
-    if not images:
-        raise ValueError(f"no data for the {role} split; give --{role}_images and --{role}_masks")
-    names = read_class_names(Path(str(arguments.class_names)), arguments.ignore_index)
-    return folder_split(Path(images), Path(masks), names, arguments.ignore_index, role, skip=arguments.skip_bad_images)
+        counts = {"train": arguments.train_scenes, "validation": arguments.validation_scenes}
+        return {
+            role: partial(scene_split, role, count, arguments.scene_size, ignore) for role, count in counts.items()
+        }
+    names = read_class_names(class_file(arguments), ignore)
+    if arguments.do_reduce_labels and ignore == len(names):
+        raise ValueError(
+            f"--ignore_index {ignore} is the number of {names[-1]!r} in masks with --do_reduce_labels; choose one from "
+            f"{ignore + 1} on"
+        )
+    if arguments.has_rows:
+        return {role: partial(row_split, reader, arguments, names) for role, reader in readers(arguments).items()}
+    folders = {role: tuple(getattr(arguments, f"{role}_{what}") for what in ("images", "masks")) for role in ROLES}
+    return {
+        role: partial(
+            folder_split,
+            Path(images),
+            Path(masks),
+            names,
+            ignore,
+            role,
+            reduce=arguments.do_reduce_labels,
+            skip=arguments.skip_bad_images,
+        )
+        for role, (images, masks) in folders.items()
+        if images
+    }
+
+
+def _how_to_give(arguments: SegmentationDataArguments, role: str) -> str:
+    if arguments.dataset_name:
+        return f"{arguments.dataset_name} has none; name another of its splits with --eval_split_name"
+    return f"give --{role}_file" if arguments.has_rows else f"give --{role}_images and --{role}_masks"
+
+
+def row_split(
+    reader: Callable[[], tuple[Any, str]], arguments: SegmentationDataArguments, names: list[str]
+) -> SegmentationSplit:
+    """The rows of a data set.
+
+    Raises:
+        ValueError: A column is not there, or holds no images.
+    """
+    found, name = reader()
+    rows = usual_columns(found, name, arguments.image_column_name, arguments.label_column_name)
+    return SegmentationSplit(
+        name,
+        records_of(rows, name),
+        partial(row_cell, rows),
+        partial(mask_row_cell, rows),
+        names,
+        arguments.ignore_index,
+        arguments.do_reduce_labels,
+    )
 
 
 def scene_split(role: str, count: int, size: int, ignore_index: int) -> SegmentationSplit:
@@ -159,7 +221,7 @@ def scene_cell(role: str, size: int, part: int, image: dict[str, Any]) -> dict[s
 
 
 def folder_split(
-    images: Path, masks: Path, names: list[str], ignore_index: int, role: str, *, skip: bool
+    images: Path, masks: Path, names: list[str], ignore_index: int, role: str, *, reduce: bool = False, skip: bool
 ) -> SegmentationSplit:
     """The images of a folder, at any depth, each with the PNG of its name in the folder of masks.
 
@@ -200,7 +262,7 @@ def folder_split(
             width, height = file_size({"bytes": None, "path": str(images / file)}) or (1, 1)
             records.append({"id": len(records), "file_name": str(file), "width": width, "height": height})
     return SegmentationSplit(
-        str(images), records, partial(file_cell, images), partial(mask_file_cell, masks), names, ignore_index
+        str(images), records, partial(file_cell, images), partial(mask_file_cell, masks), names, ignore_index, reduce
     )
 
 
@@ -251,7 +313,15 @@ def read_class_names(file: Path, ignore_index: int) -> list[str]:
     return found
 
 
-def read_mask(cell: dict[str, Any], size: tuple[int, int], classes: int, ignore_index: int) -> NDArray[np.int64]:
+def read_mask(
+    cell: dict[str, Any],
+    size: tuple[int, int],
+    classes: int,
+    ignore_index: int,
+    *,
+    reduce: bool = False,
+    where: str | None = None,
+) -> NDArray[np.int64]:
     """The class numbers of an undecoded mask, `[height, width]`.
 
     Args:
@@ -259,11 +329,15 @@ def read_mask(cell: dict[str, Any], size: tuple[int, int], classes: int, ignore_
         size: Width and height of its image.
         classes: Number of classes.
         ignore_index: Value of pixels without a class.
+        reduce: Whether 0 is a pixel without a class too, and 1 the first class, whose number becomes 0.
+        where: What to call it in errors; by default its path.
 
     Raises:
-        ValueError: It is not an image, in colour, of another size, or has other numbers; names the file.
+        ValueError: It is not there, not an image, in colour, of another size, or has other numbers; names the file.
     """
-    where = cell["path"] or "the mask"
+    where = where or cell["path"] or "the mask"
+    if cell["bytes"] is None and cell["path"] is None:
+        raise ValueError(f"{where} (no mask)")
     try:
         with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
             image.load()
@@ -278,13 +352,17 @@ def read_mask(cell: dict[str, Any], size: tuple[int, int], classes: int, ignore_
         )
     if found != size:
         raise ValueError(f"{where} (mask of {found} pixels (width, height), its image has {size}; make them equal)")
-    strange = sorted(set(np.unique(values).tolist()) - {ignore_index, *range(classes)})
+    first = int(reduce)
+    allowed = {ignore_index, *range(classes + first)}
+    strange = sorted(set(np.unique(values).tolist()) - allowed)
     if strange:
         raise ValueError(
-            f"{where} (has the values {name_some(map(str, strange))}; the {classes} classes are 0 to {classes - 1}, and "
-            f"--ignore_index is {ignore_index})"
+            f"{where} (has the values {name_some(map(str, strange))}; the {classes} classes are {first} to "
+            f"{classes - 1 + first}{', 0 is a pixel without one' * reduce}, and --ignore_index is {ignore_index})"
         )
-    return values
+    if not reduce:
+        return values
+    return np.where((values == 0) | (values == ignore_index), ignore_index, values - 1)
 
 
 def usable_masks(split: SegmentationSplit, *, skip: bool) -> SegmentationSplit:

@@ -161,11 +161,15 @@ class SegmentationJob(TrainingJob[SegmentationData]):
 
     def card(self, data: SegmentationData) -> dict[str, Any]:
         """Data set, what was evaluated on, and starting point."""
-        folder = self.data.validation_images
+        path, named = self.data.evaluation_path, self.data.dataset_name
+        # of a data set the split is called "<data set> (<split>)"
+        split = data.evaluation.name.rpartition(" (")[2][:-1] if named and data.evaluation else None
         return {
             "tags": ["vision", "semantic-segmentation"],
             "dataset": self.data.name,
-            "evaluation_dataset": Path(folder).resolve().name if folder else None,
+            "dataset_tags": named if named and named == self.data.name else None,
+            "dataset_split": split,
+            "evaluation_dataset": Path(path).resolve().name if path else None,
             "finetuned_from": public_name(self.model.model_name_or_path or self.model.backbone_name_or_path),
         }
 

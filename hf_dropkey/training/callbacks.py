@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..patching.adapters import ADAPTER_CONFIG, is_adapted, save_adapter_settings
 from ..patching.apply import apply_dropkey, dropkey_modules, forgotten_ratio, warn_if_forgotten
 from ..patching.drop_path import apply_drop_path, forgotten_drop_path, warn_if_drop_path_forgotten
+from ..patching.patch_dropout import apply_patch_dropout, forgotten_patch_dropout, warn_if_patch_dropout_forgotten
 
 
 # (step, total steps) -> factor on every ratio, in [0, 1]; step counts the finished optimiser steps
@@ -153,7 +154,7 @@ class DropKeyGuardCallback(TrainerCallback):
     """Notices a model whose configuration has DropKey settings while none of its attentions drops keys.
 
     A patched stock model is in this state after `from_pretrained`: it would train without DropKey. The same of drop path
-    (`apply_drop_path`). The adapters in the checkpoints of PEFT's models get their settings, which PEFT does not save
+    (`apply_drop_path`) and patch dropout (`apply_patch_dropout`). The adapters in the checkpoints of PEFT's models get their settings, which PEFT does not save
     (`save_adapter_settings`).
 
     Args:
@@ -171,11 +172,14 @@ class DropKeyGuardCallback(TrainerCallback):
         if not self.reapply:
             warn_if_forgotten(model)
             warn_if_drop_path_forgotten(model)
+            warn_if_patch_dropout_forgotten(model)
             return
         if forgotten_ratio(model) is not None:
             apply_dropkey(model)
         if forgotten_drop_path(model) is not None:
             apply_drop_path(model)
+        if forgotten_patch_dropout(model) is not None:
+            apply_patch_dropout(model)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Completes the adapter of the checkpoint, if it is one."""

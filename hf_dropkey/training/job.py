@@ -78,6 +78,7 @@ CONTINUES = {
     "num_train_epochs": "longer with --num_train_epochs or --max_steps",
     "max_steps": "longer with --num_train_epochs or --max_steps",
     "do_eval": "evaluated with --do_eval",
+    "uncertainty": "measured with --uncertainty",
     "push_to_hub": "shared with --push_to_hub",
 }
 
@@ -153,7 +154,7 @@ class TrainingJob(ABC, Generic[Data]):
         return {}
 
     def draw(self, trainer: GuardedTrainer, data: Data) -> None:
-        """Draws figures into the output folder; none unless a task does."""
+        """Draws figures into the output folder, and measures what is no metric; nothing unless a task does."""
 
     @property
     def output(self) -> Path:

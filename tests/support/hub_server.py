@@ -1,4 +1,4 @@
-"""A server on the loopback address that speaks the Hub's HTTP API for models and Spaces, as far as the libraries use it.
+"""A server on the loopback address that speaks the Hub's HTTP API for models, Spaces and data sets, as far as the libraries use it.
 
 Repositories live in memory. Needs the standard library and PyYAML only, so that a wrong idea of the client's cannot
 hide in the server. What it does not do: git itself, xet storage, the real checks of metadata, secret scanning.
@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml  # type: ignore[import-untyped]
 
@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OWNER = "tester"
 # made up; long enough to be taken for one
 TOKEN = "hf_" + "LoopbackTestToken" * 2
-LARGE = (".safetensors", ".bin", ".pt", ".pth", ".png", ".onnx")
-MODELS = r"/api/(?P<repo>(?:models|spaces)/[^/]+/[^/]+)"
+LARGE = (".parquet", ".safetensors", ".bin", ".pt", ".pth", ".png", ".onnx")
+MODELS = r"/api/(?P<repo>(?:models|spaces|datasets)/[^/]+/[^/]+)"
 
 
 class Refusal(Exception):
@@ -250,8 +250,8 @@ class _Handler(BaseHTTPRequestHandler):
         owner = asked.get("organization") or OWNER
         if owner != OWNER:
             raise Refusal(403, f"You don't have the rights to create a model under the namespace {owner!r}")
-        kind = "spaces/" if asked.get("type") == "space" else ""
-        if kind and asked.get("sdk") not in ("gradio", "docker", "static"):
+        kind = {"space": "spaces/", "dataset": "datasets/"}.get(asked.get("type"), "")
+        if kind == "spaces/" and asked.get("sdk") not in ("gradio", "docker", "static"):
             raise Refusal(400, "a Space needs an sdk")
         repo, url = f"{kind}{owner}/{asked['name']}", f"{self.hub.url}/{kind}{owner}/{asked['name']}"
         if repo in self.hub.repositories:
@@ -348,18 +348,32 @@ class _Handler(BaseHTTPRequestHandler):
         found = self._repository(repo)
         commit = found.at(revision)
         siblings = [{"rfilename": name} for name in sorted(commit.files)]
-        name = repo.removeprefix("spaces/")
+        name = repo.removeprefix("spaces/").removeprefix("datasets/")
         about = {"_id": "0", "id": name, "modelId": name, "sha": commit.sha, "private": found.private}
         self._answer({**about, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
 
-    def tree(self, repo: str, revision: str) -> None:
-        entries = []
-        for name, file in sorted(self._repository(repo).at(revision).files.items()):
-            entry = {"type": "file", "path": name, "size": len(file.content), "oid": file.oid}
-            if file.large:
-                entry["lfs"] = {"oid": file.oid, "size": len(file.content), "pointerSize": 134}
-            entries.append(entry)
+    def tree(self, repo: str, revision: str, path: str = "") -> None:
+        files = self._repository(repo).at(revision).files
+        inside = {name: file for name, file in files.items() if not path or name.startswith(f"{path}/")}
+        if path and not inside:
+            raise Refusal(404, f"{path} does not exist", "EntryNotFound")
+        folders = {
+            str(parent) for name in inside for parent in PurePosixPath(name).parents if str(parent) not in (".", path)
+        }
+        entries = [_entry(name, file) for name, file in sorted(inside.items())]
+        entries += [{"type": "directory", "path": name, "oid": "0" * 40} for name in sorted(folders)]
+        if parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() != "true":
+            entries = [one for one in entries if str(PurePosixPath(one["path"]).parent) == (path or ".")]
         self._answer(entries)
+
+    def paths(self, repo: str, revision: str) -> None:
+        files = self._repository(repo).at(revision).files
+        # a list in JSON, or fields of a form, which the client sends
+        form = parse_qs(self.body.decode())
+        asked = form["paths"] if "paths" in form else json.loads(self.body)["paths"]
+        folders = [{"type": "directory", "path": name, "oid": "0" * 40} for name in asked if name not in files]
+        known = [one for one in folders if any(name.startswith(f"{one['path']}/") for name in files)]
+        self._answer([*known, *(_entry(name, files[name]) for name in asked if name in files)])
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         commit = self._repository(repo).at(revision)
@@ -370,6 +384,14 @@ class _Handler(BaseHTTPRequestHandler):
         if file.large:
             headers |= {"X-Linked-Etag": f'"{file.oid}"', "X-Linked-Size": str(len(file.content))}
         self._answer(file.content, headers=headers)
+
+
+def _entry(name: str, file: File) -> dict[str, Any]:
+    """A file as the Hub lists it."""
+    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(file.content), "oid": file.oid}
+    if file.large:
+        entry["lfs"] = {"oid": file.oid, "size": len(file.content), "pointerSize": 134}
+    return entry
 
 
 # method, path, name of the handler's method
@@ -384,10 +406,12 @@ ROUTES = (
     ("GET", MODELS, "information"),
     ("GET", MODELS + "/revision/(?P<revision>[^/]+)", "information"),
     ("GET", MODELS + "/tree/(?P<revision>[^/]+)", "tree"),
-    ("POST", r"/(?P<repo>(?:spaces/)?[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+    ("GET", MODELS + "/tree/(?P<revision>[^/]+)/(?P<path>.+)", "tree"),
+    ("POST", MODELS + "/paths-info/(?P<revision>[^/]+)", "paths"),
+    ("POST", r"/(?P<repo>(?:spaces/|datasets/)?[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
     ("POST", "/lfs/(?P<oid>[0-9a-f]{64})/verify", "lfs_verify"),
-    ("GET|HEAD", "/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    ("GET|HEAD", "/(?P<repo>(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 )
 
 
