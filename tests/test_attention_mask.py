@@ -222,7 +222,8 @@ def test_a_mask_in_parts_is_the_mask_in_one(form: str, dtype: torch.dtype, monke
         assert state is not None
         chunks = cpu_attention.chunks_of(query, key)
         assert len(chunks) > 1
-        for chunk, part in cpu_attention.additive_mask_chunks(SEED, state, chunks, query, key, mask, settings):
+        memory = cpu_attention.mask_memory(chunks, query, key)
+        for chunk, part in cpu_attention.additive_mask_chunks(SEED, state, chunks, memory, query, key, mask, settings):
             assert part.dtype == dtype and torch.equal(part, whole[chunk])
 
 
