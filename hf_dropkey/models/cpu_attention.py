@@ -28,17 +28,20 @@ from .patterns import protect_bias_rows
 Chunk = tuple[slice, slice, slice]
 WHOLE = (slice(None), slice(None), slice(None))
 # bytes of the float32 scores of a chunk
-CHUNK_BYTES = 2**25
+CHUNK_BYTES = 2**24
 
 
 def chunks_of(query: torch.Tensor, key: torch.Tensor) -> list[Chunk]:
     """A batch cut so that the float32 scores of a chunk take at most `CHUNK_BYTES`, or belong to one query of few images.
 
     PyTorch's backward pass on a CPU gives each thread whole heads, so a chunk holds a head for every thread; where that
-    is too much, its queries are cut.
+    is too much, its queries are cut. A batch of up to two such chunks stays whole: short rows spend more on joining the
+    parts than on fresh memory.
     """
     images, heads, queries = query.shape[:3]
     row_bytes = 4 * heads * key.shape[2]
+    if row_bytes * queries * images <= 2 * CHUNK_BYTES:
+        return [(slice(0, images), slice(None), slice(0, queries))]
     needed = -(-torch.get_num_threads() // heads)
     together = min(images, max(needed, CHUNK_BYTES // (row_bytes * queries)))
     cuts = -(-queries // max(1, CHUNK_BYTES // (row_bytes * together)))
@@ -201,6 +204,8 @@ class RedrawnMaskAttention(torch.autograd.Function):
             whole = whole or [torch.empty_like(query), found[1].new_empty(query.shape[:3])]
             for tensor, part in zip(whole, found, strict=True):
                 tensor[chunk] = part
+            # or they would stay while the next ones are made
+            del found, part
         output, log_sum = whole
         ctx.save_for_backward(query, key, value, seed, attention_mask, output, log_sum, *(state or (None, None, None)))
         ctx.settings, ctx.scaling, ctx.chunks = settings, scaling, chunks
@@ -237,6 +242,7 @@ class RedrawnMaskAttention(torch.autograd.Function):
                 gradients = tuple(found)
                 break
             whole.add(chunk, *found)
+            del found
         gradients = gradients if whole is None else whole.tensors()
         return *gradients, None, None, None, None
 
