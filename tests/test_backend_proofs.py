@@ -180,3 +180,17 @@ def test_the_committed_table_is_what_the_committed_rows_give(monkeypatch: pytest
     assert rows, "the rows of the CPU are there"
     assert list(PROOFS) == proofs_of(rows), "run python scripts/write_backend_proofs.py"
     assert TABLE.read_text() == with_proofs(TABLE.read_text(), proofs_of(rows))
+
+
+def test_the_benchmark_compares_the_fused_kernel_with_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import benchmark_attention as script
+
+    times = {"GPU time": {"flash/none": [1.0] * 3, script.DEFAULT: [4.0, 2.0, 4.0], script.FUSED: [1.0, 1.0, 2.0]}}
+    found = {metric: value for metric, value, unit in script.readings(times, script.FUSED, "flash/none")}
+    assert set(found) == {"GPU time", "GPU time over flash/none", lab.METRIC}
+    # the median of the ratios, not the ratio of the medians
+    assert found[lab.METRIC].median == 0.5 and found[lab.METRIC].first == 0.375
+    assert lab.METRIC not in {metric for metric, *_ in script.readings(times, script.DEFAULT, "flash/none")}
+    # where the default path is the baseline there is one row of it
+    assert [metric for metric, *_ in script.readings(times, script.FUSED, script.DEFAULT)] == ["GPU time", lab.METRIC]
