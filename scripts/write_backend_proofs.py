@@ -9,22 +9,14 @@ new rows; a test fails until then.
 
 from pathlib import Path
 
-from hf_dropkey.lab.backend_proofs import TABLE, proofs_of, with_proofs
-from hf_dropkey.lab.costs import read_benchmarks
-from hf_dropkey.lab.rows import Row
+from hf_dropkey.lab.backend_proofs import TABLE, committed_rows, proofs_of, with_proofs
 
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
-FILES = (CARDS / "benchmarks.csv", CARDS / "benchmarks_gpu.csv")
-
-
-def committed_rows() -> list[Row]:
-    """The rows of all files of benchmarks that are there."""
-    return [row for file in FILES if file.is_file() for row in read_benchmarks(file)]
 
 
 if __name__ == "__main__":
-    proofs = proofs_of(committed_rows())
+    proofs = proofs_of(committed_rows(CARDS))
     TABLE.write_text(with_proofs(TABLE.read_text(encoding="utf-8"), proofs), encoding="utf-8")
     print(f"{len(proofs)} proofs in {TABLE.name}")
     for proof in proofs:

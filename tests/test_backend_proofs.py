@@ -1,9 +1,11 @@
 """The table of proofs for `default_backend`: what rows prove, what the default does with it, and that it is committed."""
 
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,20 +174,15 @@ def test_the_table_is_python_that_the_formatter_keeps(tmp_path: Path) -> None:
         with_proofs("", [])
 
 
-def test_the_committed_table_is_what_the_committed_rows_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import write_backend_proofs
-
-    rows = write_backend_proofs.committed_rows()
+def test_the_committed_table_is_what_the_committed_rows_give() -> None:
+    rows = lab.committed_rows(ROOT / "model_cards")
     assert rows, "the rows of the CPU are there"
     assert list(PROOFS) == proofs_of(rows), "run python scripts/write_backend_proofs.py"
     assert TABLE.read_text() == with_proofs(TABLE.read_text(), proofs_of(rows))
 
 
-def test_the_benchmark_compares_the_fused_kernel_with_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import benchmark_attention as script
-
+def test_the_benchmark_compares_the_fused_kernel_with_the_default() -> None:
+    script = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "benchmark_attention.py")))
     times = {"GPU time": {"flash/none": [1.0] * 3, script.DEFAULT: [4.0, 2.0, 4.0], script.FUSED: [1.0, 1.0, 2.0]}}
     found = {metric: value for metric, value, unit in script.readings(times, script.FUSED, "flash/none")}
     assert set(found) == {"GPU time", "GPU time over flash/none", lab.METRIC}

@@ -9,15 +9,22 @@ from hf_dropkey.models import backend_proofs
 from hf_dropkey.models.attention import TRITON_NAME
 from hf_dropkey.models.backend_proofs import Proof
 
+from .costs import read_benchmarks
 from .rows import Row
 
 
 TABLE = Path(backend_proofs.__file__)
+FILES = ("benchmarks.csv", "benchmarks_gpu.csv")
 # the fused kernel against the default path, both with DropKey, in the same rounds on the GPU's own clock
 METRIC = "GPU time over sdpa/dropkey"
 # rounds behind a proof
 MINIMUM_ROUNDS = 15
 START = "PROOFS: tuple[Proof, ...] = ("
+
+
+def committed_rows(cards: Path) -> list[Row]:
+    """The rows of the files of benchmarks in the folder `model_cards`, of those that are there."""
+    return [row for name in FILES if (cards / name).is_file() for row in read_benchmarks(cards / name)]
 
 
 def proofs_of(rows: Iterable[Row]) -> list[Proof]:
