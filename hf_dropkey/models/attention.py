@@ -271,7 +271,7 @@ def _fused_is_faster(dtype: torch.dtype, tokens: int, head_width: int) -> bool:
     """Whether the fused kernel is there, and a row proves it faster on the current GPU."""
     if not triton_is_available(torch.device("cuda")):
         return False
-    here = (torch.cuda.get_device_name(), tuple(torch.cuda.get_device_capability()))
+    here = (torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     wanted = (*here, str(dtype).removeprefix("torch."), head_width, tokens)
     return any(proof.covers(*wanted) for proof in PROOFS)
 
