@@ -17,6 +17,7 @@
 namespace {
 
 constexpr uint32_t MIX_1 = 0x7FEB352Du, MIX_2 = 0x846CA68Bu, GOLDEN = 0x9E3779B9u;
+constexpr uint32_t STEP_1 = 0x85EBCA6Bu, STEP_2 = 0xC2B2AE35u;
 constexpr int64_t LANES = 64, GROUP = 4 * LANES;
 // decisions from which on another thread is worth its start
 constexpr int64_t GRAIN = 32768;
@@ -33,6 +34,17 @@ inline uint32_t mix_folded(uint32_t x, uint32_t key) {
   x *= MIX_1;
   x = (x ^ (x >> 15) ^ key) * MIX_2;
   return fold(x);
+}
+
+struct Pair {
+  uint32_t k1, k2;
+};
+
+// the pair that follows from a pair and an index (counter_hash.step)
+inline Pair step(Pair from, int64_t index) {
+  const uint32_t offset = static_cast<uint32_t>(index) * GOLDEN;
+  const uint32_t k1 = mix_folded(fold(from.k1 ^ (offset + STEP_1)), 0);
+  return {k1, mix_folded(fold(from.k2 ^ (offset + STEP_2) ^ k1), 0)};
 }
 
 template <typename T>
@@ -85,4 +97,22 @@ EXPORTED void hf_dropkey_fill_masks(void* out, int64_t bytes, uint32_t infinity,
     fill(static_cast<uint32_t*>(out), rows, keys, folded, k2, of, infinity, threads);
   else
     fill(static_cast<uint16_t*>(out), rows, keys, folded, k2, of, static_cast<uint16_t>(infinity), threads);
+}
+
+// The pairs k1 and k2, each [images, heads, queries], of one seed of two words, or of a seed for each image.
+EXPORTED void hf_dropkey_row_keys(int32_t* k1, int32_t* k2, const int32_t* seeds, int32_t seed_by_image, int64_t images,
+                                  int64_t heads, int64_t queries) {
+  for (int64_t image = 0; image < images; ++image) {
+    const int32_t* seed = seeds + (seed_by_image ? 2 * image : 0);
+    const Pair of_seed{static_cast<uint32_t>(seed[0]), static_cast<uint32_t>(seed[1])};
+    const Pair of_image = step(of_seed, seed_by_image ? 0 : image);
+    for (int64_t head = 0; head < heads; ++head) {
+      const Pair of_head = step(of_image, head);
+      for (int64_t query = 0; query < queries; ++query) {
+        const Pair row = step(of_head, query);
+        *k1++ = static_cast<int32_t>(row.k1);
+        *k2++ = static_cast<int32_t>(row.k2);
+      }
+    }
+  }
 }

@@ -16,6 +16,7 @@ import subprocess
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,25 +28,30 @@ SOURCE = Path(__file__).with_name("fast_masks.cpp")
 INSTEAD = "Without them masks are drawn by PyTorch's operations: the same bits, more slowly."
 
 
+class FastMasks(NamedTuple):
+    """The C++ functions as `counter_hash` takes them."""
+
+    # as `counter_hash.FAST_KEYS`
+    keys: Callable[[torch.Tensor, int, int, int], tuple[torch.Tensor, torch.Tensor]]
+    # as `counter_hash.FAST_ROWS`
+    rows: Callable[[RowState, float, torch.Tensor, int], None]
+
+
 def enable_fast_masks() -> None:
     """Draws masks on a CPU by compiled C++ from now on, in this process, with the same bits.
 
-    The first call on a machine compiles for some seconds.
+    The first call on a machine compiles for some seconds, and the first one in a process compares the bits.
 
     Raises:
         RuntimeError: There is no C++ compiler or no ninja, the build fails, or the result draws other bits. Masks are
             then drawn as before.
     """
-    if fast_masks_enabled():
-        return
-    fill = _filler()
-    _check_bits(fill)
-    counter_hash.FAST_ROWS = fill
+    counter_hash.FAST_KEYS, counter_hash.FAST_ROWS = _checked()
 
 
 def disable_fast_masks() -> None:
     """Draws masks by PyTorch's operations again, which is the default."""
-    counter_hash.FAST_ROWS = None
+    counter_hash.FAST_KEYS = counter_hash.FAST_ROWS = None
 
 
 def fast_masks_enabled() -> bool:
@@ -54,23 +60,45 @@ def fast_masks_enabled() -> bool:
 
 
 @functools.cache
-def _filler() -> Callable[[RowState, float, torch.Tensor, int], None]:
-    """The C++ function as `counter_hash.FAST_ROWS` takes it.
+def _checked() -> FastMasks:
+    """The C++ functions, once they were found to draw what the plain code draws.
 
     Raises:
-        RuntimeError: It cannot be built.
+        RuntimeError: They cannot be built, or draw other bits.
     """
-    function = ctypes.CDLL(str(_built())).hf_dropkey_fill_masks
-    size, pointer, word = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
-    function.argtypes = [pointer, size, ctypes.c_uint32, size, size, pointer, pointer, word, word, word, size]
-    function.restype = None
+    found = _loaded()
+    _check_bits(found)
+    return found
 
-    def fill(state: RowState, ratio: float, out: torch.Tensor, infinity: int) -> None:
+
+def _loaded() -> FastMasks:
+    """The C++ functions.
+
+    Raises:
+        RuntimeError: They cannot be built.
+    """
+    library = ctypes.CDLL(str(_built()))
+    size, pointer, word = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
+    hash_rows, fill_masks = library.hf_dropkey_row_keys, library.hf_dropkey_fill_masks
+    hash_rows.argtypes = [pointer, pointer, pointer, word, size, size, size]
+    fill_masks.argtypes = [pointer, size, ctypes.c_uint32, size, size, pointer, pointer, word, word, word, size]
+    hash_rows.restype = fill_masks.restype = None
+
+    def keys(seed: torch.Tensor, images: int, heads: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+        by_image = seed.ndim == 2
+        shape = (len(seed) if by_image else images, heads, queries)
+        # held until the call is over, because it may be a copy
+        seeds = seed.to(torch.int32).contiguous()
+        k1, k2 = (torch.empty(*shape, 1, dtype=torch.int32, device="cpu") for _ in range(2))
+        hash_rows(k1.data_ptr(), k2.data_ptr(), seeds.data_ptr(), by_image, *shape)
+        return k1, k2
+
+    def rows(state: RowState, ratio: float, out: torch.Tensor, infinity: int) -> None:
         # held until the call is over, because a part of a batch may be copied
         k1, k2 = state.k1.flatten().contiguous(), state.k2.flatten().contiguous()
         if not (out.is_contiguous() and len(out) == len(k1) == len(k2)):
             raise ValueError(f"Masks of {len(k1)} rows do not fit {tuple(out.shape)}, strides {out.stride()}.")
-        function(
+        fill_masks(
             out.data_ptr(),
             out.element_size(),
             infinity & 0xFFFFFFFF,
@@ -81,7 +109,7 @@ def _filler() -> Callable[[RowState, float, torch.Tensor, int], None]:
             torch.get_num_threads(),
         )
 
-    return fill
+    return FastMasks(keys, rows)
 
 
 def _built() -> Path:
@@ -132,13 +160,20 @@ def _machine() -> int:
     return zlib.crc32(f"{SOURCE.read_text()}{platform.machine()}{flags}{torch.__version__}".encode())
 
 
-def _check_bits(fill: Callable[[RowState, float, torch.Tensor, int], None]) -> None:
-    """Raises RuntimeError unless `fill` draws what the plain code draws."""
-    rows = row_keys(torch.tensor([12345, -67890], dtype=torch.int32), 2, 3, 7)
+def _check_bits(found: FastMasks) -> None:
+    """Raises RuntimeError unless `found` draws what the plain code draws."""
+    wrong = f"Fast masks draw other bits than they should here ({{}}). {INSTEAD}"
+    seeds = torch.tensor([[12345, -67890], [-5, 2**31 - 1]], dtype=torch.int32)
+    # the plain code, whatever was enabled before
+    disable_fast_masks()
+    for seed in (seeds[0], seeds):
+        wanted = row_keys(seed, 2, 3, 7)
+        if not all(torch.equal(one, other) for one, other in zip(found.keys(seed, 2, 3, 7), wanted, strict=True)):
+            raise RuntimeError(wrong.format("in the pairs of rows"))
     for dtype, (integers, infinity) in counter_hash.BITS.items():
         for keys, ratio in ((1, 0.5), (63, 0.9), (197, 0.1), (777, 0.3)):
-            state = row_state(*rows, keys, ratio)
-            found = torch.empty(2 * 3 * 7, keys, dtype=integers)
-            fill(state, ratio, found, infinity)
-            if not torch.equal(found.view(dtype), drop_bias_of_rows(state, keys, ratio, dtype).view(-1, keys)):
-                raise RuntimeError(f"Fast masks draw other bits than they should here (in {dtype}). {INSTEAD}")
+            state = row_state(*wanted, keys, ratio)
+            drawn = torch.empty(2 * 3 * 7, keys, dtype=integers)
+            found.rows(state, ratio, drawn, infinity)
+            if not torch.equal(drawn.view(dtype), drop_bias_of_rows(state, keys, ratio, dtype).view(-1, keys)):
+                raise RuntimeError(wrong.format(f"in {dtype}"))

@@ -74,3 +74,5 @@ step shapes 240 "$python" "${benchmark[@]}" --shapes 128x12x197x64 8x12x1025x64 
 step steps 180 "$python" "${benchmark[@]}" --workload step --models small base --batch_size 128 --rounds 5 --repeats 3 \
     --variants sdpa/none sdpa/dropkey dropkey_triton/dropkey
 say "all $number steps ran in $SECONDS s; times are in $folder/benchmarks.csv and the logs"
+say "next: append the rows of $folder/benchmarks.csv to model_cards/benchmarks_gpu.csv, and run" \
+    "$python scripts/write_backend_proofs.py: models then take the fused kernel on such a GPU where rows prove it faster"

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -353,6 +354,58 @@ def test_checkpointing_takes_another_number_of_threads(monkeypatch: pytest.Monke
     threads[0] = 1
     for one, other in zip(torch.autograd.grad(output.sum(), qkv), plain, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_layers_draw_into_the_same_memory_until_their_backward_pass() -> None:
+    large, small = tensors(2, 2, 70, 8), tensors(2, 2, 30, 8)
+    held = cpu_attention._LAST_MASK
+    first = run(site(0.3), large, None, "sdpa")[0]
+    memory = held.memory()
+    assert memory is not None and memory.numel() == 4 * 2 * 2 * 70 * 70
+    second = run(site(0.3), small, None, "sdpa")[0]
+    assert held.memory() is memory
+    del memory
+    expected = torch.autograd.grad(first.sum(), large, retain_graph=True)
+    assert held.memory() is not None, "the second layer holds it"
+    torch.autograd.grad(second.sum(), small)
+    assert held.memory() is None
+    # the graph may be used again
+    for one, other in zip(torch.autograd.grad(first.sum(), large), expected, strict=True):
+        assert torch.equal(one, other)
+    with torch.no_grad():
+        run(site(0.3), large, None, "sdpa")
+    assert held.memory() is None
+
+
+def test_memory_of_masks_is_of_one_thread_and_outlives_inference_mode() -> None:
+    qkv = tensors(2, 2, 70, 8)
+    padding = torch.ones(2, 70, dtype=torch.bool)
+    padding[0, 60:] = False
+
+    def gradients(inference: bool = False) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        if inference:
+            with torch.inference_mode():
+                run(site(0.3), [tensor.detach() for tensor in qkv], padding, "sdpa")
+            torch.manual_seed(3)
+        output = run(site(0.3), qkv, padding, "sdpa")[0]
+        if inference:
+            # draws into the memory that the graph holds, and may not leave it to inference mode
+            with torch.inference_mode():
+                run(site(0.3), [tensor.detach() for tensor in qkv], padding, "sdpa")
+        return [output, *torch.autograd.grad(output.sum(), qkv)]
+
+    expected = gradients()
+    for one, other in zip(gradients(inference=True), expected, strict=True):
+        assert torch.equal(one, other)
+    torch.manual_seed(3)
+    output = run(site(0.3), qkv, padding, "sdpa")[0]
+    with ThreadPoolExecutor(1) as pool:
+        memory = pool.submit(lambda: (cpu_attention._LAST_MASK.memory(), torch.autograd.grad(output.sum(), qkv)))
+        elsewhere, found = memory.result()
+    assert elsewhere is None
+    for one, other in zip(found, expected[1:], strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("backend", attention.DROPKEY_BACKENDS)

@@ -212,17 +212,18 @@ def test_what_the_pattern_token_leaves_of_an_image_without_real_keys() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_mask_in_parts_is_the_mask_in_one(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of two images and of some queries, drawn one after the other into the same memory."""
+    """Parts of one image and of some queries, drawn one after the other into the same memory."""
     query, key, _ = tensors(IMAGES, HEADS, LENGTH, 8, dtype=dtype)
     mask, settings = mask_of(form, torch.float32), settings_of(site(0.6), None)
     whole = additive_mask(SEED, query, key, mask, settings).expand(IMAGES, HEADS, LENGTH, LENGTH)
-    for size in (1, 4 * HEADS * LENGTH * 5, 4 * HEADS * LENGTH * LENGTH * 2):
+    for size in (1, 4 * HEADS * LENGTH * 5, 4 * HEADS * LENGTH * LENGTH):
         monkeypatch.setattr(cpu_attention, "CHUNK_BYTES", size)
         state = cpu_attention._state_of_rows(SEED, query, key, mask, settings)
         assert state is not None
         chunks = cpu_attention.chunks_of(query, key)
         assert len(chunks) > 1
-        for chunk, part in cpu_attention.additive_mask_chunks(SEED, state, chunks, query, key, mask, settings):
+        memory = cpu_attention.mask_memory(chunks, query, key)
+        for chunk, part in cpu_attention.additive_mask_chunks(SEED, state, chunks, memory, query, key, mask, settings):
             assert part.dtype == dtype and torch.equal(part, whole[chunk])
 
 

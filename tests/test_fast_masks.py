@@ -62,6 +62,18 @@ def test_a_million_rows_have_the_bits_of_the_plain_code(
     assert torch.equal(found.view(integers), plain(state, keys, ratio, dtype).view(integers))
 
 
+@pytest.mark.parametrize("images", [1, 5])
+@pytest.mark.parametrize("by_image", [False, True])
+def test_rows_have_the_pairs_of_the_plain_code(fast: None, by_image: bool, images: int) -> None:
+    # every other row of memory, as a part of a batch has it
+    seeds = torch.randint(-(2**31), 2**31, (2 * images, 2), dtype=torch.int32)[::2]
+    given = (seeds if by_image else seeds[0], images, 3, 70_000)
+    found = row_keys(*given)
+    disable_fast_masks()
+    for one, other in zip(found, row_keys(*given), strict=True):
+        assert one.shape == other.shape == (images, 3, 70_000, 1) and torch.equal(one, other)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_pattern_drops_the_same(fast: None, pattern: str) -> None:
     seed = torch.tensor([5, -6], dtype=torch.int32)
@@ -138,7 +150,7 @@ def test_memory_of_another_size_is_refused(fast: None) -> None:
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    fast_masks._filler.cache_clear()
+    fast_masks._checked.cache_clear()
     try:
         monkeypatch.setenv("CXX", "no_such_compiler")
         with pytest.raises(RuntimeError, match=r"there is no 'no_such_compiler'.*apt install g\+\+.*the same bits"):
@@ -152,7 +164,7 @@ def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch, c
         with pytest.raises(RuntimeError, match="pip install ninja"):
             enable_fast_masks()
     finally:
-        fast_masks._filler.cache_clear()
+        fast_masks._checked.cache_clear()
 
 
 def test_a_build_that_fails_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -160,20 +172,26 @@ def test_a_build_that_fails_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     wrong.write_text("no C++")
     monkeypatch.setattr(fast_masks, "SOURCE", wrong)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    fast_masks._filler.cache_clear()
+    fast_masks._checked.cache_clear()
     try:
         with pytest.raises(RuntimeError, match=r"(?s)could not be built by .*the same bits"):
             enable_fast_masks()
     finally:
-        fast_masks._filler.cache_clear()
+        fast_masks._checked.cache_clear()
 
 
 def test_wrong_bits_are_noticed(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
     disable_fast_masks()
-    monkeypatch.setattr(fast_masks, "_filler", lambda: lambda state, ratio, out, infinity: out.zero_())
-    with pytest.raises(RuntimeError, match="draw other bits"):
-        enable_fast_masks()
-    assert not fast_masks_enabled()
+    right = fast_masks._loaded()
+    zeros = right._replace(rows=lambda state, ratio, out, infinity: out.zero_())
+    swapped = right._replace(keys=lambda *given: right.keys(*given)[::-1])
+    for wrong, what in ((zeros, "in torch.float32"), (swapped, "in the pairs of rows")):
+        monkeypatch.setattr(fast_masks, "_loaded", lambda wrong=wrong: wrong)
+        fast_masks._checked.cache_clear()
+        with pytest.raises(RuntimeError, match=f"draw other bits than they should here .{what}"):
+            enable_fast_masks()
+        assert not fast_masks_enabled()
+    fast_masks._checked.cache_clear()
 
 
 def test_nothing_is_compiled_or_imported_before_it_is_wanted() -> None:

@@ -117,14 +117,15 @@ def parse_facts(line: str) -> dict[str, str]:
 
 
 def gpu_facts(device: torch.device) -> dict[str, str]:
-    """The driver, the clock now and at most, in MHz, and the Triton release."""
+    """The compute capability, the driver, the clock now and at most, in MHz, and the Triton release."""
     fields = "driver_version,clocks.current.sm,clocks.max.sm"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     identity = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     if identity is not None:
         command.append(f"--id=GPU-{identity}")
     line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
-    return {**parse_facts(line.splitlines()[0]), "triton": triton_release()}
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return {"capability": capability, **parse_facts(line.splitlines()[0]), "triton": triton_release()}
 
 
 def triton_release() -> str:

@@ -36,13 +36,20 @@ from .attention_mask import (
     real_keys,
     settings_of,
 )
+from .backend_proofs import PROOFS
+from .counter_hash import under_transform
 from .cpu_attention import can_redraw, redrawn_mask_attention
 from .dropkey import PATTERNS, DropKeySite, check_choice, check_ratio, ratio_of
 from .efficient_attention import can_redraw_efficiently, redrawn_efficient_attention
 from .flex_attention import flex_dropkey_forward
 from .patterns import padding_of
 from .sample_masks import layer_number, seed_for
-from .triton_attention import triton_dropkey_attention
+from .triton_attention import (
+    MAXIMUM_WIDTH,
+    SUPPORTED_PATTERNS,
+    triton_dropkey_attention,
+    triton_is_available,
+)
 from .triton_mask import can_draw, drawn_mask
 
 
@@ -235,22 +242,56 @@ def default_device() -> torch.device:
     return found or torch.device("cpu")
 
 
-def default_backend(device_type: str, dtype: torch.dtype) -> str:
+def default_backend(
+    device_type: str, dtype: torch.dtype, *, tokens: int | None = None, head_width: int | None = None
+) -> str:
     """The fastest backend that is known to be correct for a device, which models take where none is requested.
 
     On a CPU without matrix units PyTorch's fused attention is slower than explicit weights in half precision
-    (`scripts/benchmark_attention.py`). On a GPU this is `sdpa` until the fused kernel has been measured on one.
+    (`scripts/benchmark_attention.py`). On a GPU this is `sdpa`, but for shapes in which rows of benchmarks prove the fused
+    kernel faster on a GPU of the same name (`backend_proofs.PROOFS`).
 
     Args:
         device_type: As in `torch.device.type`.
         dtype: Of the model's weights.
+        tokens: How many keys a query has, where that is known and the fused kernel takes the case.
+        head_width: `D`, as `tokens`.
 
     Returns:
         An `attn_implementation`.
     """
     if device_type == "cpu" and dtype.itemsize == 2 and not torch.cpu._is_amx_tile_supported():
         return "eager"
+    if device_type == "cuda" and PROOFS and tokens is not None and head_width is not None:
+        return TRITON_NAME if _fused_is_faster(dtype, tokens, head_width) else "sdpa"
     return "sdpa"
+
+
+def _fused_is_faster(dtype: torch.dtype, tokens: int, head_width: int) -> bool:
+    """Whether the fused kernel is there, and a row proves it faster on the current GPU."""
+    if not triton_is_available(torch.device("cuda")):
+        return False
+    here = (torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    wanted = (*here, str(dtype).removeprefix("torch."), head_width, tokens)
+    return any(proof.covers(*wanted) for proof in PROOFS)
+
+
+# for compilers: its answer is a constant
+_fused_is_faster._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def default_backend_of(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, pattern: str
+) -> str:
+    """`default_backend` of one attention call, which the fused kernel may not take."""
+    padding = attention_mask is None or (
+        not attention_mask.is_floating_point() and (attention_mask.ndim == 2 or attention_mask.shape[1:3] == (1, 1))
+    )
+    narrow = max(query.shape[-1], value.shape[-1]) <= MAXIMUM_WIDTH and query.shape[-1] == value.shape[-1]
+    alike = query.dtype == key.dtype == value.dtype
+    fused = pattern in SUPPORTED_PATTERNS and padding and narrow and alike and not under_transform()
+    sizes = {"tokens": key.shape[2], "head_width": query.shape[-1]} if fused else {}
+    return default_backend(query.device.type, query.dtype, **sizes)
 
 
 def dropkey_attention_forward(
@@ -396,7 +437,7 @@ def dropkey_attention(
         key,
         value,
         attention_mask,
-        implementation=backend or default_backend(query.device.type, query.dtype),
+        implementation=backend or default_backend_of(query, key, value, attention_mask, pattern),
         scaling=q[3] ** -0.5 if scaling is None else scaling,
         grid=grid,
     )

@@ -47,9 +47,11 @@ BITS = {
 # words of a mask that are drawn at a time on a CPU: smaller chunks fit the cache, larger ones amortise call overhead
 CHUNK_WORDS = 2**18
 # What draws the rows of a mask on a CPU instead of the code below, with the same bits, if anything: takes a `RowState`, the
-# ratio and where to write, integers `[rows, M]` for the bits of floats, and those of -inf. Set by the package's
-# `enable_fast_masks` alone; a checkpoint's copy of this file has no hand in it.
+# ratio and where to write, integers `[rows, M]` for the bits of floats, and those of -inf. And what hashes their pairs
+# there: takes the arguments of `row_keys`. Set by the package's `enable_fast_masks` alone; a checkpoint's copy of this file
+# has no hand in it.
 FAST_ROWS: Callable[["RowState", float, torch.Tensor, int], None] | None = None
+FAST_KEYS: Callable[[torch.Tensor, int, int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 class _Numbers(NamedTuple):
@@ -126,6 +128,8 @@ def row_keys(seed: torch.Tensor, images: int, heads: int, queries: int) -> tuple
         heads: `H`.
         queries: `N`.
     """
+    if FAST_KEYS is not None and draws_in_place(seed.device):
+        return FAST_KEYS(seed, images, heads, queries)
     numbers = _numbers(seed.device)
     k1, k2 = seed.view(-1, 2, 1, 1, 1).unbind(1)
     for axis, size in enumerate((images if seed.ndim == 1 else 1, heads, queries)):
@@ -268,10 +272,9 @@ def _packed_thresholds(k1: torch.Tensor, k2: torch.Tensor, keys: int, ratio: flo
     return torch.nn.functional.pad(thresholds, (0, -thresholds.shape[-1] % 4)).view(torch.int32).sub_(1)
 
 
-def bias_scratch(rows: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory for `drop_bias_of_rows`."""
-    # the default device may be another one
-    return torch.empty(rows, keys, dtype=BITS.get(dtype, BITS[torch.float32])[0], device="cpu")
+def bias_integers(dtype: torch.dtype) -> torch.dtype:
+    """The integers that `drop_bias_of_rows` draws a mask of `dtype` as."""
+    return BITS.get(dtype, BITS[torch.float32])[0]
 
 
 def drop_bias_of_rows(
@@ -279,7 +282,7 @@ def drop_bias_of_rows(
     keys: int,
     ratio: float,
     dtype: torch.dtype = torch.float32,
-    scratch: torch.Tensor | None = None,
+    memory: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`drop_bias_by_byte` from what `row_state` returned for the same `keys` and `ratio`, in eager mode on a CPU.
 
@@ -291,11 +294,14 @@ def drop_bias_of_rows(
         keys: `M`.
         ratio: Drop ratio in [0, 1).
         dtype: Of the result. Half precision is drawn in 16 bits, which saves half of the passes over memory.
-        scratch: Where to write the result: `bias_scratch(at least B * H * N, M, dtype)`. Default: fresh memory.
+        memory: Where to write the result, uint8, enough of them for `B * H * N * M` of `bias_integers`. Default: fresh memory.
     """
     drawn = dtype if dtype in BITS else torch.float32
-    shape = state.k1.shape[:-1]
-    found = bias_scratch(math.prod(shape), keys, drawn) if scratch is None else scratch[: math.prod(shape)]
+    shape, integers = state.k1.shape[:-1], bias_integers(dtype)
+    count = math.prod(shape) * keys
+    # the default device may be another one
+    empty = torch.empty(count, dtype=integers, device="cpu") if memory is None else memory[: count * integers.itemsize]
+    found = empty.view(integers).view(-1, keys)
     if FAST_ROWS is not None:
         FAST_ROWS(state, ratio, found, BITS[drawn][1])
     else:

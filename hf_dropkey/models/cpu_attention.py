@@ -3,20 +3,23 @@
 Saving the masks of all layers would need as much memory as the attention weights that fused attention spares. Only the
 seed is saved; for the pattern "score" also the state of each row's hash (`RowState`), which is expensive to recompute.
 
-The mask of a batch is drawn and used chunk by chunk, because fresh memory for all of it costs more time than drawing.
+Fresh memory for a mask costs more time than drawing it. So large batches are drawn and used chunk by chunk, and all layers
+draw into the same memory: that of the last mask of the thread, as long as a layer between its two passes holds it.
 Compiled code takes the batch as one chunk, and leaves the fusion to the compiler.
 
 This file travels with checkpoints: it imports torch and its neighbours only.
 """
 
 import math
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from .attention_mask import Settings, additive, additive_mask, real_keys
-from .counter_hash import RatioTensor, RowState, bias_scratch, drop_bias_of_rows, row_keys, row_state, under_transform
+from .counter_hash import RatioTensor, RowState, bias_integers, drop_bias_of_rows, row_keys, row_state, under_transform
 from .operators import seed_in_backward, unit_columns
 from .patterns import protect_bias_rows
 
@@ -25,17 +28,20 @@ from .patterns import protect_bias_rows
 Chunk = tuple[slice, slice, slice]
 WHOLE = (slice(None), slice(None), slice(None))
 # bytes of the float32 scores of a chunk
-CHUNK_BYTES = 2**25
+CHUNK_BYTES = 2**24
 
 
 def chunks_of(query: torch.Tensor, key: torch.Tensor) -> list[Chunk]:
     """A batch cut so that the float32 scores of a chunk take at most `CHUNK_BYTES`, or belong to one query of few images.
 
     PyTorch's backward pass on a CPU gives each thread whole heads, so a chunk holds a head for every thread; where that
-    is too much, its queries are cut.
+    is too much, its queries are cut. A batch of up to two such chunks stays whole: short rows spend more on joining the
+    parts than on fresh memory.
     """
     images, heads, queries = query.shape[:3]
     row_bytes = 4 * heads * key.shape[2]
+    if row_bytes * queries * images <= 2 * CHUNK_BYTES:
+        return [(slice(0, images), slice(None), slice(0, queries))]
     needed = -(-torch.get_num_threads() // heads)
     together = min(images, max(needed, CHUNK_BYTES // (row_bytes * queries)))
     cuts = -(-queries // max(1, CHUNK_BYTES // (row_bytes * together)))
@@ -63,24 +69,48 @@ def _state_of_rows(
     return row_state(*row_keys(seed, *query.shape[:3]), key.shape[2], ratio)
 
 
+class _LastMask(threading.local):
+    """The bytes that this thread drew its last mask into, uint8 `[n]`, or None if nothing holds them any more."""
+
+    memory: Callable[[], torch.Tensor | None] = staticmethod(lambda: None)
+
+
+_LAST_MASK = _LastMask()
+
+
+def mask_memory(chunks: list[Chunk], query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Bytes for the mask of the largest chunk, uint8 `[n]`; the same ones again for the next call in the thread.
+
+    They are free as soon as nobody holds them: the caller while it uses them, a layer between its two passes.
+    """
+    size = math.prod(query[chunks[0]].shape[:3]) * key.shape[2] * bias_integers(query.dtype).itemsize
+    memory = _LAST_MASK.memory()
+    if memory is None or len(memory) < size:
+        # not of inference mode, since code outside of it writes into them, too; and not on a default device
+        with torch.inference_mode(False):
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        _LAST_MASK.memory = weakref.ref(memory)
+    return memory
+
+
 def additive_mask_chunks(
     seed: torch.Tensor,
     state: RowState | None,
     chunks: list[Chunk],
+    memory: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
     attention_mask: torch.Tensor | None,
     settings: Settings,
 ) -> Iterator[tuple[Chunk, torch.Tensor]]:
-    """`additive_mask`, drawn from `state` chunk by chunk; each chunk is written over the one before it."""
+    """`additive_mask`, drawn from `state` chunk by chunk into `memory`, each over the one before it."""
     ratio = settings.ratio
     if state is None or isinstance(ratio, RatioTensor):
         yield chunks[0], additive_mask(seed, query, key, attention_mask, settings)
         return
-    keys = key.shape[2]
-    scratch = bias_scratch(math.prod(state.k1[chunks[0]].shape), keys, query.dtype)
     for chunk in chunks:
-        bias = drop_bias_of_rows(RowState(*(tensor[chunk] for tensor in state)), keys, ratio, query.dtype, scratch)
+        part = RowState(*(tensor[chunk] for tensor in state))
+        bias = drop_bias_of_rows(part, key.shape[2], ratio, query.dtype, memory)
         if attention_mask is None:
             yield chunk, protect_bias_rows(bias, settings.pattern, ratio)
         else:
@@ -115,13 +145,32 @@ def masked_bias(bias: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tenso
     return bias if hidden is None else bias.add_(hidden)
 
 
-def _joined(pieces: list[tuple[Chunk, torch.Tensor]], whole: torch.Tensor) -> torch.Tensor:
-    """The pieces of a batch in one tensor: the only one, or all of them written into `whole`."""
-    if len(pieces) == 1:
-        return pieces[0][1]
-    for chunk, piece in pieces:
-        whole[chunk] = piece
-    return whole
+class _Gradients:
+    """The gradients of a batch, from those of its chunks."""
+
+    def __init__(self, chunks: list[Chunk], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
+        self.dtype = key.dtype
+        # keys and values get a share from each chunk of the queries
+        self.shared = chunks[0][2].stop is not None and chunks[0][2].stop < query.shape[2]
+        self.query = torch.empty_like(query)
+        wide = torch.promote_types(key.dtype, torch.float32)
+        self.key, self.value = (
+            torch.zeros_like(tensor, dtype=wide) if self.shared else torch.empty_like(tensor)
+            for tensor in (key, value)
+        )
+
+    def add(self, chunk: Chunk, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Takes those of one chunk."""
+        self.query[chunk] = query
+        for total, share in ((self.key, key), (self.value, value)):
+            if self.shared:
+                total[chunk[0]] += share
+            else:
+                total[chunk[0]] = share
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those of query, key and value."""
+        return self.query, self.key.to(self.dtype), self.value.to(self.dtype)
 
 
 class RedrawnMaskAttention(torch.autograd.Function):
@@ -142,18 +191,25 @@ class RedrawnMaskAttention(torch.autograd.Function):
         state = _state_of_rows(seed, query, key, attention_mask, settings)
         # kept for the backward pass, until which the number of threads may change
         chunks = [WHOLE] if state is None else chunks_of(query, key)
-        outputs, log_sums = [], []
-        for chunk, mask in additive_mask_chunks(seed, state, chunks, query, key, attention_mask, settings):
-            output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        # held until then, so that the layers between draw into it, too
+        ctx.memory = memory = None if state is None else mask_memory(chunks, query, key)
+        whole: list[torch.Tensor] = []
+        for chunk, mask in additive_mask_chunks(seed, state, chunks, memory, query, key, attention_mask, settings):
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query[chunk], key[chunk[0]], value[chunk[0]], 0.0, False, attn_mask=mask, scale=scaling
             )
-            outputs.append((chunk, output))
-            log_sums.append((chunk, log_sum))
-        joined = _joined(outputs, torch.empty_like(query))
-        log_sum = _joined(log_sums, log_sum.new_empty(query.shape[:3]))
-        ctx.save_for_backward(query, key, value, seed, attention_mask, joined, log_sum, *(state or (None, None, None)))
+            if len(chunks) == 1:
+                whole = list(found)
+                break
+            whole = whole or [torch.empty_like(query), found[1].new_empty(query.shape[:3])]
+            for tensor, part in zip(whole, found, strict=True):
+                tensor[chunk] = part
+            # or they would stay while the next ones are made
+            del found, part
+        output, log_sum = whole
+        ctx.save_for_backward(query, key, value, seed, attention_mask, output, log_sum, *(state or (None, None, None)))
         ctx.settings, ctx.scaling, ctx.chunks = settings, scaling, chunks
-        return joined
+        return output
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -163,9 +219,12 @@ class RedrawnMaskAttention(torch.autograd.Function):
             # a compiler that sees both drawings to be the same makes one of them, and saves the mask between the passes
             seed = seed_in_backward(seed, upstream[0])
         state = None if k1 is None else RowState(k1, k2, thresholds)
-        masks = additive_mask_chunks(seed, state, ctx.chunks, query, key, attention_mask, ctx.settings)
-        query_pieces: list[tuple[Chunk, torch.Tensor]] = []
-        sums: list[torch.Tensor] = []
+        # that of this thread, which may be another one than that of the forward pass
+        memory = None if state is None else mask_memory(ctx.chunks, query, key)
+        ctx.memory = None
+        masks = additive_mask_chunks(seed, state, ctx.chunks, memory, query, key, attention_mask, ctx.settings)
+        gradients: tuple[torch.Tensor, ...] = ()
+        whole = _Gradients(ctx.chunks, query, key, value) if len(ctx.chunks) > 1 else None
         for chunk, mask in masks:
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 upstream[0][chunk],
@@ -179,17 +238,13 @@ class RedrawnMaskAttention(torch.autograd.Function):
                 attn_mask=mask,
                 scale=ctx.scaling,
             )
-            query_pieces.append((chunk, found[0]))
-            if len(ctx.chunks) == 1:
-                sums = list(found[1:])
+            if whole is None:
+                gradients = tuple(found)
                 break
-            # keys and values get a share from each chunk of the queries
-            wide = torch.promote_types(key.dtype, torch.float32)
-            sums = sums or [torch.zeros_like(tensor, dtype=wide) for tensor in (key, value)]
-            for total, share in zip(sums, found[1:], strict=True):
-                total[chunk[0]] += share
-        joined = _joined(query_pieces, torch.empty_like(query))
-        return joined, *(total.to(key.dtype) for total in sums), None, None, None, None
+            whole.add(chunk, *found)
+            del found
+        gradients = gradients if whole is None else whole.tensors()
+        return *gradients, None, None, None, None
 
 
 def can_redraw(

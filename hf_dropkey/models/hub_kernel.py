@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from .attention import default_backend, dropkey_attention_forward
+from .attention import default_backend_of, dropkey_attention_forward
 from .attention_mask import additive
 
 
@@ -100,13 +100,14 @@ def flash_attn_forward(
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     site: Any = _Site(float(dropout))
+    mask = _whole_mask(query, key, attention_mask, causal, position_bias)
     output, _ = dropkey_attention_forward(
         site,
         query,
         key,
         value,
-        _whole_mask(query, key, attention_mask, causal, position_bias),
-        implementation=default_backend(query.device.type, query.dtype),
+        mask,
+        implementation=default_backend_of(query, key, value, mask, site.dropkey_pattern),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
     )
     return output, None

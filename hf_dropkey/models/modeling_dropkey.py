@@ -25,9 +25,20 @@ from .configuration_dropkey import RemotePickleMixin
 from .configuration_dropkey_sizes import check_image_side, height_and_width
 from .dropkey import DropKeyRatioMixin, dropkey_is_active
 from .sample_masks import check_argument, number_layers, sample_ids
+from .triton_attention import SUPPORTED_PATTERNS
 
 
 logger = logging.get_logger(__name__)
+
+
+def _fused_sizes(config: Any) -> dict[str, int]:
+    """The sizes that `default_backend` may choose the fused kernel by; none where they are unknown, or it would refuse."""
+    refused = config.model_type != "dropkey_vit" or config.attention_probs_dropout_prob > 0
+    if refused or config.dropkey_pattern not in SUPPORTED_PATTERNS:
+        return {}
+    (height, width), (rows, columns) = height_and_width(config.image_size), height_and_width(config.patch_size)
+    tokens = (height // rows) * (width // columns) + 1
+    return {"tokens": tokens, "head_width": config.hidden_size // config.num_attention_heads}
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -288,7 +299,11 @@ class DropKeyModelMixin(RemotePickleMixin):
         """As in Transformers; where no backend is requested, the fastest one for the device and dtype (`default_backend`)."""
         if requested_attention is None:
             device = default_device()
-            requested_attention = default_backend(device.type, torch.get_default_dtype())
+            requested_attention = default_backend(
+                device.type,
+                torch.get_default_dtype(),
+                **_fused_sizes(self.config),  # type: ignore[attr-defined]
+            )
             logger.info_once(
                 f"attn_implementation={requested_attention!r}, the default for DropKey on {device.type} in "
                 f"{torch.get_default_dtype()}; pass attn_implementation= to choose another."
