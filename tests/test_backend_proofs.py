@@ -95,7 +95,12 @@ def test_calls_that_the_fused_kernel_refuses_go_elsewhere(
     assert chosen(torch.ones(1, 1, 200, 200, dtype=torch.bool)) == chosen(torch.zeros(2, 1, 1, 200)) == SDPA
     assert chosen(value=query[..., :32]) == chosen(value=query.float()) == SDPA
     seen = []
-    torch.func.vmap(lambda x: seen.append(chosen()) or x)(torch.zeros(1))
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        seen.append(chosen())
+        return x
+
+    torch.func.vmap(ask)(torch.zeros(1))
     assert seen == [SDPA]
 
 

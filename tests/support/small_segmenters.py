@@ -31,14 +31,13 @@ def small_pretrained(kind: str, folder: Path) -> Path:
         model = SegformerForSemanticSegmentation(SegformerConfig(**sizes, decoder_hidden_size=16, **labels))
     elif kind == "beit":
         heads: Any = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
-        config = BeitConfig(**heads, image_size=64, patch_size=16, out_indices=[1, 2, 3, 4], **labels)
+        heads["out_indices"] = [1, 2, 3, 4]
+        config = BeitConfig(**heads, image_size=64, patch_size=16, **labels)
         config.use_auxiliary_head = False
         model = BeitForSemanticSegmentation(config)
     else:
-        swin = SwinConfig(
-            embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, image_size=64,
-            out_features=["stage1", "stage2", "stage3", "stage4"],
-        )  # fmt: skip
+        stages: Any = {"depths": [1, 1, 1, 1], "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+        swin = SwinConfig(embed_dim=8, num_heads=[1, 1, 2, 2], window_size=4, image_size=64, **stages)
         sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "num_attention_heads": 2}
         layers: Any = {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 5, "train_num_points": 64}
         widths: Any = {"encoder_feedforward_dim": 32, "dim_feedforward": 32}
