@@ -232,6 +232,13 @@ BAD_ROWS = {
     "nan": ({"vertices": nan_vertices}, "1 with NaN vertices"),
     "no image": ({"image": {"bytes": None, "path": None}}, "1 without an image"),
     "bad image": ({"image": {"bytes": b"none", "path": None}}, "1 with a bad image"),
+    "ragged": ({"vertices": lambda: [*row()["vertices"][:-1], [0.0]]}, "1 with bad vertices.*not an array of numbers"),
+    "short camera": ({"joints_2d": None, "camera": [1.0, 2.0]}, "1 with a bad camera.*scale above 0, got"),
+    "no scale": ({"joints_2d": None, "camera": [0.0, 2.0, 2.0]}, "1 with a bad camera"),
+    "nan confidence": (
+        {"joints_2d": lambda: [[*row()["joints_2d"][0][:2], float("nan")], *row()["joints_2d"][1:]]},
+        "1 with NaN joints_2d",
+    ),
     "no target": ({"vertices": None, "joints_3d": None, "joints_2d": None}, "1 without a target"),
 }
 
@@ -264,6 +271,10 @@ def test_bad_rows_are_errors_or_counted_skips(kind: str, caplog: pytest.LogCaptu
                                                   for x, y, z, c in row()["joints_3d"]]}, "millimetres"),
         (lambda: {"vertices": None, "joints_3d": [[x, -y, -z, c] for x, y, z, c in row()["joints_3d"]]},
          "y seems to point up"),
+        (lambda: {"vertices": (np.array(row()["vertices"]) * [-1, 1, 1]).tolist(), "joints_3d": None},
+         "turned inside out: one axis is mirrored"),
+        (lambda: {"vertices": None, "pose": [[0.0] * 3] * 5, "shape": [0.0] * 5}, r"pose of the shape \[5, 3\].*--body"),
+        (lambda: {"vertices": None, "pose": [[0.0] * 3] * 17, "shape": [0.0] * 4}, r"a shape of \[4\].*--body"),
     ],
 )  # fmt: skip
 def test_data_that_cannot_be_right_is_refused(changes: Any, message: str) -> None:

@@ -115,6 +115,25 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
         convert_official(weights, body_file(fixture, tmp_path, template=pickled), config=config)
 
 
+def test_an_hrnet_is_refused_by_name_or_left_out(tmp_path: Path) -> None:
+    fixture = Fixture("metro_body_tiny")
+    weights, body = fixture.below("weights/"), body_file(fixture, tmp_path)
+    hrnet = {
+        "backbone.conv1.weight": torch.zeros(2, 3, 3, 3),
+        "backbone.stage2.0.branches.0.0.conv1.weight": torch.zeros(2, 2, 3, 3),
+        "backbone.incre_modules.0.0.conv1.weight": torch.zeros(2, 2, 1, 1),
+    }
+    given = {**weights, **hrnet}
+    with pytest.raises(OfficialError, match="HRNet-W64.*no backbone of Transformers.*--new_backbone True"):
+        convert_official(given, body, config=tiny_size(fixture))
+    model, report = convert_official(given, body, config=tiny_size(fixture), new_backbone=True)
+    # the CNN is named as left out, with what to do next, and the transformer is the official one
+    assert "an HRNet-W64: 3 tensors" in report and "left out" in report and "--config" in report
+    maps = (fixture.below("input/")["feature_map"].double(),)
+    with torch.no_grad():
+        assert_near(model.double()(feature_maps=maps).vertices, fixture.tensors["f64/vertices_full"], 1e-12)
+
+
 def test_names_of_torchvisions_resnet() -> None:
     names = {
         "backbone.conv1.weight": "mesh.backbone.embedder.embedder.convolution.weight",

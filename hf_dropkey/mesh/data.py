@@ -41,6 +41,8 @@ ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
 COLUMNS = ("image", "box", "vertices", "pose", "shape", "joints_3d", "joints_2d", "camera")
 # coarser than any mistake of a joint regressor, finer than swapped sides
 JOINT_TOLERANCE_METRES = 0.15
+# cubic metres; an adult has 0.05 to 0.1
+LEAST_VOLUME = 0.005
 
 
 @dataclass(frozen=True)
@@ -331,9 +333,9 @@ class RowPeople:
                 joints_3d = np.hstack((regressed, np.ones((len(regressed), 1))))
             else:
                 check_sides(joints_3d, regressed, number)
-            camera = row.get("camera")
+            camera = camera_of(row.get("camera"), number)
             if joints_2d is None and camera is not None:
-                pixels = project_points(regressed, np.asarray(camera, dtype=np.float64))
+                pixels = project_points(regressed, camera)
                 joints_2d = np.hstack((pixels, np.ones((len(pixels), 1))))
         if joints_3d is not None:
             check_metres(joints_3d[joints_3d[:, 3] > 0, :3], number)
@@ -363,11 +365,18 @@ class RowPeople:
         if given is None and row.get("pose") is not None:
             if row.get("shape") is None:
                 raise RowProblem(number, "without a shape", "a pose needs a shape")
-            pose, shape = (np.asarray(row[name], dtype=np.float64)[None] for name in ("pose", "shape"))
-            given = self.body(pose, shape)[0][0]
+            pose, shape = (numbers(row[name], number, name) for name in ("pose", "shape"))
+            try:
+                given = self.body(pose[None], shape[None])[0][0]
+            except (ValueError, IndexError, RuntimeError) as error:
+                raise ValueError(
+                    f"row {number} of {self.name} has a pose of the shape {list(pose.shape)} and a shape of "
+                    f"{list(shape.shape)}, which {type(self.body).__name__} does not take ({error}). Choose the body of the "
+                    "data with --body"
+                ) from error
         if given is None:
             return None
-        vertices = np.asarray(given, dtype=np.float64)
+        vertices = numbers(given, number, "vertices")
         wanted = np.shape(self.body.template)
         if vertices.shape != wanted:
             raise ValueError(
@@ -396,6 +405,16 @@ class RowPeople:
                 f"In most rows of {self.name} the head lies below the ankles: y seems to point up. y must grow "
                 "downwards, as in images: change the signs of y and z of joints_3d and vertices"
             )
+        own = signed_volume(self.body.template, self.body.faces)
+        volumes = [
+            signed_volume(one.vertices, self.body.faces) for one in self.people[:100] if one.vertices is not None
+        ]
+        # an open mesh of no volume tells nothing
+        if volumes and abs(own) > LEAST_VOLUME and np.median(volumes) * np.sign(own) < -LEAST_VOLUME:
+            raise ValueError(
+                f"Most meshes of {self.name} are turned inside out: one axis is mirrored, and left and right with it. x must "
+                "point to the right of the image, y down and z away from the camera: change the sign of one axis"
+            )
 
 
 def shown_size(cell: Mapping[str, Any] | None, number: int) -> tuple[int, int]:
@@ -413,6 +432,12 @@ def shown_size(cell: Mapping[str, Any] | None, number: int) -> tuple[int, int]:
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise RowProblem(number, "with a bad image", f"image: {error}") from error
     return (height, width) if turned else (width, height)
+
+
+def signed_volume(vertices: np.ndarray, faces: np.ndarray) -> float:
+    """The volume in cubic metres inside a mesh `[V, 3]`; below 0 where its triangles look inwards."""
+    first, second, third = np.moveaxis((vertices - vertices.mean(0))[faces], 1, 0)
+    return float((first * np.cross(second, third)).sum() / 6)
 
 
 class RowProblem(ValueError):
@@ -434,6 +459,34 @@ def check_columns(names: Sequence[str], split: str) -> None:
         )
 
 
+def numbers(values: Any, number: int, name: str) -> np.ndarray:
+    """A column of a row as an array.
+
+    Raises:
+        RowProblem: Its lists are of different lengths, or hold something else than numbers.
+    """
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise RowProblem(number, f"with bad {name}", f"{name} is not an array of numbers") from error
+
+
+def camera_of(values: Any, number: int) -> np.ndarray | None:
+    """The camera (scale, x, y) of a row; None if there is none.
+
+    Raises:
+        RowProblem: It is not three finite numbers, the first above 0.
+    """
+    if values is None:
+        return None
+    camera = numbers(values, number, "camera")
+    if camera.shape != (3,) or not np.isfinite(camera).all() or camera[0] <= 0:
+        raise RowProblem(
+            number, "with a bad camera", f"camera is (scale, x, y) with a scale above 0, got {camera.tolist()}"
+        )
+    return camera
+
+
 def joints_of(values: Any, columns: int, number: int, name: str) -> np.ndarray | None:
     """Joints `[14, columns]` of a layout in `JOINT_LAYOUTS`, confidence last; None if there are none.
 
@@ -443,7 +496,7 @@ def joints_of(values: Any, columns: int, number: int, name: str) -> np.ndarray |
     """
     if values is None:
         return None
-    joints = np.asarray(values, dtype=np.float64)
+    joints = numbers(values, number, name)
     axes = "x, y, z" if columns == 4 else "x, y"
     if joints.ndim == 2 and joints.shape[1] == columns - 1:
         raise ValueError(
@@ -457,7 +510,8 @@ def joints_of(values: Any, columns: int, number: int, name: str) -> np.ndarray |
         )
     layout = np.array(JOINT_LAYOUTS[len(joints)])
     found = np.where((layout >= 0)[:, None], joints[layout], 0.0)
-    if not np.isfinite(found[found[:, -1] > 0]).all():
+    # what is not known may hold anything, but whether it is known may not
+    if not np.isfinite(found[found[:, -1] > 0]).all() or np.isnan(found[:, -1]).any():
         raise RowProblem(number, f"with NaN {name}", f"{name} hold NaN or infinity")
     found[found[:, -1] <= 0] = 0.0
     return found

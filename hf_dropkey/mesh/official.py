@@ -123,16 +123,34 @@ def split_backbone(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch
     return rest, {name: value for name, value in weights.items() if name.startswith("backbone.")}
 
 
+def is_hrnet(weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the weights of a CNN, by official names, are an HRNet's."""
+    return any(".stage2." in name or ".incre_modules." in name for name in weights)
+
+
+def about_backbone(cnn: Mapping[str, torch.Tensor], placed: Mapping[str, torch.Tensor], config: Any) -> str:
+    """One line on what became of a checkpoint's CNN, and what stands in its place."""
+    if placed:
+        return f"CNN: {len(placed)} tensors of a ResNet."
+    new = f"a new {config.model_type} takes its place and must be trained; for another give --config"
+    if not cnn:
+        return f"CNN: the checkpoint has none, {new}."
+    kind = "an HRNet-W64" if is_hrnet(cnn) else "the checkpoint's own"
+    values = sum(value.numel() for value in cnn.values())
+    return f"CNN: {kind}: {len(cnn)} tensors, {values:,} values, such as {next(iter(cnn))}, left out; {new}."
+
+
 def backbone_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of a ResNet-50 by our names; none for a checkpoint without a CNN.
 
     Raises:
         OfficialError: The CNN is an HRNet, or no ResNet.
     """
-    if any(".stage2." in name or ".incre_modules." in name for name in weights):
+    if is_hrnet(weights):
         raise OfficialError(
-            "The CNN of this checkpoint is an HRNet-W64, whose 2048-channel map no backbone of Transformers returns. Pass "
-            "--new_backbone True to convert the transformer alone, with a new ResNet-50 to train."
+            "The CNN of this checkpoint is an HRNet-W64, whose 2048-channel map no backbone of Transformers returns without "
+            "timm. Pass --new_backbone True to convert the transformer alone, with a new ResNet-50 to train, or with a "
+            "backbone of yours: --config with a folder whose config.json has it as backbone_config (any AutoBackbone)."
         )
     # the classifier on ImageNet's classes takes part in nothing
     named = {rename_resnet(name): value for name, value in weights.items() if not name.startswith("backbone.fc.")}
@@ -227,5 +245,5 @@ def convert_official(
             "--config with a folder that holds its config.json."
         )
     model.set_body(**body)
-    about = f"CNN: {len(placed)} tensors of a ResNet." if placed else "CNN: a new one, to be trained."
+    about = about_backbone(cnn, placed, made.backbone_config)
     return model, official_report({name: rest[name] for name in rest if not is_dead(name)}, dead, about)
