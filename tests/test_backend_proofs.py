@@ -174,7 +174,8 @@ def test_the_table_is_python_that_the_formatter_keeps(tmp_path: Path) -> None:
         ruff = shutil.which("ruff") or str(Path(sys.executable).with_name("ruff"))
         if not Path(ruff).is_file():
             pytest.skip("ruff is not installed")
-        subprocess.run([ruff, "format", "--check", "--line-length", "119", str(file)], check=True, capture_output=True)
+        checked = [ruff, "format", "--check", "--line-length", "119", str(file)]
+        subprocess.run(checked, check=True, capture_output=True, timeout=60)
     with pytest.raises(ValueError, match="no line that starts with"):
         with_proofs("", [])
 

@@ -129,7 +129,9 @@ def test_grids_that_make_no_sense_are_refused(tmp_path: Path, changes: dict[str,
 
 @pytest.mark.parametrize("grid", load_grids(ROOT / "scripts" / "task_grids"), ids=lambda grid: grid.name)
 def test_the_grids_of_the_project_are_arguments_of_their_scripts(grid: TaskGrid) -> None:
-    assert {cell.regulariser for cell in grid.cells} == {"none", "attention dropout", "dropkey"}
+    regularisers = {cell.regulariser for cell in grid.cells}
+    # a single cell compares nothing
+    assert regularisers == {"none", "attention dropout", "dropkey"} or len(grid.cells) == 1
     for cell in {cell.kind(): cell for cell in grid.cells}.values():
         job = job_class(grid.script).parse([str(ROOT / grid.recipe), *grid.words(cell, Path("x"))])
         job.check()

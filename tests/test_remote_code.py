@@ -24,6 +24,7 @@ REPOSITORY = Path(__file__).parents[1]
 CODE = {
     "attention.py",
     "attention_mask.py",
+    "backend_proofs.py",
     "compatibility.py",
     "configuration_dropkey.py",
     "configuration_dropkey_backbone.py",
