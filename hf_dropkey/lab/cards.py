@@ -129,7 +129,8 @@ def results_text(grid: Grid, rows: Sequence[Row], cell: Cell) -> str:
     values = values_of(grid, rows, cell)
     cells = compared(grid, rows, cell)
     ours = list(cells.values())[-1]
-    used = [row for wanted in cells.values() for row in choose(own, **wanted)]
+    # rows of other metrics, such as of corrupted images, may be of later commits
+    used = [row for wanted in cells.values() for row in choose(own, metric=MEASURED, **wanted)]
     seeds = {metric: seeds_of(own, metric, **ours) for metric in MEASURED}
     number = len(seeds["accuracy"])
     lines = [
