@@ -25,7 +25,7 @@ from hf_dropkey import (
     remove_drop_path,
     remove_dropkey,
 )
-from hf_dropkey.patching.drop_path import drop_path, forgotten_drop_path, warn_if_drop_path_forgotten
+from hf_dropkey.patching.drop_path import DROP_PATH, drop_path
 from hf_dropkey.training.callbacks import DropKeyGuardCallback
 
 
@@ -192,12 +192,12 @@ def test_the_configuration_remembers_the_rate(tmp_path: Path) -> None:
     apply_drop_path(model, 0.5)
     model.save_pretrained(tmp_path)
     again = hf.ViTModel.from_pretrained(tmp_path)
-    assert forgotten_drop_path(again) == 0.5 and warn_if_drop_path_forgotten(again)
+    assert DROP_PATH.forgotten(again) == 0.5 and DROP_PATH.warn_if_forgotten(again)
     assert torch.equal(trained(again), evaluated(again))
     arguments: Any = SimpleNamespace()
     DropKeyGuardCallback(reapply=True).on_train_begin(arguments, arguments, arguments, model=again)
-    assert forgotten_drop_path(again) is None and torch.equal(trained(again), trained(model))
-    assert forgotten_drop_path(vit()) is None and not warn_if_drop_path_forgotten(nn.Linear(2, 2))
+    assert DROP_PATH.forgotten(again) is None and torch.equal(trained(again), trained(model))
+    assert DROP_PATH.forgotten(vit()) is None and not DROP_PATH.warn_if_forgotten(nn.Linear(2, 2))
     apply_drop_path(again, 0.25)
     remove_drop_path(again)
     # as it was before the call of this process

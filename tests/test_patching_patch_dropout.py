@@ -28,12 +28,7 @@ from hf_dropkey import (
     remove_dropkey,
     remove_patch_dropout,
 )
-from hf_dropkey.patching.patch_dropout import (
-    forgotten_patch_dropout,
-    kept_patches,
-    patch_dropout,
-    warn_if_patch_dropout_forgotten,
-)
+from hf_dropkey.patching.patch_dropout import PATCH_DROPOUT, kept_patches, patch_dropout
 from hf_dropkey.training.callbacks import DropKeyGuardCallback
 
 
@@ -223,12 +218,12 @@ def test_the_configuration_remembers_the_rate(tmp_path: Path) -> None:
     apply_patch_dropout(model, 0.5)
     model.save_pretrained(tmp_path)
     again = hf.ViTModel.from_pretrained(tmp_path)
-    assert forgotten_patch_dropout(again) == 0.5 and warn_if_patch_dropout_forgotten(again)
+    assert PATCH_DROPOUT.forgotten(again) == 0.5 and PATCH_DROPOUT.warn_if_forgotten(again)
     assert trained(again).shape[1] == 17
     arguments: Any = SimpleNamespace()
     DropKeyGuardCallback(reapply=True).on_train_begin(arguments, arguments, arguments, model=again)
-    assert forgotten_patch_dropout(again) is None and torch.equal(trained(again), trained(model))
-    assert forgotten_patch_dropout(vit()) is None and not warn_if_patch_dropout_forgotten(nn.Linear(2, 2))
+    assert PATCH_DROPOUT.forgotten(again) is None and torch.equal(trained(again), trained(model))
+    assert PATCH_DROPOUT.forgotten(vit()) is None and not PATCH_DROPOUT.warn_if_forgotten(nn.Linear(2, 2))
     apply_patch_dropout(again, 0.25)
     remove_patch_dropout(again)
     # as it was before the call of this process

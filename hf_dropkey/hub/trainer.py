@@ -27,8 +27,8 @@ from transformers.utils.hub import PushInProgress
 from ..extras import needed
 from ..patching.adapters import is_adapted, save_adapter_settings
 from ..patching.apply import warn_if_forgotten
-from ..patching.drop_path import warn_if_drop_path_forgotten
-from ..patching.patch_dropout import warn_if_patch_dropout_forgotten
+from ..patching.drop_path import DROP_PATH
+from ..patching.patch_dropout import PATCH_DROPOUT
 from .cards import README, RunFacts, is_hub_id, read_readme, write_card
 from .push import PushResult, api, check_target, prepare_repository, push_folder
 from .push_plan import chosen
@@ -132,8 +132,8 @@ class HubTrainer(Trainer):
         """As `Trainer.train`; warns if the model's configuration has DropKey, drop path or patch dropout that nothing follows."""
         model = self.accelerator.unwrap_model(self.model)
         warn_if_forgotten(model)
-        warn_if_drop_path_forgotten(model)
-        warn_if_patch_dropout_forgotten(model)
+        DROP_PATH.warn_if_forgotten(model)
+        PATCH_DROPOUT.warn_if_forgotten(model)
         return super().train(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..models.dropkey import check_ratio, layer_ratios
-from .adapters import adapter_settings
+from ..models.dropkey import layer_ratios
+from .hooked import HookedRegulariser
 from .modes import check_owner
 from .report import table
 from .residuals import Residuals, ancestors, residuals_of
@@ -29,7 +28,7 @@ logger = logging.get_logger("transformers.dropkey")
 FIELD = "dropkey_drop_path_rate"
 # a model's own rate of the same
 OWN_FIELD = "drop_path_rate"
-UNDO = "_dropkey_drop_path"
+DROP_PATH = HookedRegulariser("apply_drop_path", FIELD, "_dropkey_drop_path", 0.1, "branch")
 
 
 @dataclass(frozen=True)
@@ -134,14 +133,6 @@ class _Drop:
         )
 
 
-@dataclass
-class _Undo:
-    """The hooks, and what the configuration remembered before the first call; None for nothing."""
-
-    handles: list[RemovableHandle]
-    before: Any
-
-
 def apply_drop_path(model: nn.Module, rate: float | None = None, *, verbose: bool = False) -> DropPathReport:
     """Adds drop path to a Transformers model, in place: residual branches are left out for random samples in training.
 
@@ -165,13 +156,7 @@ def apply_drop_path(model: nn.Module, rate: float | None = None, *, verbose: boo
     """
     root: Any = transformers_model(model)
     check_owner(root)
-    rate = _remembered(model, root) if rate is None else rate
-    if rate is None:
-        raise ValueError(
-            "No rate: pass for example apply_drop_path(model, 0.1). Without `rate` it is read from the model's "
-            "configuration, and this one holds none from an earlier call."
-        )
-    check_ratio(rate, "rate")
+    rate = DROP_PATH.rate_for(model, root, rate)
     if rate:
         _check_own(root)
     found, unreached = _find(root)
@@ -179,21 +164,15 @@ def apply_drop_path(model: nn.Module, rate: float | None = None, *, verbose: boo
     if not branches:
         seen = "; ".join(f"{one.name}: {one.reason}" for one in unreached) or "no layers with attention"
         raise ValueError(f"Drop path reaches no residual branch of {type(root).__name__}. Seen: {seen}.")
-    undo: _Undo | None = vars(root).get(UNDO)
-    replaced = undo is not None
-    if undo is None:
-        undo = _Undo([], vars(root.config).get(FIELD))
-        root._dropkey_drop_path = undo
-    _remove_hooks(undo)
+    handles, replaced = DROP_PATH.start(root, rate)
     layers = {layer: _Samples() for layer, _, _ in found}
     rates = {branch.name: branch.rate for branch in branches}
     for layer, samples in layers.items():
-        undo.handles.append(root.get_submodule(layer).register_forward_pre_hook(samples, with_kwargs=True))
+        handles.append(root.get_submodule(layer).register_forward_pre_hook(samples, with_kwargs=True))
     for layer, _, names in found:
         for name in names:
             hook = _Drop(rates[name], layers[layer])
-            undo.handles.append(root.get_submodule(name).register_forward_hook(hook))
-    setattr(root.config, FIELD, float(rate))
+            handles.append(root.get_submodule(name).register_forward_hook(hook))
     report = DropPathReport(type(root).__name__, branches, tuple(unreached), replaced)
     logger.info("%s", report)
     if verbose:
@@ -207,55 +186,7 @@ def remove_drop_path(model: nn.Module) -> None:
     Raises:
         ValueError: There is nothing to undo.
     """
-    root = transformers_model(model)
-    check_owner(root)
-    undo: _Undo | None = vars(root).pop(UNDO, None)
-    if undo is None:
-        raise ValueError(
-            f"apply_drop_path was not called on this {type(root).__name__}, so there is nothing to remove."
-        )
-    _remove_hooks(undo)
-    if undo.before is None:
-        vars(root.config).pop(FIELD, None)
-    else:
-        setattr(root.config, FIELD, undo.before)
-
-
-def forgotten_drop_path(model: nn.Module) -> float | None:
-    """The rate that a model's configuration remembers while none of its branches is dropped; else None."""
-    try:
-        root = transformers_model(model)
-    except (TypeError, ValueError):
-        # no Transformers model, or several side by side, of which none speaks for all
-        return None
-    rate = _remembered(model, root)
-    return rate if rate and UNDO not in vars(root) else None
-
-
-def _remembered(model: nn.Module, root: PreTrainedModel) -> float | None:
-    """The rate in a model's configuration, or in that of its adapters."""
-    rate = getattr(root.config, FIELD, None)
-    return adapter_settings(model).get(FIELD) if rate is None else rate
-
-
-def warn_if_drop_path_forgotten(model: nn.Module) -> bool:
-    """Warns, and returns True, if a model's configuration has a rate of drop path that none of its branches follows."""
-    rate = forgotten_drop_path(model)
-    if rate is not None:
-        logger.warning(
-            "The configuration of %s, or its adapter, has %s %s, but no branch is dropped: call apply_drop_path(model) to "
-            "train with it, or set model.config.%s = 0.",
-            type(transformers_model(model)).__name__,
-            FIELD,
-            rate,
-            FIELD,
-        )
-    return rate is not None
-
-
-def _remove_hooks(undo: _Undo) -> None:
-    while undo.handles:
-        undo.handles.pop().remove()
+    DROP_PATH.remove(model)
 
 
 def _check_own(root: PreTrainedModel) -> None:

@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..models.dropkey import check_ratio
-from .adapters import adapter_settings
 from .apply import dropkey_modules
+from .hooked import HookedRegulariser
 from .modes import check_owner
 from .report import table
 from .sites import TIMM, transformers_model
@@ -29,7 +27,7 @@ logger = logging.get_logger("transformers.dropkey")
 
 # what a configuration remembers
 FIELD = "dropkey_patch_dropout_rate"
-UNDO = "_dropkey_patch_dropout"
+PATCH_DROPOUT = HookedRegulariser("apply_patch_dropout", FIELD, "_dropkey_patch_dropout", 0.5, "patch")
 # embeddings that return one sequence `[B, tokens, C]`, patches last, behind which nothing depends on the grid
 PLAIN = frozenset(
     {
@@ -172,14 +170,6 @@ class _Thin:
         return patch_dropout(output, self.rate, self.prefix)
 
 
-@dataclass
-class _Undo:
-    """The hooks, and what the configuration remembered before the first call; None for nothing."""
-
-    handles: list[RemovableHandle]
-    before: Any
-
-
 def apply_patch_dropout(model: nn.Module, rate: float | None = None, *, verbose: bool = False) -> PatchDropoutReport:
     """Adds patch dropout to a Transformers vision model, in place: training sees a random part of each image's patches.
 
@@ -203,31 +193,19 @@ def apply_patch_dropout(model: nn.Module, rate: float | None = None, *, verbose:
     """
     root: Any = transformers_model(model)
     check_owner(root)
-    rate = _remembered(model, root) if rate is None else rate
-    if rate is None:
-        raise ValueError(
-            "No rate: pass for example apply_patch_dropout(model, 0.5). Without `rate` it is read from the model's "
-            "configuration, and this one holds none from an earlier call."
-        )
-    check_ratio(rate, "rate")
+    rate = PATCH_DROPOUT.rate_for(model, root, rate)
     _check_pattern(root)
     found, unreached = _find(root)
     if not found:
         seen = "; ".join(f"{one.name}: {one.reason}" for one in unreached) or "no embeddings of patches"
         raise ValueError(f"Patch dropout is not possible in {type(root).__name__}. Seen: {seen}.")
-    undo: _Undo | None = vars(root).get(UNDO)
-    replaced = undo is not None
-    if undo is None:
-        undo = _Undo([], vars(root.config).get(FIELD))
-        root._dropkey_patch_dropout = undo
-    _remove_hooks(undo)
+    handles, replaced = PATCH_DROPOUT.start(root, rate)
     tokens = []
     for name, prefix in found:
         embeddings: Any = root.get_submodule(name)
-        undo.handles.append(embeddings.register_forward_hook(_Thin(rate, prefix)))
+        handles.append(embeddings.register_forward_hook(_Thin(rate, prefix)))
         patches = _patches(embeddings)
         tokens.append(ThinnedTokens(name, patches, kept_patches(patches, rate), prefix))
-    setattr(root.config, FIELD, float(rate))
     report = PatchDropoutReport(type(root).__name__, float(rate), tuple(tokens), tuple(unreached), replaced)
     logger.info("%s", report)
     if verbose:
@@ -241,55 +219,7 @@ def remove_patch_dropout(model: nn.Module) -> None:
     Raises:
         ValueError: There is nothing to undo.
     """
-    root = transformers_model(model)
-    check_owner(root)
-    undo: _Undo | None = vars(root).pop(UNDO, None)
-    if undo is None:
-        raise ValueError(
-            f"apply_patch_dropout was not called on this {type(root).__name__}, so there is nothing to remove."
-        )
-    _remove_hooks(undo)
-    if undo.before is None:
-        vars(root.config).pop(FIELD, None)
-    else:
-        setattr(root.config, FIELD, undo.before)
-
-
-def forgotten_patch_dropout(model: nn.Module) -> float | None:
-    """The rate that a model's configuration remembers while none of its patches is dropped; else None."""
-    try:
-        root = transformers_model(model)
-    except (TypeError, ValueError):
-        # no Transformers model, or several side by side, of which none speaks for all
-        return None
-    rate = _remembered(model, root)
-    return rate if rate and UNDO not in vars(root) else None
-
-
-def warn_if_patch_dropout_forgotten(model: nn.Module) -> bool:
-    """Warns, and returns True, if a model's configuration has a rate of patch dropout that nothing follows."""
-    rate = forgotten_patch_dropout(model)
-    if rate is not None:
-        logger.warning(
-            "The configuration of %s, or its adapter, has %s %s, but no patch is dropped: call apply_patch_dropout(model) to "
-            "train with it, or set model.config.%s = 0.",
-            type(transformers_model(model)).__name__,
-            FIELD,
-            rate,
-            FIELD,
-        )
-    return rate is not None
-
-
-def _remembered(model: nn.Module, root: PreTrainedModel) -> float | None:
-    """The rate in a model's configuration, or in that of its adapters."""
-    rate = getattr(root.config, FIELD, None)
-    return adapter_settings(model).get(FIELD) if rate is None else rate
-
-
-def _remove_hooks(undo: _Undo) -> None:
-    while undo.handles:
-        undo.handles.pop().remove()
+    PATCH_DROPOUT.remove(model)
 
 
 def _check_pattern(root: PreTrainedModel) -> None:

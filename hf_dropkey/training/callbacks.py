@@ -15,8 +15,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..patching.adapters import ADAPTER_CONFIG, is_adapted, save_adapter_settings
 from ..patching.apply import apply_dropkey, dropkey_modules, forgotten_ratio, warn_if_forgotten
-from ..patching.drop_path import apply_drop_path, forgotten_drop_path, warn_if_drop_path_forgotten
-from ..patching.patch_dropout import apply_patch_dropout, forgotten_patch_dropout, warn_if_patch_dropout_forgotten
+from ..patching.drop_path import DROP_PATH, apply_drop_path
+from ..patching.patch_dropout import PATCH_DROPOUT, apply_patch_dropout
 
 
 # (step, total steps) -> factor on every ratio, in [0, 1]; step counts the finished optimiser steps
@@ -171,14 +171,14 @@ class DropKeyGuardCallback(TrainerCallback):
         model = kwargs["model"]
         if not self.reapply:
             warn_if_forgotten(model)
-            warn_if_drop_path_forgotten(model)
-            warn_if_patch_dropout_forgotten(model)
+            DROP_PATH.warn_if_forgotten(model)
+            PATCH_DROPOUT.warn_if_forgotten(model)
             return
         if forgotten_ratio(model) is not None:
             apply_dropkey(model)
-        if forgotten_drop_path(model) is not None:
+        if DROP_PATH.forgotten(model) is not None:
             apply_drop_path(model)
-        if forgotten_patch_dropout(model) is not None:
+        if PATCH_DROPOUT.forgotten(model) is not None:
             apply_patch_dropout(model)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
