@@ -42,9 +42,11 @@ make_environment() {
 
 # run_tests FOLDER ARGUMENTS: pytest in FOLDER's environment, the test files spread over the processor's cores. Most
 # tests are the work of one thread; ARGUMENTS may have the last word, such as -n 0 for a debugger. A process that ends
-# in the middle of a test ends the run: pytest-xdist (3.8) would start another, and then wait for ever.
+# in the middle of a test ends the run: pytest-xdist (3.8) would start another, and then wait for ever. Files go in their
+# order: those with few tests have the longest ones, which would be left to the end, on one core.
 run_tests() {
     local folder=$1
     "$folder/bin/python" -m pytest -n logical --maxprocesses 4 --max-worker-restart 0 --dist loadfile \
+        --no-loadscope-reorder \
         "${@:2}"
 }
