@@ -96,3 +96,5 @@ def test_data_is_called_by_its_last_part_and_a_split_with_the_folder_it_is_in(
     assert data_name("/train") == "train" and hub_or_data_name("org/train") == "org/train"
     (tmp_path / "org" / "train").mkdir(parents=True)
     assert hub_or_data_name(str(tmp_path / "org" / "train")) == "org/train"
+    # no name is not the folder we are in
+    assert hub_or_data_name("") == ""

@@ -17,6 +17,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, 
 
 from ..images.augmentation import Augmentation, AugmentationEpoch
 from ..images.mixing import Mixing, MixingCollator, mixed_loss
+from ..images.sources import is_local
 from ..images.tables import matching_files
 from ..pages.observed import Observed
 from ..saved import check_attention, quiet_loading
@@ -233,7 +234,7 @@ class ClassificationJob(TrainingJob[ImageData]):
     def dataset_id(self) -> str | None:
         """The data set's id on the Hub; None for others."""
         name = self.data.dataset_name
-        return None if self.data.is_digits or name != self.data.name or Path(name).is_dir() else name
+        return None if self.data.is_digits or name != self.data.name or is_local(name) else name
 
     def settings(self) -> dict[str, str]:
         """All settings that determine the trained weights, as JSON values; data files by name and content hash."""

@@ -13,6 +13,7 @@ from ..hub.cards import COUNTED_BY
 from ..hub.trainer import output_folder
 from ..images.augmentation import AugmentationEpoch
 from ..images.boxes import BoxAugmentation
+from ..images.sources import data_name
 from ..training.arguments import BoxAugmentationArguments, RunArguments
 from ..training.detr import DetrTrainer
 from ..training.job import TrainingJob, public_name
@@ -134,7 +135,7 @@ class DetectionJob(TrainingJob[DetectionData]):
             "tags": ["vision"],
             "dataset": self.data.name,
             "dataset_split": None if files else split,
-            "evaluation_dataset": Path(files).stem if files else None,
+            "evaluation_dataset": data_name(Path(files).with_suffix("")) if files else None,
             "finetuned_from": public_name(self.model.model_name_or_path),
         }
 

@@ -15,6 +15,7 @@ from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, Tr
 
 from ..images.augmentation import AugmentationEpoch
 from ..images.boxes import BoxAugmentation
+from ..images.sources import data_name
 from ..models.configuration_dropkey_hoi import HOI_TASK
 from ..models.pairs_dropkey_hoi import pair_arrays
 from ..training.arguments import BoxAugmentationArguments, RunArguments
@@ -174,7 +175,7 @@ class HoiJob(TrainingJob[HoiData]):
         return {
             "tags": ["vision", "human-object-interaction"],
             "dataset": self.data.name,
-            "evaluation_dataset": Path(files).stem if files else None,
+            "evaluation_dataset": data_name(Path(files).with_suffix("")) if files else None,
             "finetuned_from": public_name(self.model.model_name_or_path or self.model.detr),
         }
 

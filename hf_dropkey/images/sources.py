@@ -164,7 +164,12 @@ def data_name(path: str | Path) -> str:
 
 def hub_or_data_name(name: str) -> str:
     """The id of a data set on the Hub as it is, of a local folder its `data_name`."""
-    return data_name(name) if Path(name).is_dir() else name
+    return data_name(name) if is_local(name) else name
+
+
+def is_local(name: str) -> bool:
+    """Whether a data set is a folder here, not one of the Hub; "" is none."""
+    return bool(name) and Path(name).is_dir()
 
 
 def image_name(path: str | None, row: int) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..images.augmentation import AugmentationEpoch
+from ..images.sources import data_name, is_local
 from ..inference import eval_mode, monte_carlo_predict
 from ..models.configuration_dropkey_host import dropkey_backbones
 from ..patching.apply import dropkey_modules
@@ -167,9 +168,9 @@ class SegmentationJob(TrainingJob[SegmentationData]):
         return {
             "tags": ["vision", "semantic-segmentation"],
             "dataset": self.data.name,
-            "dataset_tags": named if named and named == self.data.name else None,
+            "dataset_tags": named if named and not is_local(named) else None,
             "dataset_split": split,
-            "evaluation_dataset": Path(path).resolve().name if path else None,
+            "evaluation_dataset": data_name(path) if path else None,
             "finetuned_from": public_name(self.model.model_name_or_path or self.model.backbone_name_or_path),
         }
 
