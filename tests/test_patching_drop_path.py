@@ -25,8 +25,7 @@ from hf_dropkey import (
     remove_drop_path,
     remove_dropkey,
 )
-from hf_dropkey.patching.drop_path import DROP_PATH, drop_path
-from hf_dropkey.training.callbacks import DropKeyGuardCallback
+from hf_dropkey.patching.drop_path import drop_path
 
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
@@ -185,36 +184,6 @@ def test_a_copy_has_its_own() -> None:
     assert torch.equal(trained(other), trained(model))
     remove_drop_path(other)
     assert torch.equal(trained(other), evaluated(other)) and not torch.equal(trained(model), evaluated(model))
-
-
-def test_the_configuration_remembers_the_rate(tmp_path: Path) -> None:
-    model = vit()
-    apply_drop_path(model, 0.5)
-    model.save_pretrained(tmp_path)
-    again = hf.ViTModel.from_pretrained(tmp_path)
-    assert DROP_PATH.forgotten(again) == 0.5 and DROP_PATH.warn_if_forgotten(again)
-    assert torch.equal(trained(again), evaluated(again))
-    arguments: Any = SimpleNamespace()
-    DropKeyGuardCallback(reapply=True).on_train_begin(arguments, arguments, arguments, model=again)
-    assert DROP_PATH.forgotten(again) is None and torch.equal(trained(again), trained(model))
-    assert DROP_PATH.forgotten(vit()) is None and not DROP_PATH.warn_if_forgotten(nn.Linear(2, 2))
-    apply_drop_path(again, 0.25)
-    remove_drop_path(again)
-    # as it was before the call of this process
-    assert again.config.dropkey_drop_path_rate == 0.5
-
-
-def test_gradient_checkpointing_draws_the_same_twice() -> None:
-    model = vit()
-    apply_drop_path(model, 0.5)
-    gradients = []
-    for change in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
-        change()
-        model.zero_grad()
-        trained(model).square().sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
-    for one, other in zip(*gradients, strict=True):
-        assert torch.allclose(one, other, atol=1e-6)
 
 
 def test_models_of_this_package_take_it_where_they_have_none_of_their_own(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """Patch dropout on stock models: which tokens stay, that nothing else changes, undo, memory, and what is refused."""
 
 import copy
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,8 +26,7 @@ from hf_dropkey import (
     remove_dropkey,
     remove_patch_dropout,
 )
-from hf_dropkey.patching.patch_dropout import PATCH_DROPOUT, kept_patches, patch_dropout
-from hf_dropkey.training.callbacks import DropKeyGuardCallback
+from hf_dropkey.patching.patch_dropout import kept_patches, patch_dropout
 
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -211,37 +208,6 @@ def test_a_copy_has_its_own() -> None:
     assert torch.equal(trained(other), trained(model))
     remove_patch_dropout(other)
     assert trained(other).shape[1] == 17 and trained(model).shape[1] == 9
-
-
-def test_the_configuration_remembers_the_rate(tmp_path: Path) -> None:
-    model = vit()
-    apply_patch_dropout(model, 0.5)
-    model.save_pretrained(tmp_path)
-    again = hf.ViTModel.from_pretrained(tmp_path)
-    assert PATCH_DROPOUT.forgotten(again) == 0.5 and PATCH_DROPOUT.warn_if_forgotten(again)
-    assert trained(again).shape[1] == 17
-    arguments: Any = SimpleNamespace()
-    DropKeyGuardCallback(reapply=True).on_train_begin(arguments, arguments, arguments, model=again)
-    assert PATCH_DROPOUT.forgotten(again) is None and torch.equal(trained(again), trained(model))
-    assert PATCH_DROPOUT.forgotten(vit()) is None and not PATCH_DROPOUT.warn_if_forgotten(nn.Linear(2, 2))
-    apply_patch_dropout(again, 0.25)
-    remove_patch_dropout(again)
-    # as it was before the call of this process
-    assert again.config.dropkey_patch_dropout_rate == 0.5
-
-
-def test_gradient_checkpointing_gives_the_same_gradients() -> None:
-    model = vit()
-    apply_dropkey(model, 0.3)
-    apply_patch_dropout(model, 0.5)
-    gradients = []
-    for change in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
-        change()
-        model.zero_grad()
-        trained(model).square().sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
-    for one, other in zip(*gradients, strict=True):
-        assert torch.allclose(one, other, atol=1e-6)
 
 
 def test_a_compiled_model_thins_its_tokens() -> None:
