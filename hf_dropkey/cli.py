@@ -326,21 +326,9 @@ def demo(arguments: Namespace) -> int:
     from .demo.server import demo as serve
 
     if arguments.space_folder is not None:
-        from .demo.space import space_of
-        from .hub.download import model_files
-
         if arguments.static_page is not None or arguments.onnxruntime_web is not None:
             raise ValueError("--static_page and --space_folder are two kinds of folder; give one of them")
-        if len(arguments.targets) > 1:
-            raise ValueError(f"--space_folder shows one model, got {len(arguments.targets)}; give one")
-        written = space_of(
-            model_files(arguments.targets[0]),
-            arguments.space_folder,
-            images=arguments.images,
-            package=arguments.package,
-        )
-        print(f"{arguments.space_folder}: {len(written)} files; hf-dropkey push --space uploads it")
-        return 0
+        return _space_folder(arguments)
     if arguments.package:
         raise ValueError("--package is of a Space; pass --space_folder, or leave it out")
     if arguments.static_page is not None:
@@ -351,15 +339,31 @@ def demo(arguments: Namespace) -> int:
     return 0
 
 
-def _static_page(arguments: Namespace) -> int:
-    """Writes a page that computes in the browser alone."""
-    from .demo.static_page import static_page_of
+def _only_model(arguments: Namespace, option: str) -> Path:
+    """The folder of the one model that a written page shows."""
     from .hub.download import model_files
 
     if len(arguments.targets) > 1:
-        raise ValueError(f"--static_page shows one model, got {len(arguments.targets)}; give one")
+        raise ValueError(f"{option} shows one model, got {len(arguments.targets)}; give one")
+    return model_files(arguments.targets[0])
+
+
+def _space_folder(arguments: Namespace) -> int:
+    """Writes the folder of a Space."""
+    from .demo.space import space_of
+
+    model = _only_model(arguments, "--space_folder")
+    written = space_of(model, arguments.space_folder, images=arguments.images, package=arguments.package)
+    print(f"{arguments.space_folder}: {len(written)} files; hf-dropkey push --space uploads it")
+    return 0
+
+
+def _static_page(arguments: Namespace) -> int:
+    """Writes a page that computes in the browser alone."""
+    from .demo.static_page import static_page_of
+
     written = static_page_of(
-        model_files(arguments.targets[0]),
+        _only_model(arguments, "--static_page"),
         arguments.static_page,
         images=arguments.images,
         runtime=arguments.onnxruntime_web,

@@ -176,15 +176,10 @@ def run(grid: Grid, arguments: GridArguments) -> int:
             for number, future in enumerate(as_completed(running), start=1):
                 try:
                     found, seconds = future.result()
+                    found_new = new_rows(rows, found)
                 except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
                     failed += 1
                     print(f"FAILED {running[future][0].name}: {type(error).__name__}: {error}", flush=True)
-                    continue
-                try:
-                    found_new = new_rows(rows, found)
-                except ValueError as error:
-                    failed += 1
-                    print(f"FAILED {running[future][0].name}: {error}", flush=True)
                     continue
                 ordered = [
                     {name: {**row, **source, "git_sha": at(row)}[name] for name in COLUMNS} for row in found_new

@@ -3,7 +3,6 @@
 Screenshots stay in the folder that the environment variable SCREENSHOTS names, else with pytest's temporary files.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from chromium import Page, chromium, chromium_program
+from chromium import Page, chromium, chromium_program, screenshots_folder
 from small_demos import bad_files, noise, save_classifier
 
 
@@ -28,9 +27,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shots(home: Path) -> Path:
-    folder = Path(os.environ.get("SCREENSHOTS") or home / "screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return screenshots_folder(home)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 Screenshots stay in the folder that the environment variable SCREENSHOTS names, else with pytest's temporary files.
 """
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-from chromium import Page, chromium, chromium_program
+from chromium import Page, chromium, chromium_program, screenshots_folder
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from small_demos import bad_files, noise, save_classifier
@@ -69,9 +68,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shots(home: Path) -> Path:
-    folder = Path(os.environ.get("SCREENSHOTS") or home / "screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return screenshots_folder(home)
 
 
 @pytest.fixture(scope="module")

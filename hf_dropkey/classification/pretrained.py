@@ -5,7 +5,8 @@ A ViT, and the families of this package, have a path of their own in `model.py`;
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -152,20 +153,17 @@ def add_drop_path(model: PreTrainedModel, rate: float | None) -> None:
         ValueError: No residual branch of the model can be reached.
     """
     own: Any = transformers_model(model)
-    chosen = getattr(own.config, DROP_PATH_FIELD, None) if rate is None else rate
-    if chosen is None or any("DropPath" in type(module).__name__ for module in own.modules()):
+    if any("DropPath" in type(module).__name__ for module in own.modules()):
         return
+    chosen = _chosen_rate(own, rate, DROP_PATH_FIELD)
     if not chosen:
-        vars(own.config).pop(DROP_PATH_FIELD, None)
         return
     for part in own.modules():
         # a field that no module reads
         if isinstance(part, PreTrainedModel) and hasattr(part.config, OWN_FIELD):
             setattr(part.config, OWN_FIELD, 0.0)
-    try:
+    with _of_option("--drop_path_rate", chosen):
         logger.info("%s", apply_drop_path(model, chosen))
-    except ValueError as error:
-        raise ValueError(f"--drop_path_rate {chosen} cannot be had: {error}") from error
 
 
 def add_patch_dropout(model: PreTrainedModel, rate: float | None) -> None:
@@ -178,15 +176,27 @@ def add_patch_dropout(model: PreTrainedModel, rate: float | None) -> None:
     Raises:
         ValueError: The rate is outside [0, 1), or the model has no plain sequence of patches.
     """
-    own: Any = transformers_model(model)
-    chosen = getattr(own.config, PATCH_DROPOUT_FIELD, None) if rate is None else rate
+    chosen = _chosen_rate(transformers_model(model), rate, PATCH_DROPOUT_FIELD)
+    if chosen:
+        with _of_option("--patch_dropout", chosen):
+            logger.info("%s", apply_patch_dropout(model, chosen))
+
+
+def _chosen_rate(own: Any, rate: float | None, field: str) -> float:
+    """The rate of a call, else the one that the configuration remembers; 0 makes the configuration forget it."""
+    chosen = getattr(own.config, field, None) if rate is None else rate
     if not chosen:
-        vars(own.config).pop(PATCH_DROPOUT_FIELD, None)
-        return
+        vars(own.config).pop(field, None)
+    return chosen or 0.0
+
+
+@contextmanager
+def _of_option(option: str, rate: float) -> Iterator[None]:
+    """Errors say which option asked for the rate."""
     try:
-        logger.info("%s", apply_patch_dropout(model, chosen))
+        yield
     except ValueError as error:
-        raise ValueError(f"--patch_dropout {chosen} cannot be had: {error}") from error
+        raise ValueError(f"{option} {rate} cannot be had: {error}") from error
 
 
 def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -37,7 +37,7 @@ from ..images.annotated import (
     usable_images,
 )
 from ..images.checks import name_some
-from ..images.sources import EVALUATION_SPLITS, data_fingerprint
+from ..images.sources import data_fingerprint, split_names
 from .arguments import HoiDataArguments
 from .metrics import NO_OBJECT, TruePairs
 from .names import COCO_OBJECTS, HICO_VERBS, MISSING_OBJECT, VCOCO_VERBS, plain_name
@@ -588,13 +588,7 @@ def hub_splits(arguments: HoiDataArguments) -> dict[str, Callable[[], HoiSplit]]
         ValueError: A split that the arguments name is not there, or one serves both ends.
     """
     splits = datasets.load_dataset(arguments.dataset_name, arguments.dataset_config_name)
-    usual = next((name for name in EVALUATION_SPLITS if name in splits), None)
-    names = {"train": arguments.train_split_name, "validation": arguments.eval_split_name or usual}
-    for option, name in (("--train_split_name", names["train"]), ("--eval_split_name", arguments.eval_split_name)):
-        if name is not None and name not in splits:
-            raise ValueError(f"no split {name!r} among {list(splits)}; choose with {option}")
-    if names["train"] == names["validation"]:
-        raise ValueError(f"split {names['train']!r} is for training and evaluation; choose another --eval_split_name")
+    names = split_names(splits, arguments.train_split_name, arguments.eval_split_name)
     return {
         role: partial(
             read_rows,
@@ -603,7 +597,6 @@ def hub_splits(arguments: HoiDataArguments) -> dict[str, Callable[[], HoiSplit]]
             skip=arguments.skip_bad_annotations,
         )
         for role, name in names.items()
-        if name is not None
     }
 
 

@@ -191,8 +191,7 @@ def check_release(
     made = None
     if commit is None:
         made = folder_digest(list(kept.values()))
-        if digest is not None and made.removeprefix("sha256:") != digest.removeprefix("sha256:"):
-            problems.append(f"the digest is {made}, not {digest}: the folder has changed since")
+        problems += _digest_problems(made, digest)
     diffs = {name: code_difference(name, read_bytes(python[name])) for name in python if name not in code.identical}
     version = " and ".join(code.versions) or __version__
     return ReleaseReport(str(target), commit, version, code.identical, tuple(problems), diffs, made)
@@ -208,8 +207,7 @@ def _checked_kernel(target: Path | str, files: Mapping[str, Entry], digest: str 
         if name not in built:
             problems += _file_problems(name, entry)
     made = folder_digest(list(kept.values()))
-    if digest is not None and made.removeprefix("sha256:") != digest.removeprefix("sha256:"):
-        problems.append(f"the digest is {made}, not {digest}: the folder has changed since")
+    problems += _digest_problems(made, digest)
     identical = tuple(name for name in built if name.endswith(".py") and name not in wrong)
     return ReleaseReport(str(target), None, __version__, identical, tuple(problems), {}, made, is_kernel=True)
 
@@ -226,8 +224,7 @@ def _checked_space(folder: Path, files: Mapping[str, Entry], digest: str | None)
             continue
         problems += _file_problems(name, entry)
     made = folder_digest(list(kept.values()))
-    if digest is not None and made.removeprefix("sha256:") != digest.removeprefix("sha256:"):
-        problems.append(f"the digest is {made}, not {digest}: the folder has changed since")
+    problems += _digest_problems(made, digest)
     identical = tuple(f"{MODEL}/{name}" for name in model.identical)
     diffs = {f"{MODEL}/{name}": text for name, text in model.diffs.items()}
     return ReleaseReport(str(folder), None, model.version, identical, tuple(problems), diffs, made, is_space=True)
@@ -241,9 +238,14 @@ def _checked_static(target: Path | str, files: Mapping[str, Entry], digest: str 
         if name not in (*PAGE_FILES, *SHA256, GRAPH) or entry.leaves:
             problems += _file_problems(name, entry)
     made = folder_digest(list(kept.values()))
-    if digest is not None and made.removeprefix("sha256:") != digest.removeprefix("sha256:"):
-        problems.append(f"the digest is {made}, not {digest}: the folder has changed since")
+    problems += _digest_problems(made, digest)
     return ReleaseReport(str(target), None, __version__, (), tuple(problems), {}, made, is_static=True)
+
+
+def _digest_problems(made: str, wanted: str | None) -> Iterator[str]:
+    """What is wrong if a folder must have the digest of an earlier check, and now has another."""
+    if wanted is not None and made.removeprefix("sha256:") != wanted.removeprefix("sha256:"):
+        yield f"the digest is {made}, not {wanted}: the folder has changed since"
 
 
 def _located(target: Path | str, revision: str | None, token: str | bool | None) -> tuple[Path, str | None, list[str]]:

@@ -9,9 +9,9 @@ images are used once, after that.
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,6 @@ BEGUN, DONE = "begun.json", "experiment.json"
 # metrics of every cell
 SELECTABLE = ("accuracy", "nll", "ece")
 UNITS = {"nll": "nats", "train_nll": "nats", "train_seconds": "s", "parameters": "count"}
-
-
 # fields that a grid may lack
 OPTIONAL = {"corruptions", "held_out_images"}
 
@@ -189,7 +187,7 @@ class Grid:
 
         `cells` is a list of objects, each a product: every field has a list of values, or one. Defaults of DropKey
         cells are `schedule` "decreasing" and `pattern` "score"; without `model` it is all models. `seeds` holds for
-        all cells. `corruptions` may be left out.
+        all cells. `corruptions` and `held_out_images` may be left out.
 
         Raises:
             ValueError: A field is missing or unknown, a cell is unknown, or there are no cells.
@@ -453,17 +451,18 @@ def data_to_test(data: DataArguments) -> ImageData:
 
 
 def tensors(
-    rows: Dataset, job: ClassificationJob, data: ImageData, transform: ImageTransform | None = None
+    rows: Dataset, job: ClassificationJob, data: ImageData, make: Callable[..., ImageTransform] = ImageTransform
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images of some rows as inputs of the model, `[B, channels, H, W]`, and their labels `[B]`."""
-    transform = transform or ImageTransform(job.processor, **takes(job, data))
+    """All images of some rows as inputs of the model, `[B, channels, H, W]`, and their labels `[B]`; `make` makes the transform."""
+    transform = make(job.processor, label_ids=data.label_ids, num_channels=job.config.num_channels)
     batch = collate_images(rows.with_transform(transform).__getitems__(list(range(len(rows)))))
     return batch["pixel_values"], batch["labels"]
 
 
-def takes(job: ClassificationJob, data: ImageData) -> dict[str, Any]:
-    """What a transform of images takes beside the processor."""
-    return {"label_ids": data.label_ids, "num_channels": job.config.num_channels}
+def corrupted_images(job: ClassificationJob, data: ImageData, kind: str, strength: int) -> torch.Tensor:
+    """The images of a data set's evaluation, made worse, `[B, channels, H, W]` on the device of the job."""
+    made = tensors(data.evaluation, job, data, partial(CorruptedTransform, kind, strength))
+    return made[0].to(job.training.device)
 
 
 def measure(
@@ -514,13 +513,8 @@ def measure(
             metrics |= {f"accuracy_at_occlusion_{fraction:g}": value for fraction, value in occluded.items()}
             metrics |= {name: facts[name] for name in ("train_seconds", "parameters") if name in facts}
             if measures_corruptions(grid, cell, split):
-
-                def corrupted(kind: str, strength: int) -> torch.Tensor:
-                    transform = CorruptedTransform(kind, strength, job.processor, **takes(job, evaluated))
-                    return tensors(evaluated.evaluation, job, evaluated, transform)[0].to(pixel_values.device)
-
                 with precision:
-                    under = corruption_accuracy(model, corrupted, labels)
+                    under = corruption_accuracy(model, partial(corrupted_images, job, evaluated), labels)
                 metrics |= {UNDER[kind]: value for kind, value in under.items()}
         shared = {"epochs": f"{facts['epochs']:g}", "split": split, "images": str(len(labels))}
         # not recorded by older releases

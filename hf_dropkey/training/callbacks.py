@@ -154,8 +154,8 @@ class DropKeyGuardCallback(TrainerCallback):
     """Notices a model whose configuration has DropKey settings while none of its attentions drops keys.
 
     A patched stock model is in this state after `from_pretrained`: it would train without DropKey. The same of drop path
-    (`apply_drop_path`) and patch dropout (`apply_patch_dropout`). The adapters in the checkpoints of PEFT's models get their settings, which PEFT does not save
-    (`save_adapter_settings`).
+    (`apply_drop_path`) and patch dropout (`apply_patch_dropout`). The adapters in the checkpoints of PEFT's models get
+    their settings, which PEFT does not save (`save_adapter_settings`).
 
     Args:
         reapply: Apply the settings of the configuration, instead of a warning.

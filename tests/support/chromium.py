@@ -29,6 +29,13 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
+def screenshots_folder(home: Path) -> Path:
+    """Where pictures of pages go: a folder that the variable SCREENSHOTS names, where they stay, else one in `home`."""
+    folder = Path(os.environ.get("SCREENSHOTS") or home / "screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def chromium_program() -> str | None:
     """The browser's program, None where there is none."""
     return next(filter(None, map(shutil.which, NAMES)), None)
