@@ -425,7 +425,11 @@ def test_attention_without_scores_is_refused(backend: str, images: int, queries:
         (3 * 8, 3, 5 * 3),
         # a head for each thread: two images, and a tenth of their queries
         (3 * 4, 4, 3 * 10),
-        (1, 1, 5 * 19),
+        # two heads of one image and the third, at once and in parts of 9 and 9 and 1 queries
+        (2 * 19, 1, 5 * 2),
+        (19, 2, 5 * 2 * 3),
+        # a query of a head
+        (1, 1, 5 * 3 * 19),
         (5 * 3 * 19, 1, 1),
     ],
 )

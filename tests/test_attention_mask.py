@@ -212,11 +212,11 @@ def test_what_the_pattern_token_leaves_of_an_image_without_real_keys() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_mask_in_parts_is_the_mask_in_one(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of one image and of some queries, drawn one after the other into the same memory."""
+    """Parts of one image, of some heads and queries, drawn one after the other into the same memory."""
     query, key, _ = tensors(IMAGES, HEADS, LENGTH, 8, dtype=dtype)
     mask, settings = mask_of(form, torch.float32), settings_of(site(0.6), None)
     whole = additive_mask(SEED, query, key, mask, settings).expand(IMAGES, HEADS, LENGTH, LENGTH)
-    for size in (1, 4 * HEADS * LENGTH * 5, 4 * HEADS * LENGTH * LENGTH):
+    for size in (1, 4 * LENGTH * 5, 4 * LENGTH * LENGTH, 4 * HEADS * LENGTH * LENGTH):
         monkeypatch.setattr(cpu_attention, "CHUNK_BYTES", size)
         state = cpu_attention._state_of_rows(SEED, query, key, mask, settings)
         assert state is not None

@@ -24,7 +24,7 @@ from .operators import seed_in_backward, unit_columns
 from .patterns import protect_bias_rows
 
 
-# of a batch: which images, all heads, which queries
+# of a batch: which images, which heads, which queries
 Chunk = tuple[slice, slice, slice]
 WHOLE = (slice(None), slice(None), slice(None))
 # bytes of the float32 scores of a chunk
@@ -32,23 +32,26 @@ CHUNK_BYTES = 2**24
 
 
 def chunks_of(query: torch.Tensor, key: torch.Tensor) -> list[Chunk]:
-    """A batch cut so that the float32 scores of a chunk take at most `CHUNK_BYTES`, or belong to one query of few images.
+    """A batch cut so that the float32 scores of a chunk take at most `CHUNK_BYTES`, or belong to one query of few heads.
 
     PyTorch's backward pass on a CPU gives each thread whole heads, so a chunk holds a head for every thread; where that
-    is too much, its queries are cut. A batch of up to two such chunks stays whole: short rows spend more on joining the
-    parts than on fresh memory.
+    is too much, its queries are cut, too. A batch of up to two such chunks stays whole: short rows spend more on joining
+    the parts than on fresh memory.
     """
     images, heads, queries = query.shape[:3]
-    row_bytes = 4 * heads * key.shape[2]
-    if row_bytes * queries * images <= 2 * CHUNK_BYTES:
-        return [(slice(0, images), slice(None), slice(0, queries))]
-    needed = -(-torch.get_num_threads() // heads)
-    together = min(images, max(needed, CHUNK_BYTES // (row_bytes * queries)))
-    cuts = -(-queries // max(1, CHUNK_BYTES // (row_bytes * together)))
+    row_bytes = 4 * key.shape[2]
+    if row_bytes * queries * heads * images <= 2 * CHUNK_BYTES:
+        return [(slice(0, images), slice(0, heads), slice(0, queries))]
+    threads, fit = torch.get_num_threads(), CHUNK_BYTES // (row_bytes * queries)
+    # whole images, or heads of one
+    of_images = min(images, max(-(-threads // heads), fit // heads))
+    of_heads = heads if of_images > 1 or fit >= heads else min(heads, max(threads, fit // threads * threads))
+    cuts = -(-queries // max(1, CHUNK_BYTES // (row_bytes * of_heads * of_images)))
     rows = -(-queries // cuts)
     return [
-        (slice(image, image + together), slice(None), slice(row, row + rows))
-        for image in range(0, images, together)
+        (slice(image, image + of_images), slice(head, head + of_heads), slice(row, row + rows))
+        for image in range(0, images, of_images)
+        for head in range(0, heads, of_heads)
         for row in range(0, queries, rows)
     ]
 
@@ -164,9 +167,9 @@ class _Gradients:
         self.query[chunk] = query
         for total, share in ((self.key, key), (self.value, value)):
             if self.shared:
-                total[chunk[0]] += share
+                total[chunk[:2]] += share
             else:
-                total[chunk[0]] = share
+                total[chunk[:2]] = share
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Those of query, key and value."""
@@ -196,7 +199,7 @@ class RedrawnMaskAttention(torch.autograd.Function):
         whole: list[torch.Tensor] = []
         for chunk, mask in additive_mask_chunks(seed, state, chunks, memory, query, key, attention_mask, settings):
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[chunk], key[chunk[0]], value[chunk[0]], 0.0, False, attn_mask=mask, scale=scaling
+                query[chunk], key[chunk[:2]], value[chunk[:2]], 0.0, False, attn_mask=mask, scale=scaling
             )
             if len(chunks) == 1:
                 whole = list(found)
@@ -229,8 +232,8 @@ class RedrawnMaskAttention(torch.autograd.Function):
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 upstream[0][chunk],
                 query[chunk],
-                key[chunk[0]],
-                value[chunk[0]],
+                key[chunk[:2]],
+                value[chunk[:2]],
                 output[chunk],
                 log_sum[chunk],
                 0.0,
