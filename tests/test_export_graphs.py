@@ -14,8 +14,9 @@ from hoi_models import tiny_model as tiny_hoi
 from mesh_models import tiny_model as tiny_mesh
 from stock_architectures import build
 from torch import nn
+from transformers import PreTrainedModel
 
-from hf_dropkey import DropKeyONNX, dropkey_active, dropkey_seed
+from hf_dropkey import DropKeyONNX, apply_dropkey, dropkey_active, dropkey_seed
 from hf_dropkey.classification.families import FAMILIES
 from hf_dropkey.cli import main
 from hf_dropkey.export import export_graph, graphs
@@ -98,6 +99,28 @@ def test_other_models(make: Any, outputs: str, tmp_path: Path) -> None:
     images = torch.randn(3, 3, side, side)
     found = dict(zip(written.outputs, run(tmp_path / "out", images), strict=True))
     np.testing.assert_allclose(found[outputs], model(images)[outputs].detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rt_detr", "d_fine"])
+def test_detectors_that_ask_for_the_length_of_a_tensor(name: str, tmp_path: Path) -> None:
+    model = build(name).eval()
+    with torch.no_grad():
+        # of a new model all scores are equal, and which of them are the highest is nobody's choice
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    apply_dropkey(model, ratio=0.3)
+    backends = [part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for file_format in ("onnx", "pt2"):
+        written = export_graph(model, tmp_path / file_format, file_format=file_format, image_size=64)
+        assert written.difference < 1e-4
+    images = torch.randn(5, 3, 64, 64)
+    found = dict(zip(written.outputs, run(tmp_path / "onnx", images), strict=True))
+    np.testing.assert_allclose(found["pred_boxes"], model(images).pred_boxes.detach().numpy(), atol=1e-4)
+    with pytest.raises(ValueError, match="fixes the number of images .* without --monte_carlo"):
+        export_graph(model, tmp_path / "random", image_size=64, monte_carlo=True)
+    after = [part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel)]
+    assert after == backends and len(set(backends)) == 2
 
 
 def test_the_size_of_the_images_is_the_processors(tmp_path: Path) -> None:

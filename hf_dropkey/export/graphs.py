@@ -13,17 +13,18 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..extras import needed
 from ..inference import dropkey_seed, eval_mode
 from ..models.sample_masks import seed_words
-from ..patching.apply import apply_dropkey, dropkey_active, forgotten_ratio
+from ..patching.apply import BACKEND_FIELD, apply_dropkey, dropkey_active, forgotten_ratio
 from ..saved import one_error, processor_size, read_json
 from .plain import check_target, copy_processor, load_model, plain_class, plain_config, replaced
 
@@ -224,9 +225,7 @@ def _write_monte_carlo(model: Any, stage: Path, file_format: str, plain: Exporte
 
 def _write_graph(graph: _Named, traced: dict[str, torch.Tensor], cases: Sequence[Case], file: Path) -> float:
     """Writes the graph that a model is for some inputs; returns the largest difference from what is expected."""
-    shapes = {name: {0: torch.export.Dim("batch")} if name == "pixel_values" else None for name in traced}
-    with one_error(f"{type(graph.model).__name__} cannot be exported"), _quiet():
-        program = torch.export.export(graph, (), traced, dynamic_shapes=shapes, strict=False)
+    program = _traced(graph, traced)
     if file.suffix == ".pt2":
         torch.export.save(program, file)
         loaded = torch.export.load(file).module()
@@ -239,10 +238,34 @@ def _write_graph(graph: _Named, traced: dict[str, torch.Tensor], cases: Sequence
             opset_version=OPSET,
             input_names=list(traced),
             output_names=list(graph.names),
+            # Transformers' checks of tensors, where code was read
+            custom_translation_table={torch.ops.aten._is_all_true.default: _all_true},
             verbose=False,
         )
         made.save(file)
     return _difference(cases, _runner(file))
+
+
+def _traced(graph: _Named, inputs: dict[str, torch.Tensor]) -> torch.export.ExportedProgram:
+    """The program of a model for any number of images.
+
+    Raises:
+        ValueError: It cannot be traced.
+    """
+    shapes = {name: {0: torch.export.Dim("batch")} if name == "pixel_values" else None for name in inputs}
+    trace = partial(torch.export.export, graph, (), inputs, dynamic_shapes=shapes)
+    name = type(graph.model).__name__
+    with one_error(f"{name} cannot be exported"), _quiet():
+        try:
+            return trace(strict=False)
+        except torch._dynamo.exc.UserError:
+            if "seed" not in inputs:
+                # slow, but it reads a number of images where code asks for the length of a tensor (RT-DETR, D-FINE)
+                return trace(strict=True)
+    raise ValueError(
+        f"{name} fixes the number of images while it is traced, which a graph with a seed has no way around; export it "
+        "without --monte_carlo (monte_carlo=True)"
+    )
 
 
 def _noise(model: Any, batch: int, size: tuple[int, int]) -> torch.Tensor:
@@ -318,13 +341,29 @@ def _difference(
 
 @contextlib.contextmanager
 def _implementation(model: Any, name: str) -> Iterator[None]:
-    """A model on another attention backend, and at the end on its own again."""
-    before = model.config._attn_implementation
+    """A model on another attention backend, and at the end each part on its own again."""
+    # set back by hand: Transformers would give all parts one backend, which a convolutional backbone refuses
+    before = [(config, getattr(config, BACKEND_FIELD)) for config in _configurations(model.config)]
     model.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        for config, backend in before:
+            setattr(config, BACKEND_FIELD, backend)
+
+
+def _configurations(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """A configuration and those of the parts within it."""
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    return [config, *(one for part in parts if part is not None for one in _configurations(part))]
+
+
+def _all_true(values: Any) -> Any:
+    """`aten._is_all_true` in the operators of ONNX."""
+    from onnxscript import opset20 as op
+
+    # of the numbers of onnx.TensorProto: 6 is int32, 9 bool
+    return op.Cast(op.ReduceMin(op.Cast(values, to=6), keepdims=0), to=9)
 
 
 @contextlib.contextmanager
