@@ -69,9 +69,10 @@ class DropKeyVoloOutlookAttention(DropKeyAttention):
         """
         images, _, width = hidden_states.shape
         cells = self.window**2
-        window = {"kernel_size": self.window, "padding": self.window // 2, "stride": 2}
+        edge = self.window // 2
         # positions outside the image are keys with the value zero
-        value = nn.functional.unfold(self.v_proj(hidden_states).transpose(1, 2).unflatten(2, grid), **window)
+        value = self.v_proj(hidden_states).transpose(1, 2).unflatten(2, grid)
+        value = nn.functional.unfold(value, self.window, padding=edge, stride=2)
         value = value.view(images, self.num_heads, -1, cells, value.shape[-1]).permute(0, 4, 1, 3, 2).flatten(0, 1)
         centres = nn.functional.avg_pool2d(hidden_states.transpose(1, 2).unflatten(2, grid), 2, 2, ceil_mode=True)
         scores = self.score_proj(centres.flatten(2).transpose(1, 2))
@@ -79,7 +80,9 @@ class DropKeyVoloOutlookAttention(DropKeyAttention):
         identity = torch.eye(cells, dtype=scores.dtype, device=scores.device).expand_as(scores)
         output, weights = self.attend(scores, identity, value, (self.window, self.window), **kwargs)
         output = output.unflatten(0, (images, -1)).permute(0, 3, 4, 2, 1).reshape(images, width * cells, -1)
-        output = nn.functional.fold(output, grid, **window).flatten(2).transpose(1, 2)
+        # with the positions outside, cut off here: PyTorch decomposes a padded fold to a negative pad, which ExecuTorch lacks
+        output = nn.functional.fold(output, tuple(side + 2 * edge for side in grid), self.window, stride=2)
+        output = output[:, :, edge : edge + grid[0], edge : edge + grid[1]].permute(0, 2, 3, 1).flatten(1, 2)
         return self.o_proj(output), weights
 
 
