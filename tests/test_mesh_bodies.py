@@ -25,8 +25,8 @@ from hf_dropkey.mesh.surface import Cone, body_surface, edges_of
 from hf_dropkey.mesh.topology import (
     check_body,
     farthest_points,
-    interpolation,
     fitted_map,
+    interpolation,
     make_topology,
     unit_problem,
 )
