@@ -25,6 +25,7 @@ from hf_dropkey.mesh.surface import Cone, body_surface, edges_of
 from hf_dropkey.mesh.topology import (
     check_body,
     farthest_points,
+    fitted_map,
     interpolation,
     make_topology,
     unit_problem,
@@ -100,9 +101,15 @@ def test_regressed_joints_are_the_true_ones(body: ProceduralBody) -> None:
     _, true = body.pose_bodies(pose, shape)
     assert np.abs(body.joint_regressor.sum(1) - 1).max() < 1e-6 and body.joint_regressor.min() >= 0
     distance = np.linalg.norm(joints - true, axis=-1).mean(0)
-    # the nose lies on the surface of a few vertices
-    assert dict(zip(JOINT_NAMES, distance, strict=True))["nose"] < 0.015
-    assert np.delete(distance, JOINT_NAMES.index("nose")).max() < 0.005
+    # no vertices lie beyond the top of the head
+    assert dict(zip(JOINT_NAMES, distance, strict=True))["head"] < 0.01
+    assert np.delete(distance, JOINT_NAMES.index("head")).max() < 0.006
+
+
+def test_no_joint_rests_on_a_few_vertices(body: ProceduralBody) -> None:
+    # the loss of a joint would pull them out of the surface
+    effective = 1 / (body.joint_regressor**2).sum(1)
+    assert effective.min() > 8 and np.delete(effective, JOINT_NAMES.index("head")).min() > 30
 
 
 def test_turning_the_root_turns_everything(body: ProceduralBody) -> None:
@@ -177,15 +184,40 @@ def test_resolutions_of_a_body(body: ProceduralBody) -> None:
     assert topology.num_vertices == [48, 240, 1914]
     coarse, middle = topology.downsampling[1] @ topology.downsampling[0] @ body.template, topology.downsampling[0]
     assert middle.shape == (240, 1914)
-    for matrix in (*topology.downsampling, *topology.upsampling, topology.adjacency):
+    for matrix in (*topology.downsampling, topology.adjacency):
         assert np.abs(matrix.sum(1) - 1).max() < 1e-9 and matrix.min() >= 0
     # coarse points are spread over the whole body
     assert np.abs(np.ptp(coarse, axis=0) - np.ptp(body.template, axis=0)).max() < 0.1
-    # the way back gives the middle mesh's own points exactly, and others nearly
-    up = topology.upsampling[1] @ (topology.downsampling[0] @ body.template)
-    assert np.linalg.norm(up - body.template, axis=1).mean() < 0.025
     assert np.array_equal(topology.adjacency > 0, (topology.adjacency > 0).T)
     assert 3 < (topology.adjacency > 0).sum(1).mean() < 9
+
+
+def test_maps_to_finer_meshes_give_smooth_bodies(body: ProceduralBody) -> None:
+    topology = make_topology(body, (48, 240))
+    # other bodies than those of the fit
+    true, _ = body(*body.sample(20, np.random.default_rng(8)))
+    true = true - topology.joint_regressor[:1] @ true
+    middle = topology.downsampling[0] @ true
+    from_middle = topology.upsampling[1] @ middle
+    from_coarse = topology.upsampling[1] @ topology.upsampling[0] @ (topology.downsampling[1] @ middle)
+    # a mean of the three nearest points misses by 17 and 44 mm
+    assert np.linalg.norm(from_middle - true, axis=-1).mean() < 0.002
+    assert np.linalg.norm(from_coarse - true, axis=-1).mean() < 0.008
+    edges = edges_of(body.faces)
+    found, wanted = (np.linalg.norm(np.diff(meshes[:, edges], axis=2), axis=-1) for meshes in (from_coarse, true))
+    # a vertex that sticks out has long edges
+    assert (found > 2 * wanted).mean() < 1e-3
+
+
+def test_a_fitted_map_changes_what_bodies_tell_only() -> None:
+    generator = np.random.default_rng(0)
+    start, true = generator.random((2, 9, 4))
+    # bodies of any shape, but for the last point, which is at 0
+    sources = generator.standard_normal((50, 4, 3))
+    sources[:, 3] = 0
+    found = fitted_map(start, sources, true @ sources)
+    assert np.abs(found[:, :3] - true[:, :3]).max() < 1e-3
+    assert np.abs(found[:, 3] - start[:, 3]).max() < 1e-12
 
 
 def test_the_model_takes_a_body(body: ProceduralBody) -> None:

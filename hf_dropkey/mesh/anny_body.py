@@ -171,7 +171,7 @@ class AnnyBody:
         return vertices, self.joint_regressor @ vertices
 
     def _fit_regressor(self, rest: np.ndarray) -> np.ndarray:
-        """Weights of vertices for each joint: of the bones' heads, and the vertices at nose and top of the head."""
+        """Weights of vertices for each joint: of the bones' heads, and near the nose and the top of the head."""
         pose, shape = self.sample(48, np.random.default_rng(0))
         pose[:, 0] = 0.0
         vertices, heads = self.pose_bodies(pose, shape)
@@ -182,7 +182,9 @@ class AnnyBody:
         rows = []
         for name in JOINT_NAMES:
             if name in ("nose", "head"):
-                rows.append(self._at_vertex(0.0 if name == "head" else 1.0))
+                vertex = self._vertex_of_head(0.0 if name == "head" else 1.0)
+                target, place = vertices[:, vertex], self.template[vertex]
+                rows.append(nearby_regressor(vertices, target, self.template, place, count=40))
                 continue
             side, _, part = name.partition("_")
             bone = f"{side}_{of_bone[part]}" if part else of_bone[name]
@@ -190,13 +192,11 @@ class AnnyBody:
             rows.append(nearby_regressor(vertices, heads[:, number], self.template, rest[number], count=40))
         return np.stack(rows)
 
-    def _at_vertex(self, forward: float) -> np.ndarray:
-        """A row that takes the highest vertex of the head, or with `forward` 1 the one farthest in front."""
+    def _vertex_of_head(self, forward: float) -> int:
+        """The highest vertex of the head, or with `forward` 1 the one farthest in front."""
         above = self.template[:, 1] - self.template[:, 1].min() < 0.22
         score = forward * self.template[:, 2] + (1 - forward) * self.template[:, 1] + np.abs(self.template[:, 0])
-        row = np.zeros(len(self.template))
-        row[np.where(above, score, np.inf).argmin()] = 1.0
-        return row
+        return int(np.where(above, score, np.inf).argmin())
 
 
 @cache
