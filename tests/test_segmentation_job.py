@@ -163,8 +163,19 @@ def test_predictions_are_written_as_masks_and_pictures(
     assert json.loads((tmp_path / "out" / "segmentation.json").read_text()) == found
     with pytest.raises(FileNotFoundError, match="there is no image file or folder"):
         predict(PredictionArguments(str(run), [str(tmp_path / "gone")], tmp_path / "out"))
+    with pytest.raises(NotADirectoryError, match="--out .*a.png cannot be a folder"):
+        predict(PredictionArguments(str(run), [str(images)], images / "a.png"))
     with pytest.raises(ValueError, match="--samples 1 is neither 0"):
         PredictionArguments(str(run), ["x"], tmp_path, samples=1)
+
+
+def test_images_of_one_name_get_files_of_their_own(run: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        make_scene("validation", 0, 48)[0].save(tmp_path / name / "a.png")
+    folders = [str(tmp_path / "one"), str(tmp_path / "two")]
+    predict(PredictionArguments(str(run), folders, tmp_path / "out", samples=0))
+    assert {file.name for file in (tmp_path / "out").glob("*_mask.png")} == {"a_mask.png", "a_2_mask.png"}
 
 
 def test_the_commands_know_the_task() -> None:
