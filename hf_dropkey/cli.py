@@ -30,6 +30,7 @@ PROGRAMS = {
     ("train", "mesh"): ("mesh.job", "MeshJob"),
     ("train", "segmentation"): ("segmentation.job", "SegmentationJob"),
     ("evaluate", "classification"): ("classification.evaluation", "main"),
+    ("evaluate", "detection"): ("detection.job", "DetectionEvaluation"),
     ("evaluate", "hoi"): ("hoi.job", "HoiEvaluation"),
     ("evaluate", "mesh"): ("mesh.job", "MeshEvaluation"),
     ("evaluate", "segmentation"): ("segmentation.job", "SegmentationEvaluation"),
