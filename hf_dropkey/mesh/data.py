@@ -245,7 +245,7 @@ def background_files(folder: str | None) -> list[Path]:
             f"--backgrounds {folder} is {'a file' if Path(folder).exists() else 'not there'}; give a folder"
         )
     endings = image_endings()
-    found = [file for file in map(Path, visible_files(folder)) if file.suffix.lower() in endings]
+    found = sorted(file for file in map(Path, visible_files(folder)) if file.suffix.lower() in endings)
     if not found:
         raise FileNotFoundError(f"--backgrounds {folder}: there is no image in this folder.")
     return found
