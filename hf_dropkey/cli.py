@@ -30,6 +30,7 @@ PROGRAMS = {
     ("train", "mesh"): ("mesh.job", "MeshJob"),
     ("train", "segmentation"): ("segmentation.job", "SegmentationJob"),
     ("evaluate", "classification"): ("classification.evaluation", "main"),
+    ("evaluate", "detection"): ("detection.job", "DetectionEvaluation"),
     ("evaluate", "hoi"): ("hoi.job", "HoiEvaluation"),
     ("evaluate", "mesh"): ("mesh.job", "MeshEvaluation"),
     ("evaluate", "segmentation"): ("segmentation.job", "SegmentationEvaluation"),
@@ -68,7 +69,8 @@ TRAINER_ARGUMENTS = {
     "hub_model_id": "Where to, owner/name.",
 }
 # what a user can cause and mend; anything else is a fault of this package and shows its traceback
-MISTAKES = (OSError, ValueError, HFValidationError, ImportError, StrictDataclassError)
+# FloatingPointError: a loss that is not finite
+MISTAKES = (OSError, ValueError, HFValidationError, ImportError, StrictDataclassError, FloatingPointError)
 
 
 def argument_groups(verb: str, task: str) -> list[Any]:
@@ -149,19 +151,23 @@ def _reported(call: Callable[[], int], command: str, *, debug: bool) -> int:
             raise
         print(f"hf-dropkey {command}: {told(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
             raise
-        print(f"hf-dropkey {command}: interrupted", file=sys.stderr)
+        print(f"hf-dropkey {command}: interrupted{notes(error)}", file=sys.stderr)
         return 130
 
 
 def told(error: BaseException) -> str:
     """The message of a mistake, with its notes."""
-    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
     # the error of a configuration field has two lines
     message = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else error
-    return f"{message}{notes}"
+    return f"{message}{notes(error)}"
+
+
+def notes(error: BaseException) -> str:
+    """The notes of an error, such as how to resume, one a line."""
+    return "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
 
 
 def script(verb: str, task: str) -> None:
@@ -184,6 +190,8 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
     """Shows an error that ends the process: a mistake by its message, anything else by its traceback."""
     if issubclass(kind, MISTAKES):
         print(f"{sys.argv[0]}: {told(error)}", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print(f"{sys.argv[0]}: interrupted{notes(error)}", file=sys.stderr)
     else:
         traceback.print_exception(kind, error, trace)
 

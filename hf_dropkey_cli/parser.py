@@ -12,7 +12,7 @@ from .files import light, version
 # commands whose arguments are groups of the package, with the tasks of each
 PROGRAMS = {
     "train": ("classification", "detection", "hoi", "mesh", "segmentation"),
-    "evaluate": ("classification", "hoi", "mesh", "segmentation"),
+    "evaluate": ("classification", "detection", "hoi", "mesh", "segmentation"),
     "predict": ("classification", "hoi", "mesh", "segmentation"),
     "look": ("classification",),
     "search": ("classification",),

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from hub_server import TOKEN, serving
 from huggingface_hub import ModelCard
+from PIL import Image
 from small_runs import SHAPE
+from transformers import DetrConfig, Dinov2Config, Dinov2Model, ViTImageProcessorPil
 
 import hf_dropkey
-from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification
-from hf_dropkey.cli import main
+from hf_dropkey import DropKeyViTConfig, DropKeyViTForImageClassification, load_classifier
+from hf_dropkey.cli import COMMANDS, main
 from hf_dropkey.training.job import started_command
 
 
@@ -192,3 +194,54 @@ def test_the_version_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"hf-dropkey {hf_dropkey.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (FloatingPointError("the loss of step 3 is nan"), "hf-dropkey info: the loss of step 3 is nan\nstart again\n"),
+        (KeyboardInterrupt(), "hf-dropkey info: interrupted\nstart again\n"),
+    ],
+)
+def test_what_stops_a_run_is_told_with_its_notes(
+    error: BaseException, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error.add_note("start again")
+
+    def stopped(arguments: object) -> int:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "info", stopped)
+    assert main(["info", "x"]) in (2, 130)
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.usefixtures("auto_image_processor")
+def test_a_model_without_a_trained_classifier_classifies_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    Dinov2Model(Dinov2Config(**shape)).save_pretrained(tmp_path / "features")
+    DetrConfig().save_pretrained(tmp_path / "detr")
+    (tmp_path / "detr" / "model.safetensors").write_bytes((tmp_path / "features" / "model.safetensors").read_bytes())
+    for name in ("features", "detr"):
+        ViTImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(tmp_path / name)
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    for name, told in (("features", "without 2 weights of an image classifier"), ("detr", "not an image classifier")):
+        assert (
+            main(["predict", "--model_name_or_path", str(tmp_path / name), "--images", str(tmp_path / "a.png")]) == 2
+        )
+        assert told in capsys.readouterr().err
+        with pytest.raises(ValueError, match=told):
+            load_classifier(tmp_path / name)
+
+
+def test_results_that_cannot_be_written_are_told_before_the_work(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    gone = str(tmp_path / "gone" / "found.json")
+    words = ["--model_name_or_path", folder, "--images", str(tmp_path / "a.png"), "--output_file", gone]
+    assert main(["predict", *words]) == 2
+    assert "lies in a folder that is not there" in capsys.readouterr().err
+    assert main(["look", "--model_name_or_path", folder, "--output_dir", str(tmp_path / "a.png")]) == 2

@@ -61,6 +61,7 @@ CHEAP = {
     "hf-dropkey train recipe:finetune_small": f"{BRIEF} --model_name_or_path hub/dinov2-small",
     "hf-dropkey train": f"{BRIEF} --per_device_train_batch_size 2",
     "hf-dropkey evaluate --task segmentation": "--use_cpu --validation_scenes 8 --report_to none --draw_images 0",
+    "hf-dropkey evaluate --task detection": "--use_cpu --report_to none --draw_images 0",
     "hf-dropkey evaluate --task hoi": "--use_cpu --validation_scenes 8 --report_to none",
     "hf-dropkey evaluate": "--use_cpu",
     "hf-dropkey search": "--trials 1 --max_steps 2 --use_cpu --report_to none --max_eval_samples 8 --max_train_samples 64",

@@ -279,6 +279,21 @@ def test_predictions_of_no_image(tmp_path: Path, saved: Path, monkeypatch: pytes
         )
 
 
+def test_images_of_one_name_get_files_of_their_own(
+    tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (64, 64)).save(tmp_path / name / "a.tif")
+    here("predict_hoi", monkeypatch, tmp_path, "--model", str(saved), "--out", "found", "--images", "one", "two")
+    assert {file.name for file in (tmp_path / "found").glob("*.png")} == {"a_pairs.png", "a_2_pairs.png"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "other" / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="has model_type 'vit' and finds no pairs"):
+        here("predict_hoi", monkeypatch, tmp_path, "--model", "other", "--out", "found", "--images", "one")
+
+
 def test_the_saved_model_runs_in_the_pipeline(saved: Path) -> None:
     make: Any = pipeline
     found = make("human-object-interaction", model=str(saved), trust_remote_code=True)

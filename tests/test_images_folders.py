@@ -12,7 +12,15 @@ from PIL import Image
 
 from hf_dropkey.classification.arguments import DataArguments
 from hf_dropkey.classification.data import ImageData, load_image_data
-from hf_dropkey.images.folders import image_endings, local_class_folders, read_class_folders
+from hf_dropkey.images.folders import (
+    check_output_file,
+    image_endings,
+    images_among,
+    local_class_folders,
+    make_output_folder,
+    output_names,
+    read_class_folders,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -253,3 +261,24 @@ def test_a_name_that_is_not_text_is_reported(tmp_path: Path) -> None:
         pytest.skip("this file system takes only names in UTF-8")
     with pytest.raises(ValueError, match=r"'\\udcff.png' in .*cat is not valid UTF-8; rename the file or folder"):
         load(train_dir=str(folder))
+
+
+def test_each_file_gets_a_name_of_its_own_for_results() -> None:
+    files = [Path("one/a.jpg"), Path("one/b.jpg"), Path("two/a.jpg"), Path("two/a.png"), Path("two/a_2.png")]
+    assert output_names(files) == ["a", "b", "a_3", "a_4", "a_2"]
+
+
+def test_places_for_results_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="--out .*file/below cannot be a folder: .*file is a file"):
+        make_output_folder(tmp_path / "file" / "below", "--out")
+    with pytest.raises(IsADirectoryError, match="--output_file .* is a folder; name a file in it"):
+        check_output_file(tmp_path, "--output_file")
+    check_output_file(tmp_path / "new" / "found.json", "--output_file")
+    assert (tmp_path / "new").is_dir()
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    for name in ("a.png", "._a.png", "b.pdf"):
+        (tmp_path / name).write_bytes(b"")
+    assert images_among([str(tmp_path)]) == [tmp_path / "a.png"]

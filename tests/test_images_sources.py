@@ -9,7 +9,14 @@ from PIL import Image
 
 from hf_dropkey.classification.arguments import DataArguments
 from hf_dropkey.classification.data import load_image_data
-from hf_dropkey.images.sources import changed_data, data_fingerprint, data_name, hub_or_data_name, near_names
+from hf_dropkey.images.sources import (
+    changed_data,
+    data_fingerprint,
+    data_name,
+    hub_or_data_name,
+    load_named,
+    near_names,
+)
 
 
 ROWS = [("cat/0.png", "cat", 10), ("dog/0.png", "dog", 11)]
@@ -98,3 +105,8 @@ def test_data_is_called_by_its_last_part_and_a_split_with_the_folder_it_is_in(
     assert hub_or_data_name(str(tmp_path / "org" / "train")) == "org/train"
     # no name is not the folder we are in
     assert hub_or_data_name("") == ""
+
+
+def test_a_path_without_a_data_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="--dataset_name .*gone is not there; give a folder, or the id"):
+        load_named(str(tmp_path / "gone"), None)

@@ -99,8 +99,11 @@ def test_people_stand_out_from_backgrounds(tmp_path: Path) -> None:
     split = GeneratedPeople(procedural_body(), 1, 0, 48, files)
     green = (np.abs(np.asarray(split.image(0)).astype(int) - [0, 255, 0]).max(-1) < 20).mean()
     assert 0.6 < green < 0.95
-    with pytest.raises(FileNotFoundError, match="no image in this folder"):
+    with pytest.raises(FileNotFoundError, match="absent is not there; give a folder"):
         background_files(str(tmp_path / "absent"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no image in this folder"):
+        background_files(str(tmp_path / "empty"))
 
 
 def test_held_out_people_are_no_training_people() -> None:

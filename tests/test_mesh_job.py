@@ -22,7 +22,7 @@ from hf_dropkey.mesh.figures import alone, overlay, sheet, with_joints, write_gl
 from hf_dropkey.mesh.job import MeshJob, mesh_metrics
 from hf_dropkey.mesh.metrics import METRICS
 from hf_dropkey.mesh.model import check_same_body, make_body, make_config, make_model, published_levels
-from hf_dropkey.mesh.prediction import PredictionArguments, image_files, person_boxes, read_boxes
+from hf_dropkey.mesh.prediction import PredictionArguments, person_boxes, read_boxes
 from hf_dropkey.models.modeling_dropkey_mesh import DropKeyMeshForBodyMesh
 from hf_dropkey.training.arguments import DropKeyArguments
 
@@ -163,6 +163,8 @@ def test_a_checkpoint_of_another_body_is_refused(trained: Path) -> None:
 
 
 def test_arguments_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match="--dropkey_exclude is for models that apply_dropkey patches"):
+        make_config(MeshModelArguments(), DropKeyArguments(dropkey_exclude=["*"]), procedural_body())
     with pytest.raises(ValueError, match="fixes the shape of the model; leave out --model_size, --mesh_levels"):
         MeshModelArguments(model_name_or_path="runs/people", model_size="nano", mesh_levels=[3, 4])
 
@@ -210,15 +212,32 @@ def test_boxes_from_a_detector() -> None:
     assert person_boxes(found, 0.5) == [[3, 4, 2, 4], [1, 2, 10, 20]]
 
 
+def test_images_of_one_name_get_files_of_their_own(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    files = [photograph(tmp_path), photograph(tmp_path / "b")]
+    prediction.predict(PredictionArguments(str(trained), files, tmp_path / "out"))
+    assert {file.name for file in (tmp_path / "out").glob("*.obj")} == {"a_0.obj", "a_2_0.obj"}
+    (tmp_path / "boxes.json").write_text('{"a.png": [[5, 5, 30, 50]]}')
+    with pytest.raises(ValueError, match="which several of --images share"):
+        prediction.predict(PredictionArguments(str(trained), files, tmp_path / "out", boxes=tmp_path / "boxes.json"))
+
+
 def test_predictions_that_cannot_be_made(trained: Path, tmp_path: Path) -> None:
     file = photograph(tmp_path)
     with pytest.raises(ValueError, match="outside the image of 90 x 60"):
         prediction.predict(PredictionArguments(str(trained), [file], tmp_path / "out", box=[200, 0, 10, 10]))
     (tmp_path / "c.png").write_bytes(b"none")
-    with pytest.raises(ValueError, match="c.png is not an image"):
+    with pytest.raises(ValueError, match="c.png \\(not an image file\\)"):
         prediction.predict(PredictionArguments(str(trained), [tmp_path / "c.png"], tmp_path / "out"))
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        image_files([tmp_path / "absent.png"])
+    with pytest.raises(FileNotFoundError, match="no image file or folder .*absent.png"):
+        prediction.predict(PredictionArguments(str(trained), [tmp_path / "absent.png"], tmp_path / "out"))
+    with pytest.raises(FileNotFoundError, match="--boxes .*gone.json is not there"):
+        prediction.predict(PredictionArguments(str(trained), [file], tmp_path / "out", boxes=tmp_path / "gone.json"))
+    with pytest.raises(NotADirectoryError, match="--out .*c.png cannot be a folder"):
+        prediction.predict(PredictionArguments(str(trained), [file], tmp_path / "c.png"))
+    with pytest.raises(ValueError, match="--detector .* is not an object detector of Transformers") as error:
+        prediction.predict(PredictionArguments(str(trained), [file], tmp_path / "out", detector=str(trained)))
+    assert "\n" not in str(error.value)
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(ValueError, match="must be of the form"):
         read_boxes(tmp_path / "list.json")

@@ -87,3 +87,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
     for one, other in zip(*gradients, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "apply", "remove"), KINDS)
+def test_a_rate_outside_its_range_is_told_in_its_own_words(kind: HookedRegulariser, apply: Any, remove: Any) -> None:
+    with pytest.raises(ValueError, match=r"got 1.5. 0 leaves nothing out; pass for example apply_") as error:
+        apply(vit(), 1.5)
+    assert kind.function in str(error.value) and "DropKey" not in str(error.value)

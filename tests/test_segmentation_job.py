@@ -1,9 +1,11 @@
 """The segmentation job from arguments to a page, a resume to the bit, evaluation and prediction of what it saved."""
 
+import contextlib
 import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fresh_process
@@ -17,7 +19,7 @@ from transformers import AutoModelForSemanticSegmentation
 from hf_dropkey import cli
 from hf_dropkey.hub.push_plan import files_to_push
 from hf_dropkey.segmentation.figures import Segmented, segmentations
-from hf_dropkey.segmentation.job import SegmentationEvaluation, SegmentationJob
+from hf_dropkey.segmentation.job import SegmentationEvaluation, SegmentationJob, check_batches
 from hf_dropkey.segmentation.prediction import PredictionArguments, predict
 from hf_dropkey.segmentation.scenes import make_scene
 from hf_dropkey.training.record import data_changes
@@ -163,8 +165,19 @@ def test_predictions_are_written_as_masks_and_pictures(
     assert json.loads((tmp_path / "out" / "segmentation.json").read_text()) == found
     with pytest.raises(FileNotFoundError, match="there is no image file or folder"):
         predict(PredictionArguments(str(run), [str(tmp_path / "gone")], tmp_path / "out"))
+    with pytest.raises(NotADirectoryError, match="--out .*a.png cannot be a folder"):
+        predict(PredictionArguments(str(run), [str(images)], images / "a.png"))
     with pytest.raises(ValueError, match="--samples 1 is neither 0"):
         PredictionArguments(str(run), ["x"], tmp_path, samples=1)
+
+
+def test_images_of_one_name_get_files_of_their_own(run: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        make_scene("validation", 0, 48)[0].save(tmp_path / name / "a.png")
+    folders = [str(tmp_path / "one"), str(tmp_path / "two")]
+    predict(PredictionArguments(str(run), folders, tmp_path / "out", samples=0))
+    assert {file.name for file in (tmp_path / "out").glob("*_mask.png")} == {"a_mask.png", "a_2_mask.png"}
 
 
 def test_the_commands_know_the_task() -> None:
@@ -181,3 +194,20 @@ def test_a_figure_needs_an_image_and_draws_what_there_is() -> None:
     assert len(segmentations([with_all], names, title="x", ignore_index=255).axes) == 5
     plain = Segmented(image, None, mask.astype(np.int64), None)
     assert len(segmentations([plain, plain], names, title="x", ignore_index=255).axes) == 4
+
+
+@pytest.mark.parametrize(
+    ("images", "more", "told"),
+    [
+        (9, (), "the last batch of 9 images in batches of 4 has one image"),
+        (8, ("--per_device_train_batch_size", "1"), "each batch has one image"),
+        (8, (), None),
+        (9, ("--dataloader_drop_last",), None),
+        (9, ("--max_steps", "2"), None),
+    ],
+)
+def test_a_batch_of_one_image_is_refused(images: int, more: tuple[str, ...], told: str | None) -> None:
+    job = SegmentationJob.parse([*SMALL, "--output_dir", "run", *more])
+    model: Any = SimpleNamespace(config=SimpleNamespace(model_type="upernet"))
+    with contextlib.nullcontext() if told is None else pytest.raises(ValueError, match=told):
+        check_batches(model, images, job.training)

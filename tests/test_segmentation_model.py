@@ -130,3 +130,9 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
 def test_settings_that_are_not_allowed() -> None:
     with pytest.raises(ValueError, match="dropkey_final_ratio|final"):
         built(SegmentationDropKeyArguments(dropkey_ratio=0.1, dropkey_final_ratio=0.5), backbone="vit", **SHAPE)
+
+
+def test_patterns_of_attentions_are_for_patched_models() -> None:
+    patterns = SegmentationDropKeyArguments(dropkey_include=["*"])
+    with pytest.raises(ValueError, match="--dropkey_include is for models that apply_dropkey patches"):
+        make_config(SegmentationModelArguments(backbone="vit"), patterns, 255)

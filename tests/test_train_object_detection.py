@@ -23,7 +23,7 @@ from transformers import AutoModelForObjectDetection, DetrForObjectDetection
 from hf_dropkey import apply_dropkey
 from hf_dropkey.detection.arguments import MODEL_TYPES
 from hf_dropkey.detection.figures import detections
-from hf_dropkey.detection.job import DetectionTrainer, choose_examples
+from hf_dropkey.detection.job import DetectionEvaluation, DetectionTrainer, choose_examples
 from hf_dropkey.detection.metrics import COCO_METRICS, coco_package, package_version
 
 
@@ -320,3 +320,19 @@ def test_examples_are_images_with_a_box_above_the_threshold() -> None:
     # a model that is sure of nothing shows what it is surest of
     rows, shown = choose_examples(scored, count=2, threshold=0.95)
     assert rows == [0, 1] and shown[1] == [(0.9, 1, box), (0.1, 0, box)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("auto_image_processor")
+def test_a_saved_model_is_evaluated_alone(trained: Path, shapes: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores"
+    command = ["--model_name_or_path", str(trained), "--use_cpu", "--report_to", "none", "--output_dir", str(scores)]
+    DetectionEvaluation.parse([*command, *data(shapes)[4:]]).execute(command)
+    found, expected = (json.loads((folder / "eval_results.json").read_text()) for folder in (scores, trained))
+    assert found["eval_AP"] == pytest.approx(expected["eval_AP"], abs=1e-6)
+    assert not (scores / "config.json").exists()
+
+
+def test_evaluation_of_a_detector_needs_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give the model to measure"):
+        DetectionEvaluation.parse(["--model_type", "detr", "--output_dir", str(tmp_path), "--use_cpu"])

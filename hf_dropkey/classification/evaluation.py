@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, PreTrainedModel, Trainer, TrainingA
 
 from ..images.classes import class_names
 from ..images.corruptions import CORRUPTIONS, STRENGTHS
+from ..images.folders import check_output_file
 from ..pages.observed import EVALUATION, ROBUSTNESS
 from ..pages.run import REPORT, write_report
 from ..saved import check_attention
@@ -64,6 +65,8 @@ def main(command: Sequence[str]) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel("WARN")
     folder = Path(arguments.model_name_or_path)
+    if arguments.output_file:
+        check_output_file(Path(arguments.output_file), "--output_file")
     if arguments.uncertainty and not folder.is_dir():
         raise ValueError(
             f"--uncertainty writes {UNCERTAINTY} beside the model, and {folder} is not a folder; save the model into one, or "

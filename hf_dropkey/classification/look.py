@@ -27,6 +27,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from ..images.checks import image_problem
+from ..images.folders import make_output_folder
 from ..inference import monte_carlo_predict
 from ..inspection.analysis import (
     accuracy_when_kept,
@@ -398,7 +399,7 @@ def main(command: Sequence[str]) -> None:
     notebook = Notebook(Path(arguments.output_dir))
     model = load_model(arguments)
     pictures = load_pictures(arguments, data, model, notebook)
-    notebook.folder.mkdir(parents=True, exist_ok=True)
+    make_output_folder(notebook.folder, "--output_dir")
     for name in arguments.figures or FIGURES:
         reason = why_not(name, model)
         if reason is None:

@@ -45,15 +45,23 @@ def image_files(names: list[str]) -> list[str]:
     Raises:
         ValueError: There is no image.
     """
-    endings = set(Image.registered_extensions())
+    # some kinds, such as PDF, are only written
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found: list[str] = []
     for name in names:
         inside = sorted(Path(name).iterdir()) if Path(name).is_dir() else []
-        images = [str(file) for file in inside if file.suffix.lower() in endings]
+        images = [str(file) for file in inside if file.suffix.lower() in endings and not file.name.startswith(".")]
         if Path(name).is_dir() and not images:
             raise ValueError(f"--images {name} is a folder without image files; give image files, or a folder of them")
         found += images or [name]
     return found
+
+
+def check_output(option: str, name: str | None) -> None:
+    """Raises OSError, before any image is classified, if a file of results cannot be written."""
+    if name is not None and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
+        what = "is a folder" if Path(name).is_dir() else "lies in a folder that is not there"
+        raise OSError(f"--{option} {name} {what}; name a file in a folder that is there")
 
 
 def open_image(name: str) -> Image.Image:
@@ -125,8 +133,29 @@ def load(arguments: PredictionArguments) -> tuple[Any, list[str], Any]:
         return model, class_names(found, name), processor
     config, _ = PreTrainedConfig.get_config_dict(name, revision=arguments.revision)
     names = class_names(config, name)
-    model = AutoModelForImageClassification.from_pretrained(name, **source, **attention).eval()
-    return model, names, processor
+    return whole_classifier(name, config, {**source, **attention}), names, processor
+
+
+def whole_classifier(name: str, config: dict[str, Any], options: dict[str, Any]) -> Any:
+    """An image classifier with all its weights, in eval mode.
+
+    Raises:
+        ValueError: It is a model of another task, or has no trained classifier, whose weights would be random.
+    """
+    kind = ", ".join(config.get("architectures") or [str(config.get("model_type"))])
+    try:
+        model, report = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True, **options)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(f"{name} holds a {kind}, not an image classifier; give one, or name its --task") from error
+    if report["missing_keys"]:
+        lost = sorted(report["missing_keys"])
+        raise ValueError(
+            f"{name} holds a {kind} without {len(lost)} weights of an image classifier, such as {lost[0]}, so that it would "
+            f"guess; train one from it first: hf-dropkey train --model_name_or_path {name}"
+        )
+    return model.eval()
 
 
 def predict(arguments: PredictionArguments) -> list[dict[str, Any]]:
@@ -136,6 +165,8 @@ def predict(arguments: PredictionArguments) -> list[dict[str, Any]]:
         ValueError: An image cannot be read, or the model cannot do what is requested.
     """
     files = image_files(arguments.images)
+    for option in ("output_file", "attention_file"):
+        check_output(option, getattr(arguments, option))
     model, names, processor = load(arguments)
     print(f"{type(model).__module__}.{type(model).__name__}, package loaded: {'hf_dropkey' in sys.modules}")
     probabilities, maps = forward(model, processor, files, arguments)

@@ -16,7 +16,7 @@ from ..images.boxes import BoxAugmentation
 from ..images.sources import data_name
 from ..training.arguments import BoxAugmentationArguments, RunArguments
 from ..training.detr import DetrTrainer
-from ..training.job import TrainingJob, public_name
+from ..training.job import EvaluationJob, TrainingJob, public_name
 from ..training.record import Fingerprint
 from ..training.trainer import GuardedTrainer
 from .arguments import (
@@ -138,6 +138,13 @@ class DetectionJob(TrainingJob[DetectionData]):
             "evaluation_dataset": data_name(Path(files).with_suffix("")) if files else None,
             "finetuned_from": public_name(self.model.model_name_or_path),
         }
+
+
+@dataclass
+class DetectionEvaluation(EvaluationJob[DetectionData], DetectionJob):
+    """Scores a saved detector on annotated images; nothing is trained."""
+
+    NAME = "detection"
 
 
 def make_datasets(

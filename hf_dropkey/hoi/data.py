@@ -37,7 +37,7 @@ from ..images.annotated import (
     usable_images,
 )
 from ..images.checks import name_some
-from ..images.sources import data_fingerprint, split_names
+from ..images.sources import data_fingerprint, load_named, split_names
 from .arguments import HoiDataArguments
 from .metrics import NO_OBJECT, TruePairs
 from .names import COCO_OBJECTS, HICO_VERBS, MISSING_OBJECT, VCOCO_VERBS, plain_name
@@ -587,7 +587,7 @@ def hub_splits(arguments: HoiDataArguments) -> dict[str, Callable[[], HoiSplit]]
     Raises:
         ValueError: A split that the arguments name is not there, or one serves both ends.
     """
-    splits = datasets.load_dataset(arguments.dataset_name, arguments.dataset_config_name)
+    splits = load_named(str(arguments.dataset_name), arguments.dataset_config_name)
     names = split_names(splits, arguments.train_split_name, arguments.eval_split_name)
     return {
         role: partial(

@@ -2,23 +2,23 @@
 
 import json
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig
 
-from ..images.checks import read_image
+from ..images.checks import read_image_file
+from ..images.folders import check_writable, images_among, make_output_folder, output_names
 from ..models.configuration_dropkey_hoi import DropKeyHoiConfig
 from ..models.pipeline_dropkey_hoi import HoiPipeline
+from ..saved import check_model_source
 from .figures import interactions
 
 
 logger = logging.getLogger(__name__)
 
-IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 RESULTS = "pairs.json"
 
 
@@ -54,38 +54,20 @@ class PredictionArguments:
 ARGUMENTS = (PredictionArguments,)
 
 
-def image_files(paths: Iterable[str]) -> list[Path]:
-    """The image files among paths, folders looked into, in order.
-
-    Raises:
-        FileNotFoundError: A path is not there, or there is no image.
-    """
-    paths = list(paths)
-    files: list[Path] = []
-    for name in paths:
-        path = Path(name)
-        if path.is_dir():
-            files += sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS)
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"there is no image file or folder {path}")
-    if not files:
-        raise FileNotFoundError(f"there is no image in {paths}; images end in {sorted(IMAGE_ENDINGS)}")
-    return files
-
-
 def load_pipeline(source: str, revision: str = "main") -> HoiPipeline:
     """The pipeline of a saved model.
 
     Raises:
+        FileNotFoundError: There is no such folder, or it lacks files.
         ValueError: The model finds no pairs.
     """
-    model: Any = AutoModelForObjectDetection.from_pretrained(source, revision=revision)
-    if model.config.model_type != DropKeyHoiConfig.model_type:
+    check_model_source(source)
+    found, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    if found.get("model_type") != DropKeyHoiConfig.model_type:
         raise ValueError(
-            f"{source} has model_type {model.config.model_type!r} and finds no pairs; give a {DropKeyHoiConfig.model_type!r}"
+            f"{source} has model_type {found.get('model_type')!r} and finds no pairs; give a {DropKeyHoiConfig.model_type!r}"
         )
+    model: Any = AutoModelForObjectDetection.from_pretrained(source, revision=revision)
     processor = AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil")
     return HoiPipeline(model=model.eval(), image_processor=processor)
 
@@ -94,22 +76,23 @@ def predict(arguments: PredictionArguments) -> dict[str, list[dict[str, Any]]]:
     """Finds and draws the pairs of each image; returns them by file name.
 
     Raises:
-        FileNotFoundError: There is no image.
+        FileNotFoundError, NotADirectoryError, PermissionError: There is no image, or nothing can be written.
         ValueError: An image cannot be read, or the model finds no pairs.
     """
-    files = image_files(arguments.images)
+    files = images_among(arguments.images)
+    check_writable(arguments.out, "--out")
     pipeline = load_pipeline(arguments.model, arguments.revision)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    make_output_folder(arguments.out, "--out")
     found: dict[str, list[dict[str, Any]]] = {}
-    for number, file in enumerate(files):
-        image = read_image({"path": str(file), "bytes": None}, number).convert("RGB")
+    for file, name in zip(files, output_names(files), strict=True):
+        image = read_image_file(file)
         pairs = pipeline(image, threshold=arguments.threshold, top_k=arguments.top_k, nms=arguments.nms)
         found[str(file)] = pairs
-        drawing = arguments.out / f"{file.stem}_pairs.png"
+        drawing = arguments.out / f"{name}_pairs.png"
         draw(image, pairs, file.name, drawing)
         print(f"{file}: {len(pairs)} pairs, drawn in {drawing}")
         for pair in pairs:
-            verbs = ", ".join(f"{name} {score:.2f}" for name, score in pair["verbs"].items())
+            verbs = ", ".join(f"{verb} {score:.2f}" for verb, score in pair["verbs"].items())
             print(f"  {verbs}: {pair['object'] or 'no object'} {pair['object_score']:.2f}")
     (arguments.out / RESULTS).write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found

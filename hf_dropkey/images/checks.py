@@ -7,6 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -191,6 +192,18 @@ def read_checked_image(cell: dict[str, Any] | None, row: int) -> Image.Image:
             f"an image cannot be used: {error}. Repair or remove it; --check_images True finds all such images before "
             "training starts, and --skip_bad_images leaves them out"
         ) from error
+
+
+def read_image_file(file: Path) -> Image.Image:
+    """An image file that the argument --images names, in RGB, turned as it says.
+
+    Raises:
+        ValueError: It cannot be used; names the file and the reason.
+    """
+    try:
+        return read_image({"path": str(file), "bytes": None}, 0).convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"an image cannot be used: {error}. Repair it, or leave it out of --images") from error
 
 
 def read_images(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

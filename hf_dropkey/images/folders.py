@@ -5,9 +5,11 @@ are (brackets, leading underscores), links are followed, every ending that Pillo
 unused files are logged.
 """
 
+import itertools
 import logging
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -136,11 +138,55 @@ def images_among(paths: Sequence[str]) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"there is no image file or folder {path}; check --images")
-        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        inside = sorted(one for one in path.iterdir() if not is_hidden(one.name)) if path.is_dir() else [path]
         files += [one for one in inside if path.is_file() or (one.is_file() and one.suffix.lower() in endings)]
     if not files:
         raise FileNotFoundError(f"there is no image in {', '.join(map(str, paths))}; check --images")
     return files
+
+
+def output_names(files: Sequence[Path]) -> list[str]:
+    """A name for what is written about each file: its own without ending; further files of that name get a number."""
+    own, taken, names = {file.stem for file in files}, set[str](), []
+    for file in files:
+        numbered = (f"{file.stem}_{number}" for number in itertools.count(2))
+        name = file.stem if file.stem not in taken else next(one for one in numbered if one not in own | taken)
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def make_output_folder(folder: Path, option: str) -> None:
+    """Makes a folder for results; `option` is the argument that names it.
+
+    Raises:
+        NotADirectoryError: It, or a folder above it, is a file.
+        PermissionError: It cannot be written to.
+    """
+    check_writable(folder, option)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raises NotADirectoryError or PermissionError if files cannot be written to a folder, or it cannot be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{option} {folder} cannot be a folder: {there} is a file; choose another one")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"nothing can be written to {option} {folder} ({error.strerror}); make {there} writable, or choose "
+            "another folder"
+        ) from error
+
+
+def check_output_file(file: Path, option: str) -> None:
+    """Raises IsADirectoryError, NotADirectoryError or PermissionError if a file of results cannot be written; makes its folder."""
+    if file.is_dir():
+        raise IsADirectoryError(f"{option} {file} is a folder; name a file in it")
+    make_output_folder(file.parent, option)
 
 
 def stop(error: OSError) -> None:

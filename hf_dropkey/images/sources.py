@@ -34,8 +34,14 @@ def load_named(name: str, config: str | None) -> datasets.DatasetDict:
     """A data set of the Hub or in a folder, whose name may look like a glob pattern.
 
     Raises:
+        FileNotFoundError: It is a path, which no id of the Hub is, and no folder lies there.
         ValueError: A configuration is requested of such a folder.
     """
+    if not Path(name).is_dir() and (Path(name).is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(
+            f"--dataset_name {name} is {'a file' if Path(name).is_file() else 'not there'}; give a folder, or the id of a "
+            "data set on the Hub such as owner/name"
+        )
     if not (Path(name).is_dir() and glob.has_magic(name)):
         found = datasets.load_dataset(name, config)
         return load_as_text(found, name, name=config) if is_csv(found) else found

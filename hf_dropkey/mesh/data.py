@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..images.checks import name_some, read_checked_image
+from ..images.folders import image_endings, visible_files
 from ..images.sources import data_fingerprint, image_bytes, image_name
 from ..models.pipeline_dropkey_mesh import BOX_MARGIN, check_box
 from .bodies import JOINT_ROWS, PARTS, Body
@@ -239,8 +240,12 @@ def background_files(folder: str | None) -> list[Path]:
     """
     if folder is None:
         return []
-    suffixes = set(Image.registered_extensions())
-    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(
+            f"--backgrounds {folder} is {'a file' if Path(folder).exists() else 'not there'}; give a folder"
+        )
+    endings = image_endings()
+    found = sorted(file for file in map(Path, visible_files(folder)) if file.suffix.lower() in endings)
     if not found:
         raise FileNotFoundError(f"--backgrounds {folder}: there is no image in this folder.")
     return found

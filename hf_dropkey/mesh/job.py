@@ -13,7 +13,7 @@ from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 from ..extras import needed
 from ..hub.trainer import output_folder
 from ..images.augmentation import AugmentationEpoch
-from ..images.sources import EVALUATION_SPLITS
+from ..images.sources import EVALUATION_SPLITS, load_named
 from ..training.arguments import DropKeyArguments, RampArguments, RunArguments
 from ..training.job import EvaluationJob, TrainingJob, public_name
 from ..training.record import Fingerprint
@@ -184,7 +184,7 @@ def load_mesh_data(
 
 def read_split(arguments: MeshDataArguments, body: Body, role: str) -> RowPeople:
     """One split of a data set of the hub or in a folder."""
-    rows: Any = datasets.load_dataset(str(arguments.dataset_name), arguments.dataset_config_name)
+    rows: Any = load_named(str(arguments.dataset_name), arguments.dataset_config_name)
     wanted = [arguments.train_split_name] if role == "train" else list(EVALUATION_SPLITS)
     if role != "train" and arguments.eval_split_name is not None:
         wanted = [arguments.eval_split_name]

@@ -85,7 +85,7 @@ def make_config(
         ValueError: A value is not allowed, or the model is of another family.
     """
     check_attention(model.attn_implementation)
-    given = dropkey.given()
+    given = dropkey.given_to_native("a body-mesh model")
     for name in ("masked_ratio", "hidden_dropout_prob", "attention_probs_dropout_prob"):
         if getattr(model, name) is not None:
             given[name] = getattr(model, name)

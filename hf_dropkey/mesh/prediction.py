@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers import ViTImageProcessorPil, pipeline
 
+from ..extras import needed
+from ..images.checks import read_image_file
+from ..images.folders import check_writable, images_among, make_output_folder, output_names
 from ..models.modeling_dropkey_mesh import DropKeyMeshForBodyMesh
 from ..models.pipeline_dropkey_mesh import BodyMeshPipeline, check_box
-from ..saved import check_model_source
+from ..saved import check_model_source, one_error
 from .figures import alone, overlay, with_joints, write_glb, write_obj
 
 
@@ -68,35 +71,19 @@ class PredictionArguments:
 ARGUMENTS = (PredictionArguments,)
 
 
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files, and the images in folders, by name.
-
-    Raises:
-        FileNotFoundError: A path is not there, or there is no image.
-    """
-    suffixes = set(Image.registered_extensions())
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found += sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise FileNotFoundError(f"--images {path}: there is no such file or folder.")
-    if not found:
-        raise FileNotFoundError(f"--images {' '.join(map(str, paths))}: there is no image in these folders.")
-    return found
-
-
 def read_boxes(file: Path) -> dict[str, list[list[float]]]:
     """Boxes by the names of their images.
 
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: The file holds something else.
     """
+    if not file.is_file():
+        raise FileNotFoundError(f"--boxes {file} is {'a folder' if file.exists() else 'not there'}; give a JSON file")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    # also text that is not UTF-8, and JSON that is nested too deeply
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--boxes {file} is not a JSON file: {error}.") from error
     if not isinstance(found, dict) or not all(isinstance(boxes, list) for boxes in found.values()):
         raise ValueError(f'--boxes {file} must be of the form {{"a.jpg": [[x, y, width, height]]}}.')
@@ -125,6 +112,15 @@ def load_bodies(model: str) -> BodyMeshPipeline:
     )
 
 
+def check_boxes(arguments: PredictionArguments, files: Sequence[Path]) -> None:
+    """Raises ValueError if boxes by file name would be those of several images."""
+    if arguments.boxes is not None and len({file.name for file in files}) < len(files):
+        raise ValueError(
+            f"--boxes {arguments.boxes} names images by their file name, which several of --images share; give each folder "
+            "a call of its own"
+        )
+
+
 class Boxes:
     """Where the persons of an image are, as the arguments say."""
 
@@ -133,7 +129,9 @@ class Boxes:
         self.listed = None if arguments.boxes is None else read_boxes(arguments.boxes)
         self.detector: Any = None
         if arguments.detector is not None:
-            self.detector = pipeline("object-detection", model=arguments.detector)
+            check_model_source(arguments.detector)
+            with one_error(f"--detector {arguments.detector} is not an object detector of Transformers"):
+                self.detector = pipeline("object-detection", model=arguments.detector)
             labels = {label.lower() for label in self.detector.model.config.id2label.values()}
             if not labels & set(PERSON_LABELS):
                 raise ValueError(
@@ -188,20 +186,23 @@ def predict(arguments: PredictionArguments) -> dict[str, Any]:
     """Looks at all images; returns the number of images, persons, and of images without persons.
 
     Raises:
-        FileNotFoundError, ValueError: An image, a box or the model cannot be used.
+        FileNotFoundError, NotADirectoryError, PermissionError: A path is not there, or nothing can be written.
+        ImportError: trimesh is missing for GLB files.
+        ValueError: An image, a box or the model cannot be used.
     """
-    files = image_files(arguments.images)
+    files = images_among(list(map(str, arguments.images)))
+    check_boxes(arguments, files)
+    check_writable(arguments.out, "--out")
+    if arguments.glb:
+        with needed("body"):
+            import trimesh  # noqa: F401  # now, not after the first picture
     bodies, boxes = load_bodies(arguments.model_name_or_path), Boxes(arguments)
     model: Any = bodies.model
     faces = model.mesh.body.faces.cpu().numpy()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    make_output_folder(arguments.out, "--out")
     counts = {"images": len(files), "persons": 0, "images_without_persons": 0}
-    for file in files:
-        try:
-            with Image.open(file) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{file} is not an image that can be read: {error}.") from error
+    for file, name in zip(files, output_names(files), strict=True):
+        image = read_image_file(file)
         found = bodies(image, boxes=boxes.of(file, image))
         if not found:
             counts["images_without_persons"] += 1
@@ -212,7 +213,7 @@ def predict(arguments: PredictionArguments) -> dict[str, Any]:
             raise ValueError(
                 f"{file}: the model's camera is not finite. Check the weights of {arguments.model_name_or_path}."
             )
-        written = write_results(arguments.out, file.stem, image, found, faces, glb=arguments.glb)
+        written = write_results(arguments.out, name, image, found, faces, glb=arguments.glb)
         print(f"{file}: {len(found)} persons, {len(written)} files in {arguments.out}")
     print(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
     return counts

@@ -55,7 +55,14 @@ class HookedRegulariser:
                 f"No rate: pass for example {self.function}(model, {self.example}). Without `rate` it is read from the "
                 "model's configuration, and this one holds none from an earlier call."
             )
-        check_ratio(rate, "rate")
+        try:
+            check_ratio(rate, "rate")
+        except ValueError as error:
+            # its advice is about DropKey
+            raise ValueError(
+                f"`rate` must lie in [0, 1), got {rate!r}. 0 leaves nothing out; pass for example "
+                f"{self.function}(model, {self.example})."
+            ) from error
         return rate
 
     def start(self, root: PreTrainedModel, rate: float) -> tuple[list[RemovableHandle], bool]:

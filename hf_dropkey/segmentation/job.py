@@ -104,6 +104,7 @@ class SegmentationJob(TrainingJob[SegmentationData]):
         """The `Trainer`, which counts pixels where it evaluates."""
         self.train_set = self.evaluation_set = None
         if data.train is not None:
+            check_batches(model, len(data.train), self.training)
             self.train_set = SegmentationDataset(
                 data.train,
                 self.processor,
@@ -180,6 +181,22 @@ class SegmentationEvaluation(EvaluationJob[SegmentationData], SegmentationJob):
     """Scores a saved model on images with masks; nothing is trained."""
 
     NAME = "segmentation"
+
+
+def check_batches(model: PreTrainedModel, images: int, training: TrainingArguments) -> None:
+    """Raises ValueError if UperNet would train on a batch of one image, of which the norm of its pooled map cannot be computed."""
+    batch = training.train_batch_size
+    if model.config.model_type != "upernet" or training.world_size > 1 or training.dataloader_drop_last:
+        return
+    if 0 < training.max_steps * training.gradient_accumulation_steps <= images // batch and batch > 1:
+        # the last batch of an epoch is never reached
+        return
+    if batch == 1 or images % batch == 1:
+        last = "each batch has" if batch == 1 else f"the last batch of {images} images in batches of {batch} has"
+        raise ValueError(
+            f"{last} one image, and UperNet's batch norms need two: choose another --per_device_train_batch_size, or leave "
+            "such a batch out with --dataloader_drop_last"
+        )
 
 
 class SegmentationTrainer(GuardedTrainer):

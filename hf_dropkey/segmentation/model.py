@@ -160,7 +160,7 @@ def set_backbone_dropkey(config: Any, dropkey: SegmentationDropKeyArguments) -> 
         ValueError: A setting is not allowed.
     """
     for backbone in dropkey_backbones(config):
-        for name, value in dropkey.given().items():
+        for name, value in dropkey.given_to_native(f"the backbone {backbone.model_type}").items():
             if hasattr(backbone, name):
                 setattr(backbone, name, value)
         backbone.validate_dropkey()

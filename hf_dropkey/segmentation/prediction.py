@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from ..images.checks import read_image
-from ..images.folders import images_among
+from ..images.checks import read_image_file
+from ..images.folders import check_writable, images_among, make_output_folder, output_names
 from ..patching import apply_dropkey
 from ..patching.apply import dropkey_modules
 from .arguments import IGNORE_INDEX, SegmentationModelArguments
@@ -76,10 +76,11 @@ def predict(arguments: PredictionArguments) -> dict[str, dict[str, Any]]:
     """Segments each image; writes its mask, a picture and the summary, which is returned by file name.
 
     Raises:
-        FileNotFoundError: There is no image.
+        FileNotFoundError, NotADirectoryError, PermissionError: There is no image, or nothing can be written.
         ValueError: An image cannot be read, the model segments nothing, or has no DropKey for an uncertainty.
     """
     files = images_among(arguments.images)
+    check_writable(arguments.out, "--out")
     model = load_model(arguments.model, arguments.revision)
     config: Any = model.config
     if arguments.samples and not any(module.dropkey_ratio for _, module in dropkey_modules(model)):
@@ -88,20 +89,20 @@ def predict(arguments: PredictionArguments) -> dict[str, dict[str, Any]]:
     named = SegmentationModelArguments(model_name_or_path=arguments.model, image_size=arguments.image_size)
     side = image_side(config, processor, named)
     names = [config.id2label[number] for number in range(len(config.id2label))]
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    make_output_folder(arguments.out, "--out")
     found: dict[str, dict[str, Any]] = {}
-    for number, file in enumerate(files):
-        image = read_image({"path": str(file), "bytes": None}, number).convert("RGB")
+    for file, name in zip(files, output_names(files), strict=True):
+        image = read_image_file(file)
         pixels = pixels_of(image.resize((side, side), Image.Resampling.BILINEAR), processor)[None]
         classes, spread = segmented(model, pixels, image.size[::-1], samples=arguments.samples)
-        save_mask(classes, len(names), arguments.out / f"{file.stem}_mask.png")
-        drawing = arguments.out / f"{file.stem}_segments.png"
+        save_mask(classes, len(names), arguments.out / f"{name}_mask.png")
+        drawing = arguments.out / f"{name}_segments.png"
         figure = segmentations(
             [Segmented(image, None, classes, spread)], names, title=file.name, ignore_index=IGNORE_INDEX
         )
         figure.savefig(drawing, dpi=150)
         found[str(file)] = summary(classes, spread, names)
-        shares = ", ".join(f"{name} {share:.1%}" for name, share in found[str(file)]["fractions"].items())
+        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in found[str(file)]["fractions"].items())
         print(f"{file}: {shares}; drawn in {drawing}")
     (arguments.out / RESULTS).write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found

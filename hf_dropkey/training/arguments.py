@@ -73,6 +73,19 @@ class DropKeyArguments:
         """The arguments that were given."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def given_to_native(self, what: str) -> dict[str, Any]:
+        """The arguments that were given, for a model with DropKey of its own; `what` says which.
+
+        Raises:
+            ValueError: There are shell patterns, which such a model does not have.
+        """
+        for name in ("dropkey_include", "dropkey_exclude"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"--{name} is for models that apply_dropkey patches, and {what} has DropKey of its own; leave it out"
+                )
+        return self.given()
+
     def settings_for(self, config: PreTrainedConfig) -> dict[str, Any]:
         """The arguments of `apply_dropkey` for a model of this configuration.
 

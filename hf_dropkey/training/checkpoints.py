@@ -8,7 +8,6 @@ newest folder is kept, because each is as large as a checkpoint.
 import logging
 import re
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..images.folders import check_writable
 from ..patching.adapters import ADAPTER_CONFIG, BASE_CONFIG
 from ..saved import (
     check_model_folder,
@@ -150,7 +150,7 @@ def prepare_output_folder(output_dir: Path, *, resume: str | None, overwrite: bo
         NotADirectoryError, PermissionError: The folder cannot be made or written to.
         ValueError: Resuming and overwriting were requested at once, or the requested checkpoint is damaged.
     """
-    check_writable(output_dir)
+    check_writable(output_dir, "--output_dir")
     wanted = "false" if resume is None else resume.lower()
     if wanted != "false" and overwrite:
         raise ValueError(f"--overwrite_output_dir would delete what --resume_from_checkpoint {resume} needs; keep one")
@@ -181,23 +181,6 @@ def prepare_output_folder(output_dir: Path, *, resume: str | None, overwrite: bo
         for old in output_dir.glob("checkpoint-*"):
             shutil.rmtree(old)
     return None
-
-
-def check_writable(output_dir: Path) -> None:
-    """Raises NotADirectoryError or PermissionError if files cannot be written to the folder, or it cannot be made."""
-    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(
-            f"--output_dir {output_dir} cannot be a folder: {there} is a file; choose another one"
-        )
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise PermissionError(
-            f"nothing can be written to --output_dir {output_dir} ({error.strerror}); make {there} writable, or choose "
-            "another folder"
-        ) from error
 
 
 def step_of(checkpoint: Path) -> int | None:

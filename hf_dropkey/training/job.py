@@ -18,12 +18,13 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from ..hub.cards import shown_command
 from ..hub.trainer import check_training_arguments, output_folder
+from ..images.folders import check_writable
 from ..pages.observed import Observed
 from ..patching.adapters import is_adapted
 from ..patching.sites import transformers_model
 from ..saved import config_file
 from .arguments import RunArguments, parse_arguments
-from .checkpoints import check_same_model, check_same_settings, check_writable, prepare_output_folder
+from .checkpoints import check_same_model, check_same_settings, prepare_output_folder
 from .guards import check_devices
 from .lock import forget_complete, is_complete, locked_output, write_complete
 from .observe import observed_drops
@@ -179,7 +180,7 @@ class TrainingJob(ABC, Generic[Data]):
             logging.getLogger(client).setLevel(logging.WARNING)
         self.check_training_arguments()
         self.check()
-        check_writable(self.output)
+        check_writable(self.output, "--output_dir")
 
     def complete(self) -> bool:
         """Whether the run in the output folder is complete and is to be resumed: nothing is left to do, as the log says.
