@@ -295,6 +295,12 @@ def test_columns_that_every_row_needs(missing: str) -> None:
         read(given)
 
 
+def test_an_image_that_is_cut_off_is_found_before_training() -> None:
+    whole = picture()["bytes"]
+    with pytest.raises(ValueError, match=r"1 with a bad image.*Truncated.*leave them out with --skip_bad_rows"):
+        read(row(image={"bytes": whole[: len(whole) // 2], "path": "cut.jpg"}))
+
+
 def test_a_folder_of_images_with_metadata(tmp_path: Path) -> None:
     folder = tmp_path / "people" / "train"
     folder.mkdir(parents=True)

@@ -135,6 +135,24 @@ def test_a_nan_image_stops_the_training_and_the_error_says_where_to_go_on(tmp_pa
     assert all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters())
 
 
+@pytest.mark.parametrize(("stop", "repair"), [(KeyboardInterrupt(), False), (ValueError("bad"), True)])
+def test_who_stops_a_run_has_nothing_to_repair(stop: BaseException, repair: bool, tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        """In the fifth step."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                raise stop
+
+    trainer = trainer_of(tmp_path, Images())
+    trainer.add_callback(Stop())
+    with pytest.raises(type(stop)) as caught:
+        trainer.train()
+    (note,) = caught.value.__notes__
+    assert note.endswith("start the same command with --resume_from_checkpoint auto.")
+    assert ("repair what the error names" in note) == repair
+
+
 def test_a_step_with_a_nan_is_skipped_if_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Keep(TrainerCallback):
         """The weights after each step."""

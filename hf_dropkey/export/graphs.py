@@ -360,7 +360,9 @@ def _configurations(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 def _all_true(values: Any) -> Any:
     """`aten._is_all_true` in the operators of ONNX."""
-    from onnxscript import opset20 as op
+    from onnxscript import opset20
+
+    op: Any = opset20
 
     # of the numbers of onnx.TensorProto: 6 is int32, 9 bool
     return op.Cast(op.ReduceMin(op.Cast(values, to=6), keepdims=0), to=9)

@@ -86,22 +86,23 @@ def note_where_to_resume(output_dir: Path) -> Iterator[None]:
             if isinstance(error, (ConnectionError, EOFError)):
                 # what a dying worker held breaks before the signal comes, which names the worker
                 time.sleep(SECONDS_TO_DIE)
-            note = where_to_resume(output_dir)
+            note = where_to_resume(output_dir, error)
         except RuntimeError as death:
-            death.add_note(where_to_resume(output_dir))
+            death.add_note(where_to_resume(output_dir, death))
             raise
         error.add_note(note)
         raise
 
 
-def where_to_resume(output_dir: Path) -> str:
-    """How to go on after a run that was stopped."""
+def where_to_resume(output_dir: Path, error: BaseException) -> str:
+    """How to go on after a run that an error, or the user, stopped."""
     whole = last_whole(output_dir)[0]
     if whole is None:
         return f"There is no whole checkpoint in {output_dir}, the next start begins anew."
+    repair = "" if isinstance(error, KeyboardInterrupt) else "repair what the error names and "
     return (
-        f"The last whole checkpoint is {whole}. To go on from there, repair what the error names and start "
-        "the same command with --resume_from_checkpoint auto."
+        f"The last whole checkpoint is {whole}. To go on from there, {repair}start the same command with "
+        "--resume_from_checkpoint auto."
     )
 
 
