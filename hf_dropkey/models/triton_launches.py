@@ -74,6 +74,8 @@ _LAUNCHES_BEFORE_3_9: dict[tuple[int, str, int], Launch | None] = {
     (10, "short_full", 64): Launch(32, 8, 1),
     (10, "query", 128): Launch(64, 8, 2),
 }
+# where padded keys or columns need still more on releases before 3.8
+_LAUNCHES_PADDED_BEFORE_3_8 = {(9, "query", 128): Launch(16, 8, 2)}
 _LAUNCHES_FLOAT32 = {
     "short": _by_width(None, None, None),
     "short_full": _by_width(None, None, None),
@@ -125,6 +127,8 @@ def launch_configuration(
         launch = _LAUNCHES_PADDED.get((major, kernel, width), launch)
     if release < (3, 9) and dtype != torch.float32:
         launch = _LAUNCHES_BEFORE_3_9.get((major, kernel, max(width, 32)), launch)
+    if padded and release < (3, 8) and dtype != torch.float32:
+        launch = _LAUNCHES_PADDED_BEFORE_3_8.get((major, kernel, width), launch)
     if launch is None:
         return launch_configuration("long", width, dtype, queries, capability, padded=padded, release=release)
     return kernel, launch._replace(tile=min(launch.tile, tile_side(queries)))
