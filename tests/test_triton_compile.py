@@ -293,11 +293,30 @@ def test_no_kernel_spills_registers(release: str, architecture: int, width: int,
         assert not result["specialised"], result
 
 
+def test_a_loop_is_counted_with_what_it_may_jump_over() -> None:
+    from machine_code import loop_instructions
+
+    lines = [
+        "MOV R1, RZ",
+        "LDG R2, [R1]",
+        "@P0 BRA 0x50",
+        "IMAD R3, R3, R3, RZ",
+        "IMAD R3, R3, R3, RZ",
+        "HMMA R4, R3, R2, R4",
+        "NOP",
+        "@!P1 BRA 0x10",
+        "EXIT",
+        "BRA 0x90",
+    ]
+    listing = "".join(f"        /*{16 * place:04x}*/    {line} ;    /* 0x0 */\n" for place, line in enumerate(lines))
+    assert loop_instructions(listing) == (6, 2)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton's releases are for Linux on x86-64"
 )
-@pytest.mark.parametrize(("place", "architecture"), enumerate([80, 90, 100]))
+@pytest.mark.parametrize(("place", "architecture"), [(0, 80), (1, 90), (2, 100)])
 def test_the_page_has_the_instructions_of_the_loops(place: int, architecture: int, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="the fused kernels need Triton, which is not installed")
     page = (ROOT / "docs" / "speed.md").read_text()
