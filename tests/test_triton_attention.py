@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -276,11 +277,45 @@ def test_rows_of_real_models_equal_the_reference(shape: tuple[int, int, int, int
     check_against_reference(make_inputs(shape, width, HALF), 0.2)
 
 
-@pytest.mark.parametrize("keys", [2048, 2113])
-def test_rows_whose_blocks_pass_one_word_of_bits(keys: int) -> None:
-    # 2,048 keys are 32 blocks, for each of which the backward pass keeps a bit; the ratio takes either threshold half
-    # of the time
-    check_against_reference(make_inputs((1, 1, 3, keys), 16, SINGLE), (64 + 0.5) / 256)
+@pytest.mark.parametrize(
+    ("shape", "width", "ratio", "padded"),
+    [
+        ((2, 2, 33, 70), 16, 0.3, False),
+        ((2, 2, 9, 5), 16, 0.8, True),
+        ((2, 1, 70, 197), 80, 0.1, True),
+        ((1, 2, 130, 96), 16, 0.1, False),
+        # either threshold half of the time
+        ((1, 1, 3, 2113), 16, (64 + 0.5) / 256, False),
+    ],
+)
+def test_backward_pass_hands_on_a_bit_for_each_score_and_frees_it(
+    shape: tuple[int, int, int, int], width: int, ratio: float, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, heads, queries, keys = shape
+    handed: list[weakref.ref[torch.Tensor]] = []
+    gone: list[torch.Tensor] = []
+    launch, memory = triton_attention._launch, triton_attention._for_each_row
+
+    def remembering(*arguments: Any) -> torch.Tensor:
+        tensor: torch.Tensor = memory(*arguments)
+        handed.append(weakref.ref(tensor))
+        return tensor
+
+    def looking(name: str, arguments: dict[str, Any], **one_pass: Any) -> None:
+        if name == "key_value":
+            # uninitialised rows and keys past the end are none of a score
+            bits = arguments["p_bits"][:, :, :, :queries, None] >> torch.arange(64, device=DEVICE) & 1
+            gone.append(bits.bool().transpose(2, 3).flatten(3)[..., :keys])
+            assert arguments["p_bits"].shape == (images, heads, -(-keys // 64), -(-queries // 128) * 128)
+        launch(name, arguments, **one_pass)
+
+    monkeypatch.setattr(triton_attention, "_launch", looking)
+    monkeypatch.setattr(triton_attention, "_for_each_row", remembering)
+    padding = make_padding(images, keys) if padded else None
+    dropped = check_against_reference(make_inputs(shape, width, SINGLE), ratio, padding=padding)
+    hidden = torch.zeros_like(dropped) if padding is None else ~padding[:, None, None, :]
+    assert len(gone) == 1 and torch.equal(gone[0], dropped | hidden)
+    assert len(handed) == 2 and all(tensor() is None for tensor in handed)
 
 
 def test_key_pattern_drops_the_same_keys_for_all_queries() -> None:

@@ -4,6 +4,9 @@ A fresh process compiles each set of kernels, because Triton cannot compile wher
 each release lies in a folder of its own: `~/.cache/hf_dropkey/triton/<release>`, put there by `pip install --target`. What
 was compiled is noted beside it, by the contents of all that it depends on, and not compiled again: this file, the kernels,
 and of the launches those that are compiled.
+
+`python tests/test_triton_compile.py 90 64` prints the same for compute capability 9.0 and head width 64, by the Triton that is
+installed. At that width the loops' instructions are counted too, for docs/speed.md.
 """
 
 import hashlib
@@ -13,6 +16,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -23,11 +27,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "hf_dropkey" / "models"
+SUPPORT = ROOT / "tests" / "support"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_dropkey"
 # the last one of each supported minor release
 RELEASES = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 # what one program may use of the smallest device of each generation: 8.6, 9.0 and 10.0
 SHARED_MEMORY_BYTES = {80: 101_376, 90: 232_448, 100: 232_448}
+# the kernels of docs/speed.md whose loops are counted, and how often a round draws words: those of 256 keys serve four
+LOOPS = {
+    "long": ("forward, more than 256 keys", 0.25),
+    "query": ("backward, queries", 0.25),
+    "key_value": ("backward, keys and values", 1.0),
+}
 # arguments that change with the batch
 DATA = {"heads", "N", "M"}
 
@@ -65,11 +76,19 @@ def compile_kernel(
         "UPCAST": False,
     }
     if not padded:
-        constants |= {"p_padding": None, "p_silent": None}
+        constants["p_padding"] = None
     if shared:
-        constants["p_state"] = None
+        constants["p_bits"] = None
     about = f"{name} {columns or width} of {width}, {keys} keys, {padded=}, {shared=}, {launch}"
-    return resources(about, architecture, kernel, constants, warps=launch.warps, stages=launch.stages)
+    found = resources(about, architecture, kernel, constants, warps=launch.warps, stages=launch.stages)
+    if name in LOOPS and width == 64 and not padded and not shared:
+        from machine_code import loop_instructions
+
+        issued, words = loop_instructions(output_of("cuobjdump", "-sass", cubin()))
+        # a tile is of 64 keys; what is jumped over in three rounds of four counts a quarter
+        scores = 64 * launch.tile / (32 * launch.warps)
+        found["loop"] = name, round((issued - (1 - LOOPS[name][1]) * words) / scores, 1)
+    return found
 
 
 def compile_mask(architecture: int, padded: bool) -> dict[str, Any]:
@@ -92,11 +111,10 @@ def resources(
 
     types = {
         "p_lse": "*fp32",
-        "p_delta": "*fp32",
+        "p_rows": "*fp32",
         "p_undone": "*i8",
-        "p_silent": "*i8",
         "p_padding": "*i1",
-        "p_state": "*i32",
+        "p_bits": "*i64" if "p_dk" in kernel.arg_names else "*i32",
     }
     types |= {"p_limits": "*i32", "scale": "fp32", "scaling": "fp32"}
     signature: dict[str, Any] = {}
@@ -127,10 +145,8 @@ def resources(
     )
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True, timeout=60).stdout
+    cubin().write_bytes(binary.asm["cubin"])
+    usage = output_of("cuobjdump", "-res-usage", cubin())
     found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage)
     assert found is not None, usage
     registers, stack, local = map(int, found.groups())
@@ -144,6 +160,19 @@ def resources(
             parameter.name for parameter in kernel.params if parameter.name in DATA and not parameter.do_not_specialize
         ),
     }
+
+
+def cubin() -> Path:
+    """Where the kernel lies that was compiled last."""
+    return Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+
+
+def output_of(tool: str, *arguments: str | Path) -> str:
+    """What a tool of CUDA prints that Triton brings."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 # kernel, keys, whether padded, whether all queries share a mask, head width where it is not the padded one
@@ -215,12 +244,14 @@ def compiled(release: str, architecture: int, width: int, scratch: Path) -> list
     """What `main` prints under a Triton release, from the note of an earlier run if nothing has changed since."""
     inputs = (release, architecture, width, sys.version_info[:2], launches_of(release, architecture, width))
     digest = hashlib.sha256(repr(inputs).encode())
-    for file in (Path(__file__), MODELS / "triton_kernels.py"):
+    for file in (Path(__file__), SUPPORT / "machine_code.py", MODELS / "triton_kernels.py"):
         digest.update(file.read_bytes())
     note = CACHE / "compiled" / f"{digest.hexdigest()[:32]}.json"
     if not note.is_file():
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        path = os.pathsep.join([*([] if release == installed() else [str(folder_of(release))]), str(ROOT)])
+        path = os.pathsep.join(
+            [*([] if release == installed() else [str(folder_of(release))]), str(ROOT), str(SUPPORT)]
+        )
         environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(scratch)}
         process = subprocess.run(
             [sys.executable, __file__, str(architecture), str(width)],
@@ -262,6 +293,42 @@ def test_no_kernel_spills_registers(release: str, architecture: int, width: int,
         assert not result["specialised"], result
 
 
+def test_a_loop_is_counted_with_what_it_may_jump_over() -> None:
+    from machine_code import loop_instructions
+
+    lines = [
+        "MOV R1, RZ",
+        "LDG R2, [R1]",
+        "@P0 BRA 0x50",
+        "IMAD R3, R3, R3, RZ",
+        "IMAD R3, R3, R3, RZ",
+        "HMMA R4, R3, R2, R4",
+        "NOP",
+        "@!P1 BRA 0x10",
+        "EXIT",
+        "BRA 0x90",
+    ]
+    listing = "".join(f"        /*{16 * place:04x}*/    {line} ;    /* 0x0 */\n" for place, line in enumerate(lines))
+    assert loop_instructions(listing) == (6, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton's releases are for Linux on x86-64"
+)
+@pytest.mark.parametrize(("place", "architecture"), [(0, 80), (1, 90), (2, 100)])
+def test_the_page_has_the_instructions_of_the_loops(place: int, architecture: int, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="the fused kernels need Triton, which is not installed")
+    page = (ROOT / "docs" / "speed.md").read_text()
+    named = re.search(r"counted in machine code \(Triton\s([\d.]+),", page)
+    assert named is not None and named[1] in RELEASES
+    counted = dict(row["loop"] for row in compiled(named[1], architecture, 64, tmp_path) if "loop" in row)
+    assert counted.keys() == LOOPS.keys()
+    for name, (title, _) in LOOPS.items():
+        row = re.search(rf"^\| {title} \|(.*)\|$", page, re.MULTILINE)
+        assert row is not None and float(row[1].split("|")[place]) == counted[name], (title, counted)
+
+
 def test_every_supported_release_is_compiled_for() -> None:
     from hf_dropkey.models.triton_launches import MINIMUM_TRITON, NEXT_TRITON
 
@@ -271,4 +338,7 @@ def test_every_supported_release_is_compiled_for() -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    sys.path[:0] = [str(ROOT), str(SUPPORT)]
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ.setdefault("TRITON_CACHE_DIR", scratch)
+        main(int(sys.argv[1]), int(sys.argv[2]))

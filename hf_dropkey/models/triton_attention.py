@@ -1,8 +1,8 @@
 """DropKey inside fused attention, forward and backward, by Triton kernels that compute the mask where they need it.
 
-Which scores are dropped is recomputed from the seed in every kernel, bit for bit as `patterns.dropped_scores` defines it
-for the patterns "score" and "key". Nothing of size `N * M` is ever stored: the backward pass keeps the output, one
-float and one flag per row. The patterns "block" and "cross" are refused; for "token" the caller gathers the kept keys
+Which scores are dropped is computed from the seed in both passes, bit for bit as `patterns.dropped_scores` defines it
+for the patterns "score" and "key". Nothing of size `N * M` is kept for the backward pass, which gets the output, one
+float and one flag per row; between its two kernels, for the pattern "score", lies one bit per score. The patterns "block" and "cross" are refused; for "token" the caller gathers the kept keys
 and needs no mask at all.
 
 This file is the host's side: checks, launches, and the operator. The device code is in `triton_kernels`, how it is
@@ -27,6 +27,7 @@ from .triton_launches import (
     KEY_TILE,
     MINIMUM_TRITON,
     NEXT_TRITON,
+    ROW_TILE,
     SHORT_ROW,
     SHORTER_ROW,
     launch_configuration,
@@ -193,33 +194,30 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grads = _backward_outputs(grad, query, key, value)
     grad, query, key, value = (unit_columns(tensor) for tensor in (grad, query, key, value))
-    delta = torch.empty_like(lse)
     arguments = _common_arguments(query, key, value, seed, limits, padding, scaling, shared)
     arguments |= {
         "p_do": grad,
-        "p_lse": lse,
         "p_undone": undone,
-        "p_delta": delta,
-        "p_silent": None if padding is None else torch.empty_like(undone),
-        "p_state": None if shared else _row_states(query, key),
+        "p_rows": _for_each_row(query, 2, torch.float32),
         "strides_do": grad.stride()[:3],
         "scaling": scaling,
     }
-    query_side: dict[str, Any] = {"p_o": output, "p_dq": grads[0], "TAIL": _key_blocks(key.shape[2])[1]}
+    # a bit for each score, in words of 64 keys; the kernel that stores them takes half a word at a time
+    bits = None if shared else _for_each_row(query, -(-key.shape[2] // KEY_TILE), torch.int64)
+    query_side: dict[str, Any] = {"p_lse": lse, "p_bits": None if bits is None else bits.view(torch.int32)}
+    query_side |= {"p_o": output, "p_dq": grads[0], "TAIL": _key_blocks(key.shape[2])[1]}
     query_side |= {"strides_o": output.stride()[:3], "strides_dq": grads[0].stride()[:3]}
     _launch("query", arguments | query_side)
-    key_side: dict[str, Any] = {"p_dk": grads[1], "p_dv": grads[2]}
+    key_side: dict[str, Any] = {"p_bits": bits, "p_dk": grads[1], "p_dv": grads[2]}
     key_side |= {"strides_dk": grads[1].stride()[:3], "strides_dv": grads[2].stride()[:3]}
     _launch("key_value", arguments | key_side)
     return grads
 
 
-def _row_states(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Memory for what one kernel of the backward pass leaves for the next of each row's hash: two words, and a bit for
-    each block of 64 keys, int32 `[B, H, 2 + ceil(M / 2048), N]`.
-    """
+def _for_each_row(query: torch.Tensor, numbers: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for what one kernel of the backward pass leaves for the next: `[B, H, numbers, N]`, with `N` rounded up."""
     images, heads, queries = query.shape[:3]
-    return query.new_empty(images, heads, 2 + -(-key.shape[2] // 2048), queries, dtype=torch.int32)
+    return query.new_empty(images, heads, numbers, -(-queries // ROW_TILE) * ROW_TILE, dtype=dtype)
 
 
 def _backward_outputs(
@@ -381,7 +379,7 @@ def triton_dropkey_attention(
     pattern: str = "score",
     padding: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention with DropKey in one kernel, differentiable, without a stored mask.
+    """Attention with DropKey in one kernel, differentiable, without a mask that is kept for the backward pass.
 
     The scores that `patterns.dropped_scores` names for the seed are left out of the softmax, under the rule of
     `patterns.protect_rows`. The backward pass is deterministic.

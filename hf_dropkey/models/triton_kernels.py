@@ -6,8 +6,12 @@ another byte to the top of the word and compare it, signed, with the threshold o
 -inf at the end has lost all its keys: its tile is redone without dropping, the row takes that result, and its flag tells
 the backward pass. Where the whole row fits on chip (M <= 256) it is one pass without a running maximum.
 
+The backward pass is two kernels. The first walks the keys of its queries and draws as the forward pass does; the second
+walks the queries of its keys, where it would hash a word for each score. So the first leaves it one bit for each score,
+until the second has run, and it draws nothing.
+
 Each kernel runs compiled on a GPU, or in Triton's interpreter on the CPU under TRITON_INTERPRET=1 (slow: for tests).
-This file travels with checkpoints: it imports its neighbour `counter_hash` and, if there is one, Triton.
+This file travels with checkpoints: it imports its neighbours and, if there is one, Triton.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from .counter_hash import GOLDEN, MIX_1, MIX_2, STEP_1, STEP_2
+from .triton_launches import ROW_TILE
 
 
 try:
@@ -43,6 +48,7 @@ def _word(value: int) -> Any:
 
 
 _MIX_1, _MIX_2, _GOLDEN, _STEP_1, _STEP_2 = (_word(value) for value in (MIX_1, MIX_2, GOLDEN, STEP_1, STEP_2))
+_ROW_TILE = _word(ROW_TILE)
 
 
 @_jit
@@ -86,17 +92,12 @@ def _words(k1, k2, o_words):
 
 
 @_jit
-def _takes_upper(k1, k2, block, limits):
+def _thresholds(k1, k2, block, limits):
     # the block number is a Python integer in the interpreter
     b_block = tl.full([1, 1], block, tl.int32).to(tl.uint32)
     b_offset = tl.mul(b_block, _GOLDEN, sanitize_overflow=False)
     b_dither = _mix(tl.mul(k1, 3, sanitize_overflow=False) ^ k2 ^ b_offset, 0)
-    return b_dither.to(tl.int32, bitcast=True) < limits[2]
-
-
-@_jit
-def _thresholds(k1, k2, block, limits):
-    return tl.where(_takes_upper(k1, k2, block, limits), limits[1], limits[0])
+    return tl.where(b_dither.to(tl.int32, bitcast=True) < limits[2], limits[1], limits[0])
 
 
 @_jit
@@ -353,46 +354,66 @@ def _load_statistics(p_lse, p_undone, o_rows, m_rows):
 
 
 @_jit
-def _store_row_state(p_state, k1, k2, o_rows, m_rows, N, M, limits):
-    # planes of N words: k1, k2, and a bit for each block of keys, set where it takes the upper threshold
-    p_rows = p_state + o_rows[:, None]
-    tl.store(p_rows, k1.to(tl.int32, bitcast=True), mask=m_rows[:, None])
-    tl.store(p_rows + N, k2.to(tl.int32, bitcast=True), mask=m_rows[:, None])
-    b_bits = tl.zeros_like(k1)
-    blocks = tl.cdiv(M, 64)
-    for block in range(blocks):
-        b_bits |= _takes_upper(k1, k2, block, limits).to(tl.uint32) << (block % 32)
-        if (block % 32 == 31) | (block == blocks - 1):
-            p_plane = p_rows + (2 + block // 32) * N
-            tl.store(p_plane, b_bits.to(tl.int32, bitcast=True), mask=m_rows[:, None])
-            b_bits = tl.zeros_like(k1)
+def _padded_rows(N):
+    # whole tiles, so that the next kernel loads rows in the widest pieces; 64 bits: times blocks it passes 2^31
+    return tl.cdiv(N, _ROW_TILE).to(tl.int64) * _ROW_TILE
 
 
 @_jit
-def _load_row_state(p_state, block, o_rows, m_rows, N, limits):
-    k1 = tl.load(p_state + o_rows, mask=m_rows, other=0).to(tl.uint32, bitcast=True)
-    k2 = tl.load(p_state + N + o_rows, mask=m_rows, other=0).to(tl.uint32, bitcast=True)
-    b_bits = tl.load(p_state + (2 + block // 32) * N + o_rows, mask=m_rows, other=0)
-    b_threshold = tl.where((b_bits >> (block % 32)) & 1 != 0, limits[1], limits[0])
-    return k1[None, :], k2[None, :], b_threshold[None, :]
+def _store_statistics(p_rows, b_lse, b_delta, o_rows, N, TILE: tl.constexpr):
+    rows = _padded_rows(N)
+    tl.store(p_rows + o_rows, b_lse)
+    tl.store(p_rows + rows + o_rows, b_delta)
+    # the memory behind the last tile, which larger tiles of the next kernel reach, holds rows of probability 0
+    end = tl.program_id(0) % tl.cdiv(N, TILE) * TILE + TILE
+    for start in range(tl.where(end < N, rows, end), rows, TILE):
+        tl.store(p_rows + start + tl.arange(0, TILE), tl.full([TILE], float("inf"), tl.float32))
+        tl.store(p_rows + rows + start + tl.arange(0, TILE), tl.zeros([TILE], tl.float32))
+
+
+@_jit
+def _store_gone(p_bits, m_gone, b_s, o_rows, SIZE: tl.constexpr):
+    # A row of the block is two words, each the sum of the bits of 32 keys. Bits start from a zero made of the scores, which
+    # the compiler finds out only after it has chosen layouts: so it sums them in the layout of the scores, where their words
+    # were hashed, and does not hash them again in another one.
+    o_keys = tl.arange(0, SIZE)
+    b_zero = (b_s.to(tl.uint32, bitcast=True) & 1) >> 1
+    b_bits = tl.where(m_gone, (tl.full([SIZE], 1, tl.uint32) << (o_keys % 32))[None, :], b_zero)
+    if SIZE > 32:
+        b_halves = tl.sum(tl.reshape(b_bits, [b_bits.shape[0], 2, 32]), 2)
+        tl.store(p_bits + 2 * o_rows[:, None] + tl.arange(0, 2)[None, :], b_halves.to(tl.int32, bitcast=True))
+    else:
+        # the other half is of keys past the end, whose gradients are not stored
+        tl.store(p_bits + 2 * o_rows, tl.sum(b_bits, 1).to(tl.int32, bitcast=True))
+
+
+@_jit
+def _load_gone(p_bits, o_rows):
+    # both halves of a row as one number, and of them the word of 32 keys that holds a key's bit: [keys, queries]
+    b_both = tl.load(p_bits + o_rows)
+    o_keys = tl.arange(0, 64)
+    b_half = tl.where((o_keys < 32)[:, None], b_both.to(tl.int32)[None, :], (b_both >> 32).to(tl.int32)[None, :])
+    return b_half & (tl.full([64], 1, tl.int32) << (o_keys % 32))[:, None] != 0
 
 
 @_jit
 def _query_block(
-    b_dq, b_q, b_do, b_lse, b_delta, m_undone, b_words, k1, k2, block, p_k, p_v, p_padding, stride_k, stride_v,
-    M, scale, limits, SIZE: tl.constexpr, MASKED: tl.constexpr, HAS_PADDING: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, UPCAST: tl.constexpr,
+    b_dq, b_q, b_do, b_lse, b_delta, m_undone, b_words, k1, k2, o_rows, block, p_k, p_v, p_bits, p_padding,
+    stride_k, stride_v, N, M, scale, limits, SHARED: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
+    HAS_PADDING: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     o_keys = 64 * block + tl.arange(0, SIZE)
     m_keys = _real_keys(p_padding, o_keys, M, HAS_PADDING)
     # nothing is below the smallest integer: a row whose drop was undone drops nothing
     b_threshold = tl.where(m_undone[:, None], -(2**31), _thresholds(k1, k2, block, limits))
     m_gone = _is_dropped(b_words, block, b_threshold)
-    if MASKED:
-        m_gone = m_gone | ~m_keys[None, :]
     b_k = _load_rows(p_k, o_keys, stride_k, m_keys, MASKED, WIDTH, UPCAST)
     b_v = _load_rows(p_v, o_keys, stride_v, m_keys, MASKED, VALUE_WIDTH, UPCAST)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+    if MASKED:
+        m_gone = m_gone | ~m_keys[None, :]
+    if not SHARED:
+        _store_gone(p_bits + 2 * block * _padded_rows(N), m_gone, b_s, o_rows, SIZE)
     b_p = tl.where(m_gone, 0.0, tl.exp2(b_s - b_lse[:, None]))
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
     b_ds = b_p * (b_dp - b_delta[:, None])
@@ -401,12 +422,14 @@ def _query_block(
 
 @_jit
 def _query_kernel(
-    p_q, p_k, p_v, p_o, p_do, p_dq, p_lse, p_undone, p_delta, p_silent, p_state, p_seed, p_limits, p_padding,
+    p_q, p_k, p_v, p_o, p_do, p_dq, p_lse, p_undone, p_rows, p_bits, p_seed, p_limits, p_padding,
     strides_q, strides_k, strides_v, strides_o, strides_do, strides_dq, stride_padding,
     scale, scaling, heads, N, M, SHARED: tl.constexpr, HAS_PADDING: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the queries; for the next kernel delta (output times its gradient), silent rows, hash states."""
+    """The gradient of the queries; for the next kernel each row's normaliser and delta (output times its gradient), and
+    which scores are gone.
+    """
     o_rows, image, head = _program(N, TILE, heads)
     m_rows = o_rows < N
     p_k += _head_offset(image, head, strides_k)
@@ -417,8 +440,9 @@ def _query_kernel(
     limits = _limits(p_limits)
 
     first_row = (image.to(tl.int64) * heads + head) * N
+    p_rows += (image * heads + head) * 2 * _padded_rows(N)
     if not SHARED:
-        _store_row_state(p_state + first_row * (2 + tl.cdiv(M, 2048)), k1, k2, o_rows, m_rows, N, M, limits)
+        p_bits += (image * heads + head) * 2 * tl.cdiv(M, 64) * _padded_rows(N)
     b_lse, m_undone = _load_statistics(p_lse + first_row, p_undone + first_row, o_rows, m_rows)
     p_q += _head_offset(image, head, strides_q)
     p_o += _head_offset(image, head, strides_o)
@@ -432,10 +456,8 @@ def _query_kernel(
         b_q = tl.where(m_silent[:, None], 0.0, b_q).to(b_q.dtype)
         b_o = tl.where(m_silent[:, None], 0.0, b_o).to(b_o.dtype)
         b_lse = tl.where(m_silent, float("inf"), b_lse)
-        # for the next kernel, which has no registers left to find out where heads are wide
-        tl.store(p_silent + first_row + o_rows, m_silent.to(tl.int8), mask=m_rows)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
-    tl.store(p_delta + first_row + o_rows, b_delta, mask=m_rows)
+    _store_statistics(p_rows, b_lse, b_delta, o_rows, N, TILE)
 
     b_dq = tl.zeros([TILE, tl.constexpr(WIDTH[1])], tl.float32)
     b_words = tl.zeros([1 if SHARED else TILE, 64], tl.uint32)
@@ -443,15 +465,17 @@ def _query_kernel(
         if block % 4 == 0:
             b_words = _words(k1, k2, (16 * block + tl.arange(0, 64))[None, :])
         b_dq = _query_block(
-            b_dq, b_q, b_do, b_lse, b_delta, m_undone, b_words, k1, k2, block, p_k, p_v, p_padding,
-            strides_k[2], strides_v[2], M, scale, limits, 64, HAS_PADDING, HAS_PADDING, WIDTH, VALUE_WIDTH, UPCAST,
+            b_dq, b_q, b_do, b_lse, b_delta, m_undone, b_words, k1, k2, o_rows, block, p_k, p_v, p_bits, p_padding,
+            strides_k[2], strides_v[2], N, M, scale, limits,
+            SHARED, 64, HAS_PADDING, HAS_PADDING, WIDTH, VALUE_WIDTH, UPCAST,
         )  # fmt: skip
     if TAIL > 0:
         block = M // 64
         b_words = _words(k1, k2, (block // 4 * 64 + tl.arange(0, TAIL))[None, :])
         b_dq = _query_block(
-            b_dq, b_q, b_do, b_lse, b_delta, m_undone, b_words, k1, k2, block, p_k, p_v, p_padding,
-            strides_k[2], strides_v[2], M, scale, limits, TAIL, True, HAS_PADDING, WIDTH, VALUE_WIDTH, UPCAST,
+            b_dq, b_q, b_do, b_lse, b_delta, m_undone, b_words, k1, k2, o_rows, block, p_k, p_v, p_bits, p_padding,
+            strides_k[2], strides_v[2], N, M, scale, limits,
+            SHARED, TAIL, True, HAS_PADDING, WIDTH, VALUE_WIDTH, UPCAST,
         )  # fmt: skip
     p_dq += _head_offset(image, head, strides_dq)
     _store_rows(p_dq, o_rows, strides_dq[2], b_dq * scaling, m_rows, WIDTH)
@@ -459,7 +483,7 @@ def _query_kernel(
 
 @_jit
 def _key_value_kernel(
-    p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_undone, p_delta, p_silent, p_state, p_seed, p_limits, p_padding,
+    p_q, p_k, p_v, p_do, p_dk, p_dv, p_undone, p_rows, p_bits, p_seed, p_limits, p_padding,
     strides_q, strides_k, strides_v, strides_do, strides_dk, strides_dv, stride_padding,
     scale, scaling, heads, N, M, SHARED: tl.constexpr, HAS_PADDING: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
@@ -474,9 +498,9 @@ def _key_value_kernel(
     p_k += _head_offset(image, head, strides_k)
     p_v += _head_offset(image, head, strides_v)
     p_do += _head_offset(image, head, strides_do)
-    first_row = (image.to(tl.int64) * heads + head) * N
+    p_rows += (image * heads + head) * 2 * _padded_rows(N)
     if not SHARED:
-        p_state += first_row * (2 + tl.cdiv(M, 2048))
+        p_bits += ((image * heads + head) * tl.cdiv(M, 64) + block) * _padded_rows(N)
     o_words = (block // 4 * 64 + tl.arange(0, 64))[:, None]
     limits = _limits(p_limits)
 
@@ -488,26 +512,20 @@ def _key_value_kernel(
     for start in range(0, N, TILE):
         o_rows = start + tl.arange(0, TILE)
         m_rows = o_rows < N
-        b_q = _load_rows(p_q, o_rows, strides_q[2], m_rows, True, WIDTH, UPCAST)
+        b_lse = tl.load(p_rows + o_rows)
+        b_delta = tl.load(p_rows + _padded_rows(N) + o_rows)
+        # silent rows, which must not be read, have an infinite normaliser, as have rows past the end
+        m_read = b_lse != float("inf") if HAS_PADDING else m_rows
+        b_q = _load_rows(p_q, o_rows, strides_q[2], m_read, True, WIDTH, UPCAST)
         b_do = _load_rows(p_do, o_rows, strides_do[2], m_rows, True, VALUE_WIDTH, UPCAST)
-        b_lse, m_undone = _load_statistics(p_lse + first_row, p_undone + first_row, o_rows, m_rows)
-        b_delta = tl.load(p_delta + first_row + o_rows, mask=m_rows, other=0.0)
-        if HAS_PADDING:
-            # which of the two takes fewer registers depends on the width
-            if VALUE_WIDTH[1] > 64:
-                m_silent = tl.load(p_silent + first_row + o_rows, mask=m_rows, other=1) != 0
-            else:
-                m_silent = tl.max((b_do != 0).to(tl.int32), 1) == 0
-            b_q = tl.where(m_silent[:, None], 0.0, b_q).to(b_q.dtype)
-            b_lse = tl.where(m_silent, float("inf"), b_lse)
         if SHARED:
             k1, k2 = _row_pairs(p_seed, image, head, o_rows[None, :], SHARED)
-            b_threshold = _thresholds(k1, k2, block, limits)
+            p_flags = p_undone + (image.to(tl.int64) * heads + head) * N
+            m_undone = tl.load(p_flags + o_rows, mask=m_rows, other=0) != 0
+            b_threshold = tl.where(m_undone[None, :], -(2**31), _thresholds(k1, k2, block, limits))
+            m_gone = _is_dropped(_words(k1, k2, o_words), block, b_threshold)
         else:
-            # hashed here, a row would be hashed again by every thread that holds one of its scores
-            k1, k2, b_threshold = _load_row_state(p_state, block, o_rows, m_rows, N, limits)
-        b_threshold = tl.where(m_undone[None, :], -(2**31), b_threshold)
-        m_gone = _is_dropped(_words(k1, k2, o_words), block, b_threshold)
+            m_gone = _load_gone(p_bits, o_rows)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale
         b_p = tl.where(m_gone, 0.0, tl.exp2(b_s - b_lse[None, :]))
         b_dv += tl.dot(b_p.to(b_do.dtype), b_do, input_precision="ieee")

@@ -14,6 +14,8 @@ import torch
 MINIMUM_TRITON, NEXT_TRITON = (3, 6), (3, 10)
 # keys that a program of the backward pass owns
 KEY_TILE = 64
+# what one kernel of the backward pass leaves for the next has rows for whole tiles of queries, of this side at most
+ROW_TILE = 128
 # longest row of scores that is held on chip as a whole, and longest one that leaves room for the largest tiles
 SHORT_ROW, SHORTER_ROW = 256, 208
 
@@ -37,7 +39,7 @@ _LAUNCHES = {
         "short": _by_width(Launch(64, 4, 1), Launch(64, 4, 1), Launch(32, 8, 1)),
         "short_full": _by_width(Launch(64, 4, 1), Launch(32, 4, 1), Launch(32, 8, 1)),
         "long": _by_width(Launch(64, 4, 3), Launch(64, 8, 3), Launch(32, 8, 2)),
-        "query": _by_width(Launch(64, 4, 3), Launch(32, 4, 3), Launch(32, 8, 2)),
+        "query": _by_width(Launch(64, 4, 3), Launch(32, 4, 3), Launch(16, 8, 2)),
         "key_value": _by_width(Launch(64, 4, 3), Launch(32, 4, 2), Launch(64, 8, 2)),
     },
     9: {
@@ -52,19 +54,15 @@ _LAUNCHES = {
         "short_full": _by_width(Launch(64, 8, 1), Launch(64, 8, 1), Launch(64, 8, 1)),
         "long": _by_width(Launch(64, 4, 2), Launch(128, 8, 2), Launch(64, 8, 2)),
         "query": _by_width(Launch(64, 4, 2), Launch(64, 8, 2), Launch(64, 4, 2)),
-        "key_value": _by_width(Launch(64, 4, 2), Launch(64, 8, 2), Launch(32, 4, 1)),
+        "key_value": _by_width(Launch(64, 4, 2), Launch(64, 8, 2), Launch(64, 4, 2)),
     },
 }
 # where padded keys or columns need more registers: generation, kernel, padded head width
 _LAUNCHES_PADDED = {
-    (8, "query", 128): Launch(16, 8, 2),
-    (8, "key_value", 128): Launch(16, 8, 2),
     (9, "long", 128): Launch(64, 8, 2),
     (9, "query", 128): Launch(64, 8, 2),
-    (9, "key_value", 128): Launch(32, 8, 2),
     (10, "short", 128): Launch(64, 8, 1),
     (10, "long", 32): Launch(64, 8, 2),
-    (10, "key_value", 128): Launch(64, 8, 1),
 }
 # where releases of Triton before 3.9 need more registers: generation, kernel, padded head width (16 as 32)
 _LAUNCHES_BEFORE_3_9: dict[tuple[int, str, int], Launch | None] = {
@@ -75,11 +73,9 @@ _LAUNCHES_BEFORE_3_9: dict[tuple[int, str, int], Launch | None] = {
     (10, "short_full", 32): Launch(64, 4, 1),
     (10, "short_full", 64): Launch(32, 8, 1),
     (10, "query", 128): Launch(64, 8, 2),
-    (10, "key_value", 64): Launch(64, 4, 2),
-    (10, "key_value", 128): Launch(32, 4, 1),
 }
-# where padded keys or columns need another launch on one release than on those before and after it
-_LAUNCHES_PADDED_OF_ONE = {((3, 8), 10, "query", 128): Launch(16, 4, 1)}
+# where padded keys or columns need still more on releases before 3.8
+_LAUNCHES_PADDED_BEFORE_3_8 = {(9, "query", 128): Launch(16, 8, 2)}
 _LAUNCHES_FLOAT32 = {
     "short": _by_width(None, None, None),
     "short_full": _by_width(None, None, None),
@@ -106,8 +102,8 @@ def launch_configuration(
     spill.
 
     Predictions, to be replaced by measurements: kernels are bound by instruction issue, not by memory, at every width
-    up to 64. "key_value" is the slowest, since it computes a whole word for each byte it uses. Rows in one pass save
-    the rescaling of the output, about one multiplication per score at width 64. "short_full" on 9.x gives up the wider
+    up to 64, "query" the most, which hashes words and leaves the bits of its scores to "key_value". Rows in one pass
+    save the rescaling of the output, about one multiplication per score at width 64. "short_full" on 9.x gives up the wider
     matrix instruction for tiles of 32 and may lose to "long". Float32 has no tensor cores to use, and is for tests.
 
     Args:
@@ -131,8 +127,8 @@ def launch_configuration(
         launch = _LAUNCHES_PADDED.get((major, kernel, width), launch)
     if release < (3, 9) and dtype != torch.float32:
         launch = _LAUNCHES_BEFORE_3_9.get((major, kernel, max(width, 32)), launch)
-    if padded and dtype != torch.float32:
-        launch = _LAUNCHES_PADDED_OF_ONE.get((release, major, kernel, width), launch)
+    if padded and release < (3, 8) and dtype != torch.float32:
+        launch = _LAUNCHES_PADDED_BEFORE_3_8.get((major, kernel, width), launch)
     if launch is None:
         return launch_configuration("long", width, dtype, queries, capability, padded=padded, release=release)
     return kernel, launch._replace(tile=min(launch.tile, tile_side(queries)))
