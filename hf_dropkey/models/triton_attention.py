@@ -2,8 +2,8 @@
 
 Which scores are dropped is computed from the seed in both passes, bit for bit as `patterns.dropped_scores` defines it
 for the patterns "score" and "key". Nothing of size `N * M` is kept for the backward pass, which gets the output, one
-float and one flag per row; between its two kernels, for the pattern "score", lies one bit per score. The patterns "block" and "cross" are refused; for "token" the caller gathers the kept keys
-and needs no mask at all.
+float and one flag per row; between its two kernels, for the pattern "score", lies one bit per score. The patterns "block"
+and "cross" are refused; for "token" the caller gathers the kept keys and needs no mask at all.
 
 This file is the host's side: checks, launches, and the operator. The device code is in `triton_kernels`, how it is
 launched in `triton_launches`. This file travels with checkpoints: it imports torch, the standard library, its neighbours
