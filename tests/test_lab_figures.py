@@ -58,6 +58,24 @@ def test_curves_show_means_bands_and_levels() -> None:
     assert drawn(figure).std() > 0
 
 
+def test_a_panel_of_one_place_has_a_bar_instead_of_a_band() -> None:
+    flowers = example().axes[1]
+    (bar,) = flowers.containers
+    found = interval([0.5, 0.5, 0.8])
+    assert bar.lines[2][0].get_segments()[0][:, 1] == pytest.approx([found.low, found.high])
+    assert list(flowers.get_xticks()) == [0.3]
+
+
+def test_many_panels_go_into_rows() -> None:
+    panels = {f"task {number}": {"DropKey": {0.1: interval([0.5, 0.6])}} for number in range(6)}
+    for figure in (
+        example(panels=panels, levels={}),
+        differences({name: {"DropKey": Interval(0.0, -0.1, 0.1, 5)} for name in panels}, xlabel="points", title="x"),
+    ):
+        assert [axis.get_title() for axis in figure.axes] == list(panels)
+        assert [axis.get_subplotspec().rowspan.start for axis in figure.axes] == [0, 0, 0, 0, 1, 1]
+
+
 def test_names_differ_in_more_than_colour() -> None:
     panel = {f"kind {number}": {0.1: interval([0.5]), 0.2: interval([0.5])} for number in range(6)}
     figure = example(panels={"digits": panel}, levels={})

@@ -23,6 +23,8 @@ Curve = Mapping[float, Interval]
 ONE_SEED = "one seed, no interval"
 # characters that fit over a panel
 PANEL_TITLE = 30
+# more would be too small to read on a page
+PANELS_IN_A_ROW = 4
 
 
 def curves(
@@ -52,8 +54,9 @@ def curves(
     if not panels or empty:
         raise ValueError(f"nothing to draw{f' in {empty}' if empty else ''}; run the experiments first")
     named = list(dict.fromkeys(name for panel in (*levels.values(), *panels.values()) for name in panel))
-    figure = Figure(figsize=(3.7 * len(panels) + 0.8, 4.0), layout="constrained")
-    for axis, (place, drawn) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    figure, axes = _panels(len(panels), 3.7, 3.2, 0.8)
+    for axis, (place, drawn) in zip(axes, panels.items(), strict=True):
+        everywhere = {x for curve in drawn.values() for x in curve}
         for name, level in levels.get(place, {}).items():
             look = _look(named.index(name))
             axis.axhline(level.mean, label=_label(name, [level]), **{**look, "marker": ""})
@@ -63,8 +66,13 @@ def curves(
             places = sorted(curve)
             found = [curve[x] for x in places]
             axis.plot(places, [one.mean for one in found], label=_label(name, found), ms=5, **look)
+            spread = [one.high - one.mean if one.n > 1 else 0.0 for one in found]
+            if len(everywhere) == 1 and any(spread):
+                # a band has no width there
+                axis.errorbar(places, [found[0].mean], yerr=spread, color=look["color"], capsize=3)
+                axis.set_xticks(places)
             # with one seed the band has no height
-            if any(one.n > 1 for one in found):
+            elif any(spread):
                 axis.fill_between(
                     places,
                     [one.low for one in found],
@@ -96,8 +104,7 @@ def differences(panels: Mapping[str, Mapping[str, Interval]], *, xlabel: str, ti
     names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     if not names:
         raise ValueError("no differences to draw; run the experiments first")
-    figure = Figure(figsize=(3.4 * len(panels) + 2.2, 0.34 * len(names) + 1.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    figure, axes = _panels(len(panels), 3.4, 0.34 * len(names) + 0.8, 2.2, sharey=True)
     single = {name for panel in panels.values() for name, found in panel.items() if found.n == 1}
     for number, (axis, (place, found)) in enumerate(zip(axes, panels.items(), strict=True)):
         color = LINE_COLORS[number % len(LINE_COLORS)]
@@ -144,7 +151,20 @@ def training_curves(
     return curves({"": panel}, xlabel="optimiser step", ylabel=words.get(metric, metric), title=title)
 
 
-def _look(number: int) -> dict[str, str]:
+def _panels(
+    count: int, width: float, height: float, left: float, *, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of panels in rows, and their axes; sizes in inches, of a panel and of what stands left of each row."""
+    columns = min(count, PANELS_IN_A_ROW)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns + left, height * rows + 0.8), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, axes[:count]
+
+
+def _look(number: int) -> dict[str, Any]:
     """Colour, line and marker of a name; they differ in grey too."""
     return {
         "color": LINE_COLORS[number % len(LINE_COLORS)],
