@@ -279,6 +279,7 @@ def test_predictions_of_no_image(tmp_path: Path, saved: Path, monkeypatch: pytes
         )
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_images_of_one_name_get_files_of_their_own(
     tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
