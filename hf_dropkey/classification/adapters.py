@@ -1,12 +1,11 @@
 """Loads any saved image classifier, and adapters together with the model that they are for."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from ..extras import needed
@@ -16,6 +15,7 @@ from ..patching.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CONFIG
 from ..saved import base_of, check_model_source, is_adapter, quiet_loading
 from .arguments import ModelArguments
 from .model import is_native, make_model
+from .prediction import whole_classifier
 from .pretrained import load_weights
 
 
@@ -47,13 +47,13 @@ def load_classifier(
     if folder is None:
         found, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
         check_id2label(found, str(source))
-        return load_whole(
-            str(source),
-            found,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-        )
+        options = {
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "attn_implementation": attn_implementation,
+        }
+        whole: PreTrainedModel = whole_classifier(str(source), found, options)
+        return whole
     with needed("peft"):
         from peft import PeftModel, get_peft_model_state_dict
     settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -80,30 +80,6 @@ def load_classifier(
             f"as {strange[0]}; name the model that it was trained on with base="
         )
     return adapted.eval()
-
-
-def load_whole(source: str, settings: Mapping[str, Any], **options: Any) -> PreTrainedModel:
-    """A whole image classifier in eval mode; `settings` are those of its config.json.
-
-    Raises:
-        ValueError: It is a model of another task, or without a trained classifier.
-    """
-    kind = ", ".join(settings.get("architectures") or [str(settings.get("model_type"))])
-    try:
-        loaded: Any = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **options)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise ValueError(f"{source} holds a {kind}, not an image classifier; give one, or name its --task") from error
-    model, report = loaded
-    if report["missing_keys"]:
-        lost = sorted(report["missing_keys"])
-        raise ValueError(
-            f"{source} holds a {kind} without {len(lost)} weights of an image classifier, such as {lost[0]}, so that it would "
-            f"guess; train one from it first: hf-dropkey train --model_name_or_path {source}"
-        )
-    whole: PreTrainedModel = model.eval()
-    return whole
 
 
 def adapter_folder(source: str, revision: str) -> Path | None:
